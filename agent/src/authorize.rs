@@ -1,0 +1,82 @@
+//! Permission to forward, as a value: nothing is forwarded without a [`Permit`], and only the decision
+//! makes one.
+
+use hauberk_core::{
+    identity::SpiffeId,
+    policy::{Allowed, Denial, Reason, Request, Verdict},
+    time::Timestamp,
+};
+
+use crate::policy::Snapshot;
+
+/// One edge that was allowed, or let through because its destination is only audited.
+pub(crate) struct Permit {
+    source: SpiffeId,
+    destination: SpiffeId,
+    port: u16,
+    verdict: Permitted,
+    revision: u64,
+}
+
+/// What the permit rests on.
+pub(crate) enum Permitted {
+    Allowed(Allowed),
+    Audited(Denial),
+}
+
+/// Asks the one decision.
+pub(crate) fn check(
+    snapshot: &Snapshot,
+    source: &SpiffeId,
+    destination: &SpiffeId,
+    port: u16,
+) -> Result<Permit, Denial> {
+    if snapshot.revision == 0 {
+        return Err(not_ready("the agent has no policy yet"));
+    }
+    let request = Request { source, destination, port, now: hauberk_tls::now() };
+    let verdict = match snapshot.table.decide(request) {
+        Verdict::Allow(allowed) => Permitted::Allowed(allowed),
+        Verdict::WouldDeny(denial) => Permitted::Audited(denial),
+        Verdict::Deny(denial) => return Err(denial),
+    };
+    Ok(Permit {
+        source: source.clone(),
+        destination: destination.clone(),
+        port,
+        verdict,
+        revision: snapshot.revision,
+    })
+}
+
+impl Permit {
+    pub(crate) fn verdict(&self) -> &Permitted {
+        &self.verdict
+    }
+
+    pub(crate) fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// When the permission ends by itself.
+    pub(crate) fn until(&self) -> Option<Timestamp> {
+        match &self.verdict {
+            Permitted::Allowed(allowed) => allowed.until,
+            Permitted::Audited(_) => None,
+        }
+    }
+
+    /// Asks again, for a newer state or a later time.
+    pub(crate) fn renew(self, snapshot: &Snapshot) -> Result<Self, Denial> {
+        check(snapshot, &self.source, &self.destination, self.port)
+    }
+}
+
+/// A denial that no policy made.
+pub(crate) fn without_policy(reason: Reason, mend: impl Into<String>) -> Denial {
+    Denial { reason, policy: None, owner: None, nearest_miss: None, mend: mend.into() }
+}
+
+pub(crate) fn not_ready(why: &str) -> Denial {
+    without_policy(Reason::NotReady, format!("{why}; `hauberk status` shows what is missing"))
+}

@@ -1,0 +1,84 @@
+//! What the agent says of its workloads: captured or not, and their certificates.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use hauberk_proto::v1;
+use hauberk_tls::CredentialSlot;
+
+use crate::context::Context;
+
+/// Shared between the task that captures and the one that reports.
+#[derive(Clone)]
+pub(crate) struct StatusBoard {
+    context: Arc<Context>,
+    node: Arc<CredentialSlot>,
+    entries: Arc<Mutex<BTreeMap<String, Entry>>>,
+}
+
+struct Entry {
+    slot: Option<Arc<CredentialSlot>>,
+    problem: Option<String>,
+}
+
+impl StatusBoard {
+    pub(crate) fn new(context: Arc<Context>, node: Arc<CredentialSlot>) -> Self {
+        Self { context, node, entries: Arc::default() }
+    }
+
+    /// Notes how a workload stands. Returns whether that is news.
+    pub(super) fn set(
+        &self,
+        key: &str,
+        slot: Option<Arc<CredentialSlot>>,
+        problem: Option<String>,
+    ) -> bool {
+        let before = self.lock().insert(key.to_owned(), Entry { slot, problem: problem.clone() });
+        before.is_none_or(|entry| entry.problem != problem)
+    }
+
+    pub(super) fn retain(&self, keys: &BTreeSet<String>) {
+        self.lock().retain(|key, _| keys.contains(key));
+    }
+
+    /// How many workloads are captured, and how many should be and are not.
+    pub(super) fn counts(&self) -> (u64, u64) {
+        let entries = self.lock();
+        let failed = entries.values().filter(|entry| entry.problem.is_some()).count();
+        let count = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
+        (count(entries.len() - failed), count(failed))
+    }
+
+    pub(crate) fn report(&self) -> v1::AgentStatus {
+        let workloads = self
+            .lock()
+            .iter()
+            .map(|(key, entry)| {
+                let credential = entry.slot.as_ref().and_then(|slot| slot.load());
+                let facts = credential.as_ref().map(|credential| credential.facts());
+                v1::WorkloadStatus {
+                    workload: key.clone(),
+                    captured: entry.problem.is_none(),
+                    problem: entry.problem.clone().unwrap_or_default(),
+                    not_after_unix_ms: facts.map_or(0, |f| f.not_after().unix_millis()),
+                    serial: facts.map(|f| f.serial().to_string()).unwrap_or_default(),
+                }
+            })
+            .collect();
+        v1::AgentStatus {
+            workloads,
+            open_connections: u64::try_from(self.context.open_connections()).unwrap_or(u64::MAX),
+            node_not_after_unix_ms: self
+                .node
+                .load()
+                .map_or(0, |credential| credential.facts().not_after().unix_millis()),
+        }
+    }
+
+    /// Plain data: a panic elsewhere leaves nothing half-changed in it.
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

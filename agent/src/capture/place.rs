@@ -1,0 +1,363 @@
+//! The two kinds of place that are captured: a network namespace of a workload's own, and the host
+//! with the workloads that are its users and cgroups.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
+    sync::Arc,
+};
+
+use anyhow::{Context as _, bail};
+use hauberk_core::{policy::{ProcessSelector, resolve::MeshWorkload}, session};
+use hauberk_linux::{
+    Netns, NetnsWorker,
+    capture::{self, HostRules, HostWorkload, NamespaceRules, ProcessMatch},
+    links::ipv6_is_enabled,
+};
+use hauberk_tls::server_config;
+use rustls::ServerConfig;
+
+use super::{
+    Locals,
+    listeners::{Accepting, accept, bind},
+};
+use crate::{
+    context::{Context, Local, MESH_PORT, Place},
+    identity::Identities,
+    inbound, outbound,
+};
+
+/// Where captured outgoing connections arrive, in a namespace of a workload's own.
+const OUTBOUND_PORT: u16 = 15_001;
+
+/// Where incoming connections arrive that did not come over the mesh.
+const PLAINTEXT_PORT: u16 = 15_006;
+
+/// A captured network namespace.
+pub(super) struct NamespaceCapture {
+    context: Arc<Context>,
+    worker: Arc<NetnsWorker>,
+    rules: capture::Ruleset,
+    locals: Arc<Locals>,
+    outbound: Vec<Accepting>,
+    _inbound: Vec<Accepting>,
+}
+
+impl NamespaceCapture {
+    pub(super) fn start(
+        context: &Arc<Context>,
+        workload: &Arc<MeshWorkload>,
+        path: &Path,
+        identities: &mut Identities,
+    ) -> anyhow::Result<Self> {
+        let netns = Netns::open(path)
+            .with_context(|| format!("open the network namespace {}", path.display()))?;
+        let worker = Arc::new(NetnsWorker::start(&netns, &workload.name.to_string())?);
+        // The rules first: from here on nothing of the workload is unprotected, and what comes
+        // before the listeners are up is refused.
+        let rules = NamespaceRules {
+            outbound_port: OUTBOUND_PORT,
+            plaintext_port: PLAINTEXT_PORT,
+            mesh_port: MESH_PORT,
+        }
+        .ruleset()?;
+        let locals = Arc::new(Locals::default());
+        let installed = rules.clone();
+        worker.call(move || installed.install())??;
+        let listeners = worker.call(|| {
+            Ok::<_, anyhow::Error>((
+                bind_all(&any_addresses(), PLAINTEXT_PORT)?,
+                bind_all(&any_addresses(), MESH_PORT)?,
+            ))
+        })??;
+        let mut inbound = Vec::new();
+        for listener in listeners.0 {
+            inbound.push(accept_plaintext(context, listener, &locals)?);
+        }
+        let tls = mesh_tls(context, &locals)?;
+        for listener in listeners.1 {
+            inbound.push(accept_mesh(context, listener, &locals, &tls)?);
+        }
+        let mut capture = Self {
+            context: context.clone(),
+            worker,
+            rules,
+            locals,
+            outbound: Vec::new(),
+            _inbound: inbound,
+        };
+        capture.update(workload, identities)?;
+        Ok(capture)
+    }
+
+    /// Whether the path still names this very namespace.
+    pub(super) fn still_there(&self, path: &Path) -> anyhow::Result<bool> {
+        let netns = Netns::open(path)
+            .with_context(|| format!("open the network namespace {}", path.display()))?;
+        Ok(netns.inode() == self.worker.netns().inode())
+    }
+
+    /// Takes up a change of the workload, and heals the rules.
+    pub(super) fn update(
+        &mut self,
+        workload: &Arc<MeshWorkload>,
+        identities: &mut Identities,
+    ) -> anyhow::Result<()> {
+        let rules = self.rules.clone();
+        let drift = self.worker.call(move || {
+            let drift = rules.drift()?;
+            if !drift.is_empty() {
+                rules.install()?;
+            }
+            Ok::<_, hauberk_linux::Error>(drift)
+        })??;
+        for difference in drift {
+            tracing::warn!(workload = workload.key(), %difference, "the capture rules were altered, they are restored");
+        }
+        let identity = identities.ensure(workload)?;
+        if let Some(local) = self.locals.get(&workload.key())
+            && local.workload == *workload
+            && Arc::ptr_eq(&local.identity, &identity)
+            && !self.outbound.is_empty()
+        {
+            return Ok(());
+        }
+        let local = Arc::new(Local {
+            workload: workload.clone(),
+            identity,
+            place: Place::Namespace(self.worker.clone()),
+        });
+        self.locals.store(vec![local]);
+        if self.outbound.is_empty() {
+            let listeners = self.worker.call(|| bind_all(&loopbacks(), OUTBOUND_PORT))??;
+            for listener in listeners {
+                let (locals, key) = (self.locals.clone(), workload.key());
+                self.outbound.push(accept(&self.context, listener, move |context, stream, from| {
+                    let local = locals.get(&key);
+                    async move {
+                        if let Some(local) = local {
+                            outbound::serve(&context, &local, stream, from).await;
+                        }
+                    }
+                })?);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn remove_rules(&self) {
+        let removed = self.worker.call(capture::remove).and_then(|result| result);
+        if let Err(error) = removed {
+            tracing::warn!(%error, "capture rules could not be removed");
+        }
+    }
+}
+
+/// The captured users and cgroups of the host.
+pub(super) struct HostCapture {
+    locals: Arc<Locals>,
+    /// The ports of outgoing connections, one a workload: the port tells who is connecting.
+    outbound: BTreeMap<String, (u16, Vec<Accepting>)>,
+    rules: Option<capture::Ruleset>,
+    _inbound: Vec<Accepting>,
+}
+
+impl HostCapture {
+    pub(super) fn start(context: &Arc<Context>) -> anyhow::Result<Self> {
+        let locals = Arc::new(Locals::default());
+        let mut inbound = Vec::new();
+        for listener in bind_all(&any_addresses(), PLAINTEXT_PORT)? {
+            inbound.push(accept_plaintext(context, listener, &locals)?);
+        }
+        let tls = mesh_tls(context, &locals)?;
+        for listener in bind_all(&any_addresses(), MESH_PORT)? {
+            inbound.push(accept_mesh(context, listener, &locals, &tls)?);
+        }
+        Ok(Self { locals, outbound: BTreeMap::new(), rules: None, _inbound: inbound })
+    }
+
+    /// Captures exactly these workloads. Returns how it went for each, in their order: one that
+    /// cannot be captured (its user is unknown, its cgroup is not there) keeps no other from it.
+    pub(super) fn update(
+        &mut self,
+        context: &Arc<Context>,
+        workloads: &[Arc<MeshWorkload>],
+        identities: &mut Identities,
+    ) -> Vec<anyhow::Result<()>> {
+        let mut outcomes = Vec::new();
+        let (mut locals, mut rules) = (Vec::new(), Vec::new());
+        for workload in workloads {
+            outcomes.push(self.take_up(context, workload, identities).map(|(local, rule)| {
+                locals.push(local);
+                rules.push(rule);
+            }));
+        }
+        self.outbound.retain(|key, _| workloads.iter().any(|workload| workload.key() == *key));
+        self.locals.store(locals);
+        if let Err(error) = self.enforce(rules) {
+            let text = format!("{error:#}");
+            outcomes = workloads.iter().map(|_| Err(anyhow::anyhow!("{text}"))).collect();
+        }
+        outcomes
+    }
+
+    fn take_up(
+        &mut self,
+        context: &Arc<Context>,
+        workload: &Arc<MeshWorkload>,
+        identities: &mut Identities,
+    ) -> anyhow::Result<(Arc<Local>, HostWorkload)> {
+        let process = host_process(&workload.process)?;
+        let identity = identities.ensure(workload)?;
+        let key = workload.key();
+        if !self.outbound.contains_key(&key) {
+            let listening = self.listen_outbound(context, &key)?;
+            self.outbound.insert(key.clone(), listening);
+        }
+        let port = self.outbound.get(&key).map_or(0, |(port, _)| *port);
+        let local = match self.locals.get(&key) {
+            Some(local)
+                if local.workload == *workload && Arc::ptr_eq(&local.identity, &identity) =>
+            {
+                local
+            }
+            Some(_) | None => {
+                Arc::new(Local { workload: workload.clone(), identity, place: Place::Host })
+            }
+        };
+        let rule = HostWorkload {
+            process,
+            outbound_port: port,
+            service_ports: workload.ports.iter().copied().collect(),
+        };
+        Ok((local, rule))
+    }
+
+    /// One port for both families, chosen by the kernel.
+    fn listen_outbound(
+        &self,
+        context: &Arc<Context>,
+        key: &str,
+    ) -> anyhow::Result<(u16, Vec<Accepting>)> {
+        let mut addresses = loopbacks().into_iter();
+        let first = addresses.next().context("no loopback address")?;
+        let listener = bind(SocketAddr::new(first, 0))?;
+        let port = listener.local_addr()?.port();
+        let mut listeners = vec![listener];
+        for address in addresses {
+            listeners.push(bind(SocketAddr::new(address, port))?);
+        }
+        let mut accepting = Vec::new();
+        for listener in listeners {
+            let (locals, key) = (self.locals.clone(), key.to_owned());
+            accepting.push(accept(context, listener, move |context, stream, from| {
+                let local = locals.get(&key);
+                async move {
+                    if let Some(local) = local {
+                        outbound::serve(&context, &local, stream, from).await;
+                    }
+                }
+            })?);
+        }
+        Ok((port, accepting))
+    }
+
+    fn enforce(&mut self, workloads: Vec<HostWorkload>) -> anyhow::Result<()> {
+        let wanted = HostRules { mesh_port: MESH_PORT, plaintext_port: PLAINTEXT_PORT, workloads }
+            .ruleset()?;
+        let drift = wanted.drift()?;
+        if drift.is_empty() {
+            self.rules = Some(wanted);
+            return Ok(());
+        }
+        if self.rules.as_ref().is_some_and(|rules| rules.fingerprint() == wanted.fingerprint()) {
+            for difference in drift {
+                tracing::warn!(%difference, "the host's capture rules were altered, they are restored");
+            }
+        }
+        wanted.install()?;
+        self.rules = Some(wanted);
+        Ok(())
+    }
+
+    pub(super) fn remove_rules(&self) {
+        if let Err(error) = capture::remove() {
+            tracing::warn!(%error, "the host's capture rules could not be removed");
+        }
+    }
+}
+
+/// What the kernel is to match.
+fn host_process(process: &ProcessSelector) -> anyhow::Result<ProcessMatch> {
+    match process {
+        ProcessSelector::User(user) => Ok(ProcessMatch::User(user_id(user)?)),
+        ProcessSelector::Cgroup(path) => {
+            let level = u32::try_from(path.split('/').filter(|part| !part.is_empty()).count())?;
+            Ok(ProcessMatch::Cgroup { level, path: path.clone() })
+        }
+        ProcessSelector::NetworkNamespace { .. } => {
+            bail!("a workload in a network namespace of its own is not a process of the host")
+        }
+    }
+}
+
+fn user_id(user: &str) -> anyhow::Result<u32> {
+    if let Ok(id) = user.parse() {
+        return Ok(id);
+    }
+    match nix::unistd::User::from_name(user)? {
+        Some(found) => Ok(found.uid.as_raw()),
+        None => bail!("this machine has no user {user:?}; create it, or correct spec.process.user"),
+    }
+}
+
+fn mesh_tls(context: &Context, locals: &Locals) -> anyhow::Result<Arc<ServerConfig>> {
+    let config = server_config(locals.names.clone(), context.trust.clone(), session::ALPN)?;
+    Ok(Arc::new(config))
+}
+
+fn accept_mesh(
+    context: &Arc<Context>,
+    listener: std::net::TcpListener,
+    locals: &Arc<Locals>,
+    tls: &Arc<ServerConfig>,
+) -> anyhow::Result<Accepting> {
+    let (locals, tls) = (locals.clone(), tls.clone());
+    accept(context, listener, move |context, stream, from| {
+        let (locals, tls) = (locals.clone(), tls.clone());
+        async move { inbound::serve_mesh(&context, &locals, tls, stream, from).await }
+    })
+}
+
+fn accept_plaintext(
+    context: &Arc<Context>,
+    listener: std::net::TcpListener,
+    locals: &Arc<Locals>,
+) -> anyhow::Result<Accepting> {
+    let locals = locals.clone();
+    accept(context, listener, move |context, stream, from| {
+        let locals = locals.clone();
+        async move { inbound::serve_plaintext(&context, &locals, stream, from).await }
+    })
+}
+
+fn bind_all(addresses: &[IpAddr], port: u16) -> anyhow::Result<Vec<std::net::TcpListener>> {
+    addresses.iter().map(|address| bind(SocketAddr::new(*address, port))).collect()
+}
+
+fn any_addresses() -> Vec<IpAddr> {
+    families(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED)
+}
+
+fn loopbacks() -> Vec<IpAddr> {
+    families(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST)
+}
+
+fn families(v4: Ipv4Addr, v6: Ipv6Addr) -> Vec<IpAddr> {
+    let mut addresses = vec![IpAddr::V4(v4)];
+    if ipv6_is_enabled() {
+        addresses.push(IpAddr::V6(v6));
+    }
+    addresses
+}

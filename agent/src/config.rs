@@ -1,0 +1,74 @@
+//! Arguments and environment.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::ValueEnum;
+use hauberk_proto::token::JoinToken;
+
+/// How the agent runs.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// Where the node's key and certificate, workload certificates and the last good policy are
+    /// kept; made with mode 0700 if it is missing.
+    #[arg(
+        long,
+        env = "HAUBERK_AGENT_DATA",
+        value_name = "DIR",
+        default_value = "/var/lib/hauberk/agent"
+    )]
+    pub data: PathBuf,
+
+    /// The join token, on the first start; not needed again while the node certificate is good.
+    #[arg(long, env = "HAUBERK_JOIN_TOKEN", value_name = "TOKEN", hide_env_values = true)]
+    pub join_token: Option<JoinToken>,
+
+    /// The control plane's host:port, if it is not the one that the join token named.
+    #[arg(long, env = "HAUBERK_CONTROL_PLANE", value_name = "HOST:PORT")]
+    pub control_plane: Option<String>,
+
+    /// Where Prometheus scrapes and health is asked.
+    #[arg(long, env = "HAUBERK_METRICS", value_name = "ADDR", default_value = "127.0.0.1:9465")]
+    pub metrics: SocketAddr,
+
+    /// Where connection records go: a file that is appended to, or - for standard output.
+    #[arg(long, env = "HAUBERK_RECORDS", value_name = "FILE", default_value = "-")]
+    pub records: PathBuf,
+
+    /// The folder of named network namespaces.
+    #[arg(long, env = "HAUBERK_NETNS_DIR", value_name = "DIR", default_value = "/run/netns")]
+    pub netns_dir: PathBuf,
+
+    /// How long open connections may go on after SIGTERM.
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration)]
+    pub drain: Duration,
+
+    /// Remove the capture rules on a clean stop. Without it they stay, so that workloads are cut
+    /// off rather than unprotected while no agent runs.
+    #[arg(long)]
+    pub remove_rules_on_stop: bool,
+
+    /// How logs are written.
+    #[arg(long, env = "HAUBERK_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+
+    /// Stop when standard input ends: for a parent that must not leave children behind.
+    #[arg(long, hide = true)]
+    pub stop_with_stdin: bool,
+}
+
+/// How logs are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let explain = || {
+        format!("{text:?} is not a duration; write a number with a unit, such as 90s, 10m or 1h")
+    };
+    let span: jiff::SignedDuration = text.parse().map_err(|_| explain())?;
+    Duration::try_from(span).map_err(|_| explain())
+}

@@ -1,0 +1,186 @@
+//! What the tasks of connections share, and the local workloads they act for.
+
+use std::{
+    io,
+    net::{Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use hauberk_core::policy::resolve::MeshWorkload;
+use hauberk_linux::{NetnsWorker, socket};
+use hauberk_telemetry::{RecordSink, metrics::AgentMetrics};
+use hauberk_tls::TrustSlot;
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    sync::{Semaphore, watch},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{identity::LocalIdentity, policy::Snapshot};
+
+/// A connection that comes before the agent can decide waits this long, rather than being refused.
+const READY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long dialling another agent, or the application, may take.
+pub(crate) const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Connections at once: over it the kernel's queue holds them back.
+const MAX_CONNECTIONS: usize = 65_536;
+
+/// Handshakes under way at once, so that a flood of them costs bounded memory and processor.
+const MAX_HANDSHAKES: usize = 1_024;
+
+/// The port on which agents talk to each other.
+pub(crate) const MESH_PORT: u16 = 15_008;
+
+/// What the tasks of connections share.
+pub(crate) struct Context {
+    pub(crate) node: String,
+    pub(crate) trust: Arc<TrustSlot>,
+    pub(crate) metrics: AgentMetrics,
+    pub(crate) records: RecordSink,
+    pub(crate) connections: Arc<Semaphore>,
+    pub(crate) handshakes: Arc<Semaphore>,
+    /// Take no more connections.
+    pub(crate) stopping: CancellationToken,
+    /// End the open ones.
+    pub(crate) cut: CancellationToken,
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+}
+
+impl Context {
+    pub(crate) fn new(
+        node: String,
+        trust: Arc<TrustSlot>,
+        metrics: AgentMetrics,
+        records: RecordSink,
+        snapshots: watch::Receiver<Arc<Snapshot>>,
+    ) -> Self {
+        Self {
+            node,
+            trust,
+            metrics,
+            records,
+            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
+            stopping: CancellationToken::new(),
+            cut: CancellationToken::new(),
+            snapshots,
+        }
+    }
+
+    /// Connections open now.
+    pub(crate) fn open_connections(&self) -> usize {
+        MAX_CONNECTIONS.saturating_sub(self.connections.available_permits())
+    }
+
+    /// Subscribes first, so that no change slips in between a decision and its watching; then waits
+    /// for a first state, but not for long.
+    pub(crate) async fn snapshots(&self) -> (watch::Receiver<Arc<Snapshot>>, Arc<Snapshot>) {
+        let mut snapshots = self.snapshots.clone();
+        if snapshots.borrow_and_update().revision == 0 {
+            let first = snapshots.wait_for(|snapshot| snapshot.revision > 0);
+            // Without one the decision says that the agent is not ready.
+            drop(tokio::time::timeout(READY_TIMEOUT, first).await);
+        }
+        let snapshot = snapshots.borrow_and_update().clone();
+        (snapshots, snapshot)
+    }
+}
+
+/// A workload of this node.
+pub(crate) struct Local {
+    pub(crate) workload: Arc<MeshWorkload>,
+    pub(crate) identity: Arc<LocalIdentity>,
+    pub(crate) place: Place,
+}
+
+/// Where a workload's sockets are.
+#[derive(Clone)]
+pub(crate) enum Place {
+    /// The agent's own network namespace.
+    Host,
+    /// The workload's.
+    Namespace(Arc<NetnsWorker>),
+}
+
+impl Local {
+    /// Waits for the first certificate, but not for long. Returns whether there is one.
+    pub(crate) async fn has_certificate(&self) -> bool {
+        if self.identity.slot.load().is_some() {
+            return true;
+        }
+        let mut installed = self.identity.installed.clone();
+        let first = installed.wait_for(|count| *count > 0);
+        drop(tokio::time::timeout(READY_TIMEOUT, first).await);
+        self.identity.slot.load().is_some()
+    }
+}
+
+impl Place {
+    /// Connects with the agent's mark, so that the capture rules let it pass.
+    pub(crate) async fn dial(&self, destination: SocketAddr) -> io::Result<TcpStream> {
+        let socket = self.socket(move || socket::outbound_socket(destination)).await?;
+        connect(socket, destination).await
+    }
+
+    /// Connects to the local application, which sees `source` as the caller.
+    pub(crate) async fn dial_as(
+        &self,
+        source: SocketAddr,
+        destination: SocketAddr,
+    ) -> io::Result<TcpStream> {
+        let socket = self.socket(move || socket::transparent_socket(source)).await?;
+        match connect(socket, destination).await {
+            // The caller's port is in use towards this destination, by a connection that is ending.
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
+                let socket =
+                    self.socket(move || socket::transparent_socket_other_port(source)).await?;
+                connect(socket, destination).await
+            }
+            other => other,
+        }
+    }
+
+    async fn socket(
+        &self,
+        make: impl FnOnce() -> io::Result<socket2::Socket> + Send + 'static,
+    ) -> io::Result<socket2::Socket> {
+        match self {
+            Self::Host => make(),
+            Self::Namespace(worker) => {
+                let (sender, receiver) = tokio::sync::oneshot::channel();
+                worker
+                    .submit(move || {
+                        // The connection may have been given up meanwhile.
+                        drop(sender.send(make()));
+                    })
+                    .map_err(io::Error::other)?;
+                receiver.await.map_err(io::Error::other)?
+            }
+        }
+    }
+}
+
+async fn connect(socket: socket2::Socket, destination: SocketAddr) -> io::Result<TcpStream> {
+    let connecting = TcpSocket::from_std_stream(socket.into()).connect(destination);
+    tokio::time::timeout(DIAL_TIMEOUT, connecting)
+        .await
+        .unwrap_or(Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// An address without the IPv4-in-IPv6 form.
+pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// A number for a connection that no other has.
+pub(crate) fn connection_id() -> [u8; 16] {
+    let mut id = [0; 16];
+    if getrandom::fill(&mut id).is_err() {
+        // Only a name in records, not a secret; all zero says that there was no randomness.
+        id = Ipv6Addr::UNSPECIFIED.octets();
+    }
+    id
+}

@@ -1,0 +1,12 @@
+//! Certificates: the node's, with which the agent speaks for itself, and the workloads', with which it
+//! speaks for them. Keys are made here and never leave the node.
+
+mod control_plane;
+mod kept;
+mod node;
+mod rotate;
+
+pub(crate) use control_plane::ControlPlane;
+pub(crate) use kept::Kept;
+pub(crate) use node::{Node, open_node, renew_node};
+pub(crate) use rotate::{Identities, LocalIdentity, draw_jitter, system_time};

@@ -1,0 +1,259 @@
+//! Certificates of the local workloads: asked for when a workload appears, renewed at half of their
+//! life, kept on disk so that a restart needs no control plane. The sole writer of their slots.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use hauberk_core::{
+    policy::resolve::MeshWorkload,
+    rotation::{self, Failure, Jitter, Step, Validity},
+    session,
+    time::Timestamp,
+};
+use hauberk_proto::v1::{self, workload_identity_client::WorkloadIdentityClient};
+use hauberk_telemetry::metrics::{AgentMetrics, Outcome, RenewalStep, WorkloadLabels};
+use hauberk_tls::{
+    Credential, CredentialSlot, TrustBundle, TrustSlot, client_config, signing_request,
+};
+use rustls::ClientConfig;
+use tokio::{sync::watch, task::JoinHandle};
+
+use super::{ControlPlane, Kept, node::explain};
+
+/// How far back the control plane dates the start of a certificate: its life begins that much later.
+pub(super) const BACKDATE: Duration = Duration::from_secs(60);
+
+/// Wall-clock jumps and suspended machines are noticed at this pace.
+const LONGEST_SLEEP: Duration = Duration::from_secs(30);
+
+/// One local workload's certificate, and what is built on it.
+pub(crate) struct LocalIdentity {
+    pub(crate) slot: Arc<CredentialSlot>,
+    /// For connections to other agents, as this workload.
+    pub(crate) client_tls: Arc<ClientConfig>,
+    /// Counts up with each certificate that is put to use.
+    pub(crate) installed: watch::Receiver<u64>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for LocalIdentity {
+    fn drop(&mut self) {
+        self.task.abort();
+        self.slot.clear();
+    }
+}
+
+/// Gives local workloads their identities.
+pub(crate) struct Identities {
+    folder: PathBuf,
+    control_plane: ControlPlane,
+    trust: Arc<TrustSlot>,
+    metrics: AgentMetrics,
+    current: HashMap<String, Arc<LocalIdentity>>,
+}
+
+impl Identities {
+    pub(crate) fn new(
+        data: &Path,
+        control_plane: ControlPlane,
+        trust: Arc<TrustSlot>,
+        metrics: AgentMetrics,
+    ) -> anyhow::Result<Self> {
+        let folder = data.join("workloads");
+        hauberk_tls::files::private_folder(&folder)?;
+        Ok(Self { folder, control_plane, trust, metrics, current: HashMap::new() })
+    }
+
+    /// The identity of a workload, made now if it is new or has become another.
+    pub(crate) fn ensure(&mut self, workload: &MeshWorkload) -> anyhow::Result<Arc<LocalIdentity>> {
+        let key = workload.key();
+        if let Some(identity) = self.current.get(&key)
+            && *identity.slot.id() == workload.identity
+        {
+            return Ok(identity.clone());
+        }
+        let slot = CredentialSlot::new(workload.identity.clone());
+        let client_tls =
+            Arc::new(client_config(slot.clone(), self.trust.clone(), session::ALPN)?);
+        let (sender, installed) = watch::channel(0);
+        let rotation = Rotation {
+            key: key.clone(),
+            namespace: workload.namespace.as_ref().map(ToString::to_string).unwrap_or_default(),
+            name: workload.name.to_string(),
+            path: self.folder.join(format!("{}.json", key.replace('/', "__"))),
+            slot: slot.clone(),
+            control_plane: self.control_plane.clone(),
+            trust: self.trust.clone(),
+            metrics: self.metrics.clone(),
+            installed: sender,
+        };
+        let identity = Arc::new(LocalIdentity {
+            slot,
+            client_tls,
+            installed,
+            task: tokio::spawn(rotation.run()),
+        });
+        self.current.insert(key, identity.clone());
+        Ok(identity)
+    }
+
+    /// Forgets every workload but these, and its key on disk.
+    pub(crate) fn retain(&mut self, keep: impl Fn(&str) -> bool) {
+        let folder = &self.folder;
+        self.current.retain(|key, _| {
+            let stays = keep(key);
+            if !stays {
+                let path = folder.join(format!("{}.json", key.replace('/', "__")));
+                if let Err(error) = std::fs::remove_file(&path)
+                    && error.kind() != std::io::ErrorKind::NotFound
+                {
+                    tracing::warn!(%error, path = %path.display(), "the key of a workload that is gone stays on disk");
+                }
+            }
+            stays
+        });
+    }
+}
+
+struct Rotation {
+    key: String,
+    namespace: String,
+    name: String,
+    path: PathBuf,
+    slot: Arc<CredentialSlot>,
+    control_plane: ControlPlane,
+    trust: Arc<TrustSlot>,
+    metrics: AgentMetrics,
+    installed: watch::Sender<u64>,
+}
+
+impl Rotation {
+    async fn run(self) {
+        self.load();
+        let mut jitter = draw_jitter();
+        let mut failure: Option<Failure> = None;
+        loop {
+            let now = hauberk_tls::now();
+            let step = match self.validity() {
+                Some(validity) => rotation::next(validity, now, jitter, failure),
+                None => rotation::acquire(now, jitter, failure),
+            };
+            match step {
+                Step::Wait(until) | Step::RetryAt(until) => {
+                    let pause = until.since(now).max(Duration::from_millis(20)).min(LONGEST_SLEEP);
+                    tokio::time::sleep(pause).await;
+                }
+                Step::Expired => {
+                    tracing::warn!(workload = self.key, "the certificate expired before it was renewed");
+                    self.slot.clear();
+                }
+                Step::RenewNow => match self.renew().await {
+                    Ok(()) => {
+                        failure = None;
+                        jitter = draw_jitter();
+                    }
+                    Err(error) => {
+                        let attempts = failure.map_or(1, |f| f.attempts.saturating_add(1));
+                        failure = Some(Failure { at: hauberk_tls::now(), attempts });
+                        tracing::warn!(workload = self.key, attempts, error = format!("{error:#}"),
+                            "a certificate could not be renewed");
+                    }
+                },
+            }
+        }
+    }
+
+    fn validity(&self) -> Option<Validity> {
+        let credential = self.slot.load()?;
+        let facts = credential.facts();
+        let issued = facts.not_before().saturating_add(BACKDATE);
+        Some(Validity { not_before: issued, not_after: facts.not_after() })
+    }
+
+    fn load(&self) {
+        let loaded = Kept::load(&self.path).map_err(anyhow::Error::from).and_then(|kept| {
+            let Some(kept) = kept else { return Ok(()) };
+            let chain = kept.chain(&self.path)?;
+            let credential = Credential::new(chain, &kept.key(&self.path)?, hauberk_tls::now())?;
+            self.install(credential)
+        });
+        if let Err(error) = loaded {
+            tracing::info!(workload = self.key, error = format!("{error:#}"),
+                "the kept certificate is not used, asking for another");
+        }
+    }
+
+    async fn renew(&self) -> anyhow::Result<()> {
+        let (key, request) = signing_request()?;
+        let answer = WorkloadIdentityClient::new(self.control_plane.channel())
+            .issue(v1::IssueRequest {
+                workload: self.key.clone(),
+                certificate_request: request,
+            })
+            .await
+            .map_err(|status| explain(&status));
+        self.metrics.certificate_renewal(RenewalStep::Call, Outcome::from(&answer));
+        let answer = answer?.into_inner();
+        let installed = self.take(&answer, &key);
+        self.metrics.certificate_renewal(RenewalStep::Install, Outcome::from(&installed));
+        installed
+    }
+
+    fn take(
+        &self,
+        answer: &v1::WorkloadCredential,
+        key: &hauberk_tls::PrivateKey,
+    ) -> anyhow::Result<()> {
+        let now = hauberk_tls::now();
+        let certificates = |list: &[Vec<u8>]| {
+            list.iter().map(|der| rustls_pki_types::CertificateDer::from(der.clone())).collect()
+        };
+        let bundle = TrustBundle::new(
+            self.trust.load().trust_domain().clone(),
+            certificates(&answer.trust_bundle),
+            now,
+        )?;
+        let credential = Credential::new(certificates(&answer.certificate_chain), key, now)?;
+        if bundle.roots() != self.trust.load().roots() {
+            self.trust.store(bundle);
+        }
+        self.install(credential)?;
+        // A full disk costs the certificate at the next restart, not the connections of now.
+        if let Err(error) =
+            Kept::new(key, &answer.certificate_chain, &answer.trust_bundle).save(&self.path)
+        {
+            tracing::warn!(workload = self.key, error = format!("{:#}", anyhow::Error::from(error)),
+                "the certificate is in use but could not be kept for a restart");
+        }
+        Ok(())
+    }
+
+    fn install(&self, credential: Credential) -> anyhow::Result<()> {
+        let not_after = credential.facts().not_after();
+        if let Err(other) = self.slot.store(credential) {
+            anyhow::bail!("the certificate is for {}, not {}", other.facts().id(), self.slot.id());
+        }
+        self.metrics.set_certificate_expiry(
+            WorkloadLabels { namespace: &self.namespace, name: &self.name },
+            system_time(not_after),
+        );
+        self.installed.send_modify(|count| *count += 1);
+        Ok(())
+    }
+}
+
+pub(crate) fn draw_jitter() -> Jitter {
+    let mut bytes = [0; 2];
+    // Without random numbers no key can be made either: then jitter is the least of it.
+    let drawn = if getrandom::fill(&mut bytes).is_ok() { u16::from_ne_bytes(bytes) } else { 0 };
+    Jitter::new(drawn)
+}
+
+pub(crate) fn system_time(timestamp: Timestamp) -> SystemTime {
+    let millis = u64::try_from(timestamp.unix_millis()).unwrap_or(0);
+    SystemTime::UNIX_EPOCH + Duration::from_millis(millis)
+}

@@ -1,0 +1,7 @@
+//! What this node enforces: the snapshot that every decision reads, and its sole writer.
+
+mod snapshot;
+mod subscribe;
+
+pub(crate) use snapshot::{Found, Snapshot};
+pub(crate) use subscribe::{Enforcer, POLICY_CHECK, Subscription};

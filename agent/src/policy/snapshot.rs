@@ -1,0 +1,182 @@
+//! One revision of the state, ready to be asked: decisions, and who lives at which address.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use hauberk_core::{
+    identity::SpiffeId,
+    policy::{DecisionTable, ProcessSelector, resolve::MeshWorkload},
+};
+use hauberk_proto::{
+    convert::{ConvertError, Resource},
+    state::state_hash,
+    v1,
+};
+
+/// One revision of the state. Never changed: the next one replaces it.
+#[derive(Debug, Default)]
+pub(crate) struct Snapshot {
+    /// Zero before there is any state: then nothing is allowed and the reason is `not_ready`.
+    pub(crate) revision: u64,
+    pub(crate) state_hash: [u8; 32],
+    pub(crate) resources: BTreeMap<String, v1::Resource>,
+    pub(crate) table: DecisionTable,
+    workloads: Vec<Arc<MeshWorkload>>,
+    by_address: HashMap<IpAddr, Address>,
+    addresses_of: HashMap<SpiffeId, HashSet<IpAddr>>,
+}
+
+#[derive(Debug)]
+enum Address {
+    /// A network namespace of its own: the address is the workload.
+    Whole(usize),
+    /// A host: the port tells the workload.
+    Ports(HashMap<u16, usize>),
+}
+
+/// What the directory has for an address.
+#[derive(Debug)]
+pub(crate) enum Found<'a> {
+    /// This workload.
+    Workload(&'a Arc<MeshWorkload>),
+    /// A machine of the mesh, but none of its declared ports.
+    UndeclaredPort,
+    /// Nothing.
+    Unknown,
+}
+
+/// A state that cannot be enforced as it is.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SnapshotError {
+    #[error("resource {key}: {source}")]
+    Convert { key: String, source: ConvertError },
+    #[error("two resources have the key {0}")]
+    Duplicate(String),
+    #[error("the state's hash is not the one announced")]
+    Hash,
+    #[error("{address} is claimed by {first} and {second}")]
+    Address { address: String, first: String, second: String },
+}
+
+impl Snapshot {
+    /// Converts a state whole, and checks that it is the one announced.
+    pub(crate) fn build(
+        revision: u64,
+        resources: BTreeMap<String, v1::Resource>,
+        announced: &[u8],
+    ) -> Result<Self, SnapshotError> {
+        let hash = state_hash(&resources);
+        if hash != announced {
+            return Err(SnapshotError::Hash);
+        }
+        let (mut workloads, mut policies, mut guardrails) = (Vec::new(), Vec::new(), Vec::new());
+        for (key, message) in &resources {
+            let resource = Resource::try_from(message.clone())
+                .map_err(|source| SnapshotError::Convert { key: key.clone(), source })?;
+            match resource {
+                Resource::Workload(workload) => workloads.push(Arc::new(workload)),
+                Resource::Policy(policy) => policies.push(policy),
+                Resource::Guardrail(guardrail) => guardrails.push(guardrail),
+            }
+        }
+        let postures: Vec<_> =
+            workloads.iter().map(|workload| (workload.identity.clone(), workload.mode)).collect();
+        let mut snapshot = Self {
+            revision,
+            state_hash: hash,
+            resources,
+            table: DecisionTable::build(policies, guardrails, postures),
+            by_address: HashMap::new(),
+            addresses_of: HashMap::new(),
+            workloads,
+        };
+        snapshot.index_addresses()?;
+        Ok(snapshot)
+    }
+
+    fn index_addresses(&mut self) -> Result<(), SnapshotError> {
+        for (place, workload) in self.workloads.iter().enumerate() {
+            self.addresses_of
+                .entry(workload.identity.clone())
+                .or_default()
+                .extend(workload.addresses.iter().copied());
+            for address in &workload.addresses {
+                let clash = |other: usize, text: String| SnapshotError::Address {
+                    address: text,
+                    first: self.workloads.get(other).map(|w| w.key()).unwrap_or_default(),
+                    second: workload.key(),
+                };
+                let whole =
+                    matches!(workload.process, ProcessSelector::NetworkNamespace { .. });
+                match (self.by_address.get_mut(address), whole) {
+                    (None, true) => {
+                        self.by_address.insert(*address, Address::Whole(place));
+                    }
+                    (None, false) => {
+                        let ports = workload.ports.iter().map(|port| (*port, place)).collect();
+                        self.by_address.insert(*address, Address::Ports(ports));
+                    }
+                    (Some(Address::Ports(ports)), false) => {
+                        for port in &workload.ports {
+                            if let Some(other) = ports.insert(*port, place) {
+                                return Err(clash(other, format!("{address}:{port}")));
+                            }
+                        }
+                    }
+                    (Some(Address::Whole(other)), _) => {
+                        let other = *other;
+                        return Err(clash(other, address.to_string()));
+                    }
+                    (Some(Address::Ports(ports)), true) => {
+                        let other = ports.values().next().copied().unwrap_or(place);
+                        return Err(clash(other, address.to_string()));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Who lives at an address.
+    pub(crate) fn find(&self, address: SocketAddr) -> Found<'_> {
+        let place = match self.by_address.get(&address.ip().to_canonical()) {
+            None => return Found::Unknown,
+            Some(Address::Whole(place)) => Some(place),
+            Some(Address::Ports(ports)) => ports.get(&address.port()),
+        };
+        match place.and_then(|place| self.workloads.get(*place)) {
+            Some(workload) => Found::Workload(workload),
+            None => Found::UndeclaredPort,
+        }
+    }
+
+    /// The workload that an identity and one of its addresses mean; for names in records.
+    pub(crate) fn by_identity(
+        &self,
+        id: &SpiffeId,
+        address: Option<IpAddr>,
+    ) -> Option<&Arc<MeshWorkload>> {
+        let mut named = self.workloads.iter().filter(|workload| workload.identity == *id);
+        let first = named.next();
+        let exact = address.and_then(|address| {
+            first.into_iter().chain(named).find(|w| w.addresses.contains(&address))
+        });
+        exact.or(first)
+    }
+
+    /// Whether the directory has this address for this identity.
+    pub(crate) fn owns_address(&self, id: &SpiffeId, address: IpAddr) -> bool {
+        self.addresses_of.get(id).is_some_and(|set| set.contains(&address.to_canonical()))
+    }
+
+    /// The workloads of a node.
+    pub(crate) fn on_node<'a>(
+        &'a self,
+        node: &'a str,
+    ) -> impl Iterator<Item = &'a Arc<MeshWorkload>> + 'a {
+        self.workloads.iter().filter(move |workload| workload.node.as_str() == node)
+    }
+}

@@ -1,0 +1,268 @@
+//! The stream from the control plane. Sole writer of the snapshot: applies an update whole or refuses
+//! it whole, never goes back to an older revision, keeps the last good state on disk.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Context;
+use hauberk_proto::{
+    convert::Resource,
+    state::delta,
+    v1::{self, agent_report::Kind, state_client::StateClient},
+};
+use hauberk_telemetry::{
+    Health, RecordSink, State as HealthState,
+    metrics::AgentMetrics,
+    record::Denial,
+};
+use hauberk_tls::files::{read_private, write_private};
+use prost::Message;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::Snapshot;
+use crate::{capture::StatusBoard, identity::ControlPlane};
+
+/// The pause before the control plane is tried again, doubled up to the longest.
+const FIRST_RETRY: Duration = Duration::from_millis(200);
+const LONGEST_RETRY: Duration = Duration::from_secs(10);
+
+/// How often the agent tells how its certificates and captures stand.
+const STATUS_PACE: Duration = Duration::from_secs(2);
+
+/// Denials gathered for one report.
+const DENIALS_A_REPORT: usize = 200;
+
+/// The health check of the state.
+pub(crate) const POLICY_CHECK: &str = "policy";
+
+/// Holds the snapshot; the only one that writes it.
+pub(crate) struct Enforcer {
+    sender: watch::Sender<Arc<Snapshot>>,
+    path: PathBuf,
+    metrics: AgentMetrics,
+    health: Health,
+}
+
+impl Enforcer {
+    /// Starts from the last good state on disk, if there is one.
+    pub(crate) fn open(data: &Path, metrics: AgentMetrics, health: Health) -> Self {
+        let path = data.join("state.bin");
+        let snapshot = match load(&path) {
+            Ok(Some(snapshot)) => {
+                tracing::info!(revision = snapshot.revision, "enforcing the last good state from disk");
+                metrics.policy_enforced(snapshot.revision, SystemTime::now(), Duration::ZERO);
+                health.set(POLICY_CHECK, HealthState::Ready);
+                snapshot
+            }
+            Ok(None) => Snapshot::default(),
+            Err(error) => {
+                tracing::error!(error = format!("{error:#}"),
+                    "the state on disk is not used; nothing is allowed until the control plane sends it anew");
+                Snapshot::default()
+            }
+        };
+        Self { sender: watch::channel(Arc::new(snapshot)).0, path, metrics, health }
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.sender.subscribe()
+    }
+
+    /// Puts an update in force, or says why not.
+    fn apply(&self, update: v1::StateUpdate) -> anyhow::Result<Arc<Snapshot>> {
+        let current = self.sender.borrow().clone();
+        if update.revision < current.revision {
+            anyhow::bail!(
+                "revision {} is older than {}, which is in force; if the control plane was \
+                 restored from a backup, remove {} on this node and restart the agent",
+                update.revision,
+                current.revision,
+                self.path.display()
+            );
+        }
+        let mut resources =
+            if update.full { BTreeMap::new() } else { current.resources.clone() };
+        for key in &update.removals {
+            resources.remove(key);
+        }
+        for message in update.upserts {
+            let key = Resource::try_from(message.clone())?.key();
+            resources.insert(key, message);
+        }
+        let next = Arc::new(Snapshot::build(update.revision, resources, &update.state_hash)?);
+        if next.revision == current.revision && next.state_hash == current.state_hash {
+            return Ok(current);
+        }
+        // On disk first: after a crash nothing older comes back. A full disk must not keep a
+        // revocation from being enforced now, though.
+        if let Err(error) = self.save(&next) {
+            tracing::error!(error = format!("{error:#}"), revision = next.revision,
+                "the new state is enforced but could not be kept for a restart");
+        }
+        self.sender.send_replace(next.clone());
+        let made = u64::try_from(update.made_at_unix_ms).unwrap_or(0);
+        let made = SystemTime::UNIX_EPOCH + Duration::from_millis(made);
+        let now = SystemTime::now();
+        self.metrics.policy_enforced(
+            next.revision,
+            now,
+            now.duration_since(made).unwrap_or_default(),
+        );
+        self.health.set(POLICY_CHECK, HealthState::Ready);
+        tracing::info!(revision = next.revision, resources = next.resources.len(), "enforcing");
+        Ok(next)
+    }
+
+    fn save(&self, snapshot: &Snapshot) -> anyhow::Result<()> {
+        let (upserts, _) = delta(&BTreeMap::new(), &snapshot.resources);
+        let update = v1::StateUpdate {
+            revision: snapshot.revision,
+            full: true,
+            upserts,
+            removals: Vec::new(),
+            state_hash: snapshot.state_hash.to_vec(),
+            made_at_unix_ms: 0,
+        };
+        Ok(write_private(&self.path, &update.encode_to_vec())?)
+    }
+}
+
+fn load(path: &Path) -> anyhow::Result<Option<Snapshot>> {
+    let Some(bytes) = read_private(path)? else { return Ok(None) };
+    let damaged = || format!("{} is damaged", path.display());
+    let update = v1::StateUpdate::decode(bytes.as_slice()).with_context(damaged)?;
+    let mut resources = BTreeMap::new();
+    for message in update.upserts {
+        let key = Resource::try_from(message.clone()).with_context(damaged)?.key();
+        resources.insert(key, message);
+    }
+    let snapshot =
+        Snapshot::build(update.revision, resources, &update.state_hash).with_context(damaged)?;
+    Ok(Some(snapshot))
+}
+
+/// Keeps the stream open for as long as the agent runs.
+pub(crate) struct Subscription {
+    pub(crate) enforcer: Arc<Enforcer>,
+    pub(crate) control_plane: ControlPlane,
+    pub(crate) metrics: AgentMetrics,
+    pub(crate) records: RecordSink,
+    pub(crate) status: StatusBoard,
+    /// Counts up with each node certificate: a new one needs a new connection.
+    pub(crate) node_renewed: watch::Receiver<u64>,
+}
+
+impl Subscription {
+    pub(crate) async fn run(mut self) {
+        let mut pause = FIRST_RETRY;
+        loop {
+            let outcome = self.stream().await;
+            self.metrics.control_plane_disconnected();
+            match outcome {
+                // Ended for a reason of our own: connect anew at once.
+                Ok(()) => pause = FIRST_RETRY,
+                Err(error) => {
+                    tracing::warn!(error = format!("{error:#}"),
+                        "no control plane; what is in force stays in force");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_RETRY);
+                }
+            }
+        }
+    }
+
+    async fn stream(&mut self) -> anyhow::Result<()> {
+        let (reports, outgoing) = mpsc::channel(8);
+        let known = self.enforcer.sender.borrow().clone();
+        let hello = v1::Hello {
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            revision: known.revision,
+            state_hash: known.state_hash.to_vec(),
+        };
+        reports.send(report(Kind::Hello(hello))).await?;
+        let mut updates = StateClient::new(self.control_plane.streaming_channel())
+            .max_decoding_message_size(256 * 1024 * 1024)
+            .subscribe(ReceiverStream::new(outgoing))
+            .await
+            .map_err(|status| anyhow::anyhow!("{}: {}", self.control_plane.address(), status.message()))?
+            .into_inner();
+        self.metrics.control_plane_connected();
+        tracing::info!(address = self.control_plane.address(), "connected to the control plane");
+        self.node_renewed.mark_unchanged();
+        let mut denials = self.records.follow_denials();
+        let mut status_due = tokio::time::interval(STATUS_PACE);
+        loop {
+            tokio::select! {
+                update = updates.message() => {
+                    let Some(update) = update.map_err(|s| anyhow::anyhow!("{}", s.message()))? else {
+                        anyhow::bail!("the control plane closed the stream");
+                    };
+                    let revision = update.revision;
+                    match self.enforcer.apply(update) {
+                        Ok(applied) => {
+                            let enforced = v1::Enforced {
+                                revision: applied.revision,
+                                state_hash: applied.state_hash.to_vec(),
+                            };
+                            reports.send(report(Kind::Enforced(enforced))).await?;
+                        }
+                        Err(error) => {
+                            self.metrics.policy_refused();
+                            let reason = format!("{error:#}");
+                            tracing::error!(revision, reason, "an update is refused whole; what is in force stays");
+                            reports.send(report(Kind::Refused(v1::Refused { revision, reason }))).await?;
+                        }
+                    }
+                }
+                _ = self.node_renewed.changed() => return Ok(()),
+                _ = status_due.tick() => {
+                    reports.send(report(Kind::Status(self.status.report()))).await?;
+                }
+                denial = denials.recv() => {
+                    let message = gather(denial, &mut denials);
+                    reports.send(report(Kind::Denials(message))).await?;
+                }
+            }
+        }
+    }
+}
+
+fn report(kind: Kind) -> v1::AgentReport {
+    v1::AgentReport { kind: Some(kind) }
+}
+
+fn gather(
+    first: Result<Denial, tokio::sync::broadcast::error::RecvError>,
+    more: &mut tokio::sync::broadcast::Receiver<Denial>,
+) -> v1::Denials {
+    use tokio::sync::broadcast::error::{RecvError, TryRecvError};
+    let mut message = v1::Denials::default();
+    let mut take = |denial: Denial| match denial {
+        Denial::Denied(record) => {
+            if let Ok(json) = serde_json::to_string(record.as_ref()) {
+                message.records.push(json);
+            }
+        }
+        Denial::Suppressed(summary) => message.suppressed += summary.suppressed,
+    };
+    let mut missed = 0;
+    match first {
+        Ok(denial) => take(denial),
+        Err(RecvError::Lagged(count)) => missed += count,
+        Err(RecvError::Closed) => {}
+    }
+    for _ in 1..DENIALS_A_REPORT {
+        match more.try_recv() {
+            Ok(denial) => take(denial),
+            Err(TryRecvError::Lagged(count)) => missed += count,
+            Err(TryRecvError::Empty | TryRecvError::Closed) => break,
+        }
+    }
+    message.suppressed += missed;
+    message
+}

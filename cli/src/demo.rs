@@ -1,0 +1,260 @@
+//! The demonstration: two machines, three services, one allowed and one denied connection, and the
+//! proof of both.
+
+use std::{
+    ffi::OsString,
+    io::{BufRead, BufReader, Write},
+    net::{SocketAddr, TcpListener},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use hauberk_linux::packets::{CaptureOptions, Interface, PacketCapture, PcapFile};
+
+use crate::lab::{Lab, become_root, ipv4};
+
+/// How the demonstration runs.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Leave it running, to play with, until Ctrl-C.
+    #[arg(long)]
+    keep: bool,
+}
+
+const WEB: u8 = 11;
+const CHECKOUT: u8 = 12;
+const LEDGER: u8 = 21;
+const PORT: u16 = 8080;
+
+/// What travels through the mesh, and must not be seen on the wire.
+const PAYLOAD: &str = "balance-of-account-4711-is-1000000-credits";
+
+const MACHINES: &str = "\
+apiVersion: hauberk.dev/v1alpha1
+kind: Machine
+metadata: {name: machine-a}
+spec: {addresses: [10.77.0.2]}
+---
+apiVersion: hauberk.dev/v1alpha1
+kind: Machine
+metadata: {name: machine-b}
+spec: {addresses: [10.77.0.3]}
+";
+
+const WORKLOADS: &str = "\
+apiVersion: hauberk.dev/v1alpha1
+kind: Workload
+metadata: {name: web, namespace: shop}
+spec:
+  machine: machine-a
+  serviceAccount: web
+  process: {networkNamespace: web}
+  addresses: [10.77.0.11]
+  ports: []
+---
+apiVersion: hauberk.dev/v1alpha1
+kind: Workload
+metadata: {name: checkout, namespace: shop}
+spec:
+  machine: machine-a
+  serviceAccount: checkout
+  process: {networkNamespace: checkout}
+  addresses: [10.77.0.12]
+  ports: []
+---
+apiVersion: hauberk.dev/v1alpha1
+kind: Workload
+metadata: {name: ledger, namespace: payments, labels: {app: ledger}}
+spec:
+  machine: machine-b
+  serviceAccount: ledger
+  process: {networkNamespace: ledger}
+  addresses: [10.77.0.21]
+  ports: [8080]
+";
+
+const POLICY: &str = "\
+apiVersion: hauberk.dev/v1alpha1
+kind: AccessPolicy
+metadata: {name: ledger, namespace: payments}
+spec:
+  owner: {team: payments, contact: '#payments-oncall'}
+  target: {selector: {matchLabels: {app: ledger}}}
+  mode: Enforce
+  rules:
+  - name: checkout
+    reason: order capture
+    ports: [8080]
+    from:
+    - serviceAccount: {namespace: shop, name: checkout}
+  tests:
+  - {from: {serviceAccount: {namespace: shop, name: checkout}}, port: 8080, expect: allow}
+  - {from: {serviceAccount: {namespace: shop, name: web}}, port: 8080, expect: deny}
+";
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    become_root()?;
+    step("making two machines and three services: network namespaces on a bridge");
+    let program = std::env::current_exe().context("find this program")?;
+    let mut lab = Lab::new(vec![OsString::from(program)])?;
+    lab.add("machine-a", 2)?;
+    lab.add("machine-b", 3)?;
+    lab.add("web", WEB)?;
+    lab.add("checkout", CHECKOUT)?;
+    lab.add("ledger", LEDGER)?;
+    for (name, text) in
+        [("machines.yaml", MACHINES), ("workloads.yaml", WORKLOADS), ("ledger.yaml", POLICY)]
+    {
+        lab.write_manifest(name, text)?;
+    }
+    step("starting the control plane, with a certificate authority of its own");
+    lab.start_control_plane(&[])?;
+    step("joining two agents with one-use tokens; they capture the services");
+    for machine in ["machine-a", "machine-b"] {
+        lab.start_agent(machine, &["--remove-rules-on-stop"])?;
+    }
+    lab.wait_ready().with_context(|| logs(&lab))?;
+    let ledger = SocketAddr::new(ipv4(LEDGER), PORT);
+    serve_ledger(&lab, ledger)?;
+    let pcap = lab.folder().join("wire.pcap");
+    let capture = lab.wire().run(|| {
+        PacketCapture::start(&CaptureOptions {
+            interface: Interface::All,
+            file: PcapFile::At(pcap.clone()),
+            payload_limit: 4 * 1024 * 1024,
+        })
+    })??;
+
+    step("checkout asks the ledger, which the ledger's owner allows");
+    let answer = lab.get("checkout", ledger, "/").with_context(|| logs(&lab))?;
+    println!("    GET http://{ledger}/ -> {}", answer.trim());
+    step("web asks the ledger, which nobody allows");
+    match lab.get("web", ledger, "/") {
+        Ok(answer) => bail!("web got an answer, and should not have: {answer}"),
+        Err(error) => println!("    GET http://{ledger}/ -> {error}"),
+    }
+    let allowed = record(&lab, "machine-b", "\"decision\":\"allow\"")?;
+    let denied = record(&lab, "machine-a", "\"decision\":\"deny\"")?;
+    step("the record of the allowed connection, from the ledger's agent");
+    println!("{}", pretty(&allowed)?);
+    step("the record of the denied one, from web's agent: reason, owner and mend");
+    println!("{}", pretty(&denied)?);
+    step("the metrics that tell of them");
+    let metrics = SocketAddr::from(([127, 0, 0, 1], 9465));
+    for machine in ["machine-a", "machine-b"] {
+        let page = lab.get(machine, metrics, "/metrics")?;
+        for line in page.lines().filter(|line| {
+            line.starts_with("hauberk_connections_total")
+                || line.starts_with("hauberk_connections_denied_total")
+        }) {
+            println!("    {machine}  {line}");
+        }
+    }
+    prove_wire(capture)?;
+    if args.keep {
+        keep(&lab, ledger)?;
+    }
+    step("stopping; nothing is left behind");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn step(text: &str) {
+    println!("\n▶ {text}");
+}
+
+/// The service that others want: it answers with what must stay secret.
+fn serve_ledger(lab: &Lab, address: SocketAddr) -> anyhow::Result<()> {
+    let listener = lab.namespace("ledger")?.run(|| TcpListener::bind(address))??;
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let mut reader = BufReader::new(&stream);
+                let mut line = String::new();
+                while reader.read_line(&mut line).is_ok_and(|count| count > 2) {
+                    line.clear();
+                }
+                let peer = stream.peer_addr().map_or_else(|_| "?".to_owned(), |p| p.ip().to_string());
+                let body = format!("{PAYLOAD} (the ledger sees you as {peer})\n");
+                // The caller may have gone.
+                drop(write!(
+                    &stream,
+                    "HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+                    body.len()
+                ));
+            });
+        }
+    });
+    Ok(())
+}
+
+fn record(lab: &Lab, machine: &str, part: &str) -> anyhow::Result<String> {
+    let mut found = None;
+    lab.wait("the record", Duration::from_secs(5), |lab| {
+        let text = std::fs::read_to_string(lab.records(machine))?;
+        found = text.lines().find(|line| line.contains(part)).map(str::to_owned);
+        if found.is_some() { Ok(()) } else { bail!("{machine} has no record with {part}") }
+    })?;
+    found.context("no record")
+}
+
+fn pretty(line: &str) -> anyhow::Result<String> {
+    let value: serde_json::Value = serde_json::from_str(line)?;
+    let text = serde_json::to_string_pretty(&value)?;
+    Ok(text.lines().map(|line| format!("    {line}\n")).collect::<String>().trim_end().to_owned())
+}
+
+/// What the wire between the machines saw.
+fn prove_wire(capture: PacketCapture) -> anyhow::Result<()> {
+    const TLS13: u16 = 0x0304;
+    const X25519MLKEM768: u16 = 0x11ec;
+    step("the wire between the machines, captured meanwhile");
+    // The last packets of the connections are on their way.
+    std::thread::sleep(Duration::from_millis(200));
+    let captured = capture.stop()?;
+    let handshakes = captured.handshakes(15_008);
+    let first = handshakes.first().context("the wire saw no TLS handshake between the agents")?;
+    let client = first.client.as_ref().context("the wire saw no ClientHello")?;
+    let server = first.server.as_ref().context("the wire saw no ServerHello")?;
+    println!("    {} frames, {} TLS handshakes between agents", captured.frames(), handshakes.len());
+    println!(
+        "    ClientHello offers X25519MLKEM768: {}; ServerHello takes TLS 1.3: {}, X25519MLKEM768: {}",
+        yes(client.groups.contains(&X25519MLKEM768)),
+        yes(server.version == TLS13),
+        yes(server.group == Some(X25519MLKEM768)),
+    );
+    let leaked = captured.contains(PAYLOAD.as_bytes());
+    println!("    the payload {PAYLOAD:?} in clear: {}", yes(leaked));
+    if leaked || server.version != TLS13 {
+        bail!("the wire was not protected");
+    }
+    Ok(())
+}
+
+fn yes(is: bool) -> &'static str {
+    if is { "yes" } else { "no" }
+}
+
+fn logs(lab: &Lab) -> String {
+    format!("the logs are in {}", lab.folder().join("logs").display())
+}
+
+fn keep(lab: &Lab, ledger: SocketAddr) -> anyhow::Result<()> {
+    let enter = |namespace: &str| -> anyhow::Result<String> {
+        let path = lab.namespace(namespace)?.proc_path();
+        Ok(format!(
+            "nsenter --user=/proc/{}/ns/user --preserve-credentials --net={}",
+            std::process::id(),
+            path.display()
+        ))
+    };
+    step("it goes on running until Ctrl-C; from another terminal:");
+    println!("    allowed:  {} curl -s http://{ledger}/", enter("checkout")?);
+    println!("    denied:   {} curl -s http://{ledger}/", enter("web")?);
+    println!("    metrics:  {} curl -s http://127.0.0.1:9465/metrics", enter("machine-b")?);
+    println!("    policy:   edit {}/ledger.yaml", lab.manifests().display());
+    println!("    ask:      export HAUBERK_SOCKET={}", lab.socket().display());
+    println!("              hauberk status; hauberk denied -f; hauberk why shop/web payments/ledger:8080");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(tokio::signal::ctrl_c())?)
+}

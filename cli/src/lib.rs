@@ -1,0 +1,177 @@
+//! The `hauberk` command: everything in one file. Runs the control plane and the agent, asks the
+//! control plane, and shows all of it in a demonstration.
+
+mod demo;
+pub mod lab;
+mod operator;
+
+use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+
+/// Hauberk: mutual TLS between services, and no connection without permission.
+#[derive(Parser)]
+#[command(name = "hauberk", version, about, max_term_width = 100)]
+struct Command {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Show the whole of it on this machine: an allowed and a denied connection. Needs no root.
+    Demo(demo::Args),
+    /// Run the control plane.
+    ControlPlane(hauberk_control_plane::config::Args),
+    /// Run the agent of this node.
+    Agent(AgentArgs),
+    /// Make this machine a node of a mesh, and run its agent.
+    Join(JoinArgs),
+    /// Join tokens for new machines.
+    #[command(subcommand)]
+    Token(TokenAction),
+    /// Nodes, workloads and certificates, and which policy each node enforces.
+    Status(Asking),
+    /// May a workload connect, and which rule says so?
+    Why(WhyArgs),
+    /// Connections that were denied.
+    Denied(DeniedArgs),
+    /// Look for what is wrong, with a hint for each finding. Exits with 1 if something is.
+    Check(CheckArgs),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(clap::Args)]
+struct AgentArgs {
+    #[command(flatten)]
+    args: hauberk_agent::config::Args,
+
+    #[command(subcommand)]
+    action: Option<AgentAction>,
+}
+
+#[derive(Subcommand)]
+enum AgentAction {
+    /// Remove every capture rule, of the host and of the named network namespaces.
+    Cleanup,
+}
+
+#[derive(clap::Args)]
+struct JoinArgs {
+    /// The join token.
+    token: hauberk_proto::token::JoinToken,
+
+    #[command(flatten)]
+    args: hauberk_agent::config::Args,
+}
+
+#[derive(Subcommand)]
+enum TokenAction {
+    /// Make a join token: good once, for one machine, for a short time.
+    Create {
+        /// The machine that may use it, as in its Machine manifest.
+        #[arg(long, value_name = "NAME")]
+        node: String,
+        /// How long it is good, at most 24h.
+        #[arg(long, value_name = "DURATION", default_value = "10m",
+            value_parser = hauberk_control_plane::config::duration)]
+        ttl: std::time::Duration,
+        #[command(flatten)]
+        asking: Asking,
+    },
+}
+
+/// Whom to ask, and how to answer.
+#[derive(Clone, clap::Args)]
+struct Asking {
+    /// The control plane's operator socket, in its data folder.
+    #[arg(
+        long,
+        env = "HAUBERK_SOCKET",
+        value_name = "FILE",
+        default_value = "/var/lib/hauberk/control-plane/operator.sock"
+    )]
+    socket: PathBuf,
+
+    /// How to write the answer.
+    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people.
+    Text,
+    /// One JSON value, or one a line for a stream.
+    Json,
+}
+
+#[derive(clap::Args)]
+struct WhyArgs {
+    /// Who connects: namespace/workload, machine/name or a SPIFFE ID.
+    source: String,
+    /// To whom: namespace/workload:port, machine/name:port or a SPIFFE ID and :port.
+    #[arg(value_name = "DESTINATION:PORT")]
+    destination: String,
+    #[command(flatten)]
+    asking: Asking,
+}
+
+#[derive(clap::Args)]
+struct DeniedArgs {
+    /// Go on with new ones as they come.
+    #[arg(short, long)]
+    follow: bool,
+    /// At most this many past ones.
+    #[arg(short = 'n', long, default_value_t = 20)]
+    lines: u32,
+    #[command(flatten)]
+    asking: Asking,
+}
+
+#[derive(clap::Args)]
+struct CheckArgs {
+    /// Warn of CA certificates that end sooner than this.
+    #[arg(long, value_name = "DURATION", default_value = "48h",
+        value_parser = hauberk_control_plane::config::duration)]
+    expiry_warn: std::time::Duration,
+    #[command(flatten)]
+    asking: Asking,
+}
+
+/// Runs the command with these arguments, the program's name first.
+#[must_use]
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let command = Command::parse_from(arguments);
+    let outcome = match command.action {
+        Action::Demo(args) => demo::run(&args),
+        Action::ControlPlane(args) => return hauberk_control_plane::app::main(args),
+        Action::Agent(AgentArgs { args, action: None }) => return hauberk_agent::app::main(args),
+        Action::Agent(AgentArgs { args, action: Some(AgentAction::Cleanup) }) => {
+            return hauberk_agent::app::cleanup(&args);
+        }
+        Action::Join(JoinArgs { token, mut args }) => {
+            args.join_token = Some(token);
+            return hauberk_agent::app::main(args);
+        }
+        Action::Token(TokenAction::Create { node, ttl, asking }) => {
+            operator::create_token(&asking, node, ttl)
+        }
+        Action::Status(asking) => operator::status(&asking),
+        Action::Why(args) => operator::why(&args),
+        Action::Denied(args) => operator::denied(&args),
+        Action::Check(args) => operator::check(&args),
+        Action::Completions { shell } => {
+            clap_complete::generate(shell, &mut Command::command(), "hauberk", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::from(2)
+    })
+}

@@ -1,0 +1,109 @@
+//! Joining, and renewing what joining gave.
+
+use std::sync::Arc;
+
+use hauberk_core::identity::SpiffeId;
+use hauberk_proto::v1::{self, enrollment_server};
+use hauberk_telemetry::metrics::Outcome;
+use hauberk_tls::sha256;
+use tonic::{Request, Response, Status};
+
+use super::{Shared, chain_message};
+use crate::{
+    attest::{self, Connection, internal},
+    ca::{CaError, Issued},
+    store::{Consumed, Node},
+};
+
+pub(crate) struct Enrollment(pub(crate) Arc<Shared>);
+
+#[tonic::async_trait]
+impl enrollment_server::Enrollment for Enrollment {
+    async fn join(
+        &self,
+        request: Request<v1::JoinRequest>,
+    ) -> Result<Response<v1::NodeCredential>, Status> {
+        let address = request.extensions().get::<Connection>().map(|c| c.address.to_string());
+        let message = request.into_inner();
+        let shared = &self.0;
+        let now = hauberk_tls::now();
+        let hash = sha256(&message.token_secret);
+        let node = match shared.store.consume_token(&hash, now.unix_millis()).map_err(internal)? {
+            Consumed::Good(node) => node,
+            Consumed::Expired => {
+                shared.metrics.join_attempt(Outcome::Failure);
+                tracing::warn!(target: "hauberk.audit", addr = address, "a join token was refused: expired");
+                return Err(Status::permission_denied(
+                    "the join token has expired; make a new one with `hauberk token create`",
+                ));
+            }
+            Consumed::Unknown => {
+                shared.metrics.join_attempt(Outcome::Failure);
+                tracing::warn!(target: "hauberk.audit", addr = address, "a join token was refused: unknown or used before");
+                return Err(Status::permission_denied(
+                    "the join token is unknown or has been used before; make a new one with \
+                     `hauberk token create`",
+                ));
+            }
+        };
+        let issued = issue_node(shared, &node, &message.certificate_request)?;
+        let record = Node {
+            current_serial: issued.serial.clone(),
+            next_serial: None,
+            not_after_unix_ms: issued.not_after.unix_millis(),
+            joined_unix_ms: now.unix_millis(),
+        };
+        shared.store.node_joined(&node, &record).map_err(internal)?;
+        shared.metrics.join_attempt(Outcome::Success);
+        tracing::info!(target: "hauberk.audit", node, serial = issued.serial, addr = address, "a node joined");
+        Ok(Response::new(credential(shared, node, &issued)))
+    }
+
+    async fn renew_node(
+        &self,
+        request: Request<v1::RenewNodeRequest>,
+    ) -> Result<Response<v1::NodeCredential>, Status> {
+        let shared = &self.0;
+        let caller = attest::node(request.extensions(), &shared.store)?;
+        let node = caller.node.name().to_owned();
+        let issued = issue_node(shared, &node, &request.into_inner().certificate_request)?;
+        shared
+            .store
+            .node_renewed(&node, &issued.serial, issued.not_after.unix_millis())
+            .map_err(internal)?;
+        tracing::info!(target: "hauberk.audit", node, serial = issued.serial, "a node certificate was renewed");
+        Ok(Response::new(credential(shared, node, &issued)))
+    }
+}
+
+fn issue_node(shared: &Shared, node: &str, request: &[u8]) -> Result<Issued, Status> {
+    let id = SpiffeId::node(shared.authority.trust_domain(), node)
+        .map_err(|error| Status::invalid_argument(format!("node {node}: {error}")))?;
+    let issued = shared.authority.issue(&id, request, shared.node_lifetime, hauberk_tls::now());
+    shared.metrics.certificate_issued("node", Outcome::from(&issued));
+    issued.map_err(refused)
+}
+
+fn credential(shared: &Shared, node: String, issued: &Issued) -> v1::NodeCredential {
+    v1::NodeCredential {
+        certificate_chain: chain_message(&issued.chain),
+        trust_bundle: shared.trust_bundle(),
+        trust_domain: shared.authority.trust_domain().to_string(),
+        node,
+    }
+}
+
+/// The caller's fault is told to the caller; ours is told to the log.
+pub(super) fn refused(error: CaError) -> Status {
+    match error {
+        CaError::Request(_) | CaError::WeakKey => {
+            Status::invalid_argument(format!("certificate_request: {error}"))
+        }
+        CaError::File(_)
+        | CaError::Sign(_)
+        | CaError::Damaged(..)
+        | CaError::Missing(_)
+        | CaError::OtherTrustDomain { .. }
+        | CaError::Date => internal(error),
+    }
+}

@@ -1,0 +1,81 @@
+//! Certificates of workloads, for the node they are registered on and for nobody else.
+
+use std::sync::Arc;
+
+use hauberk_core::{
+    admission::{NodeStanding, RegisteredWorkload, WorkloadKey, admit},
+    policy::resolve::MeshWorkload,
+};
+use hauberk_proto::v1::{self, workload_identity_server};
+use hauberk_telemetry::metrics::Outcome;
+use tonic::{Request, Response, Status};
+
+use super::{Shared, chain_message, enrollment::refused};
+use crate::attest;
+
+pub(crate) struct WorkloadIdentity(pub(crate) Arc<Shared>);
+
+#[tonic::async_trait]
+impl workload_identity_server::WorkloadIdentity for WorkloadIdentity {
+    async fn issue(
+        &self,
+        request: Request<v1::IssueRequest>,
+    ) -> Result<Response<v1::WorkloadCredential>, Status> {
+        let shared = &self.0;
+        let caller = attest::node(request.extensions(), &shared.store)?;
+        let message = request.into_inner();
+        let key = workload_key(&message.workload)?;
+        let published = shared.publisher.current();
+        let registered = published.workload(&message.workload).map(|workload| {
+            RegisteredWorkload {
+                key: registered_key(workload),
+                node: workload.node.to_string(),
+                identity: workload.identity.clone(),
+            }
+        });
+        let id = admit(&caller.node, &key, registered.as_ref(), NodeStanding::Good).map_err(
+            |refusal| {
+                shared.metrics.certificate_issued("workload", Outcome::Failure);
+                tracing::warn!(target: "hauberk.audit", node = caller.node.name(),
+                    workload = message.workload, reason = %refusal, "an identity was refused");
+                Status::permission_denied(refusal.to_string())
+            },
+        )?;
+        let issued = shared.authority.issue(
+            &id,
+            &message.certificate_request,
+            shared.workload_lifetime,
+            hauberk_tls::now(),
+        );
+        shared.metrics.certificate_issued("workload", Outcome::from(&issued));
+        let issued = issued.map_err(refused)?;
+        tracing::info!(target: "hauberk.audit", node = caller.node.name(), workload = message.workload,
+            spiffe_id = %id, serial = issued.serial, "an identity was issued");
+        Ok(Response::new(v1::WorkloadCredential {
+            certificate_chain: chain_message(&issued.chain),
+            trust_bundle: shared.trust_bundle(),
+        }))
+    }
+}
+
+fn workload_key(text: &str) -> Result<WorkloadKey, Status> {
+    let invalid = || {
+        Status::invalid_argument(format!(
+            "workload: {text:?} is not namespace/name, nor machine/name"
+        ))
+    };
+    let (first, name) = text.split_once('/').ok_or_else(invalid)?;
+    let name = name.parse().map_err(|_| invalid())?;
+    Ok(match first {
+        "machine" => WorkloadKey::Machine { name },
+        namespace => WorkloadKey::Pod { namespace: namespace.parse().map_err(|_| invalid())?, name },
+    })
+}
+
+fn registered_key(workload: &MeshWorkload) -> WorkloadKey {
+    let name = workload.name.clone();
+    match workload.namespace.clone() {
+        Some(namespace) => WorkloadKey::Pod { namespace, name },
+        None => WorkloadKey::Machine { name },
+    }
+}

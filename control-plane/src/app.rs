@@ -1,0 +1,273 @@
+//! The wiring: everything is opened and bound first, then runs until it is told to stop.
+
+use std::{future::Future, path::Path, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use hauberk_core::{identity::{SpiffeId, TrustDomain}, time::Timestamp};
+use hauberk_proto::v1::{
+    enrollment_server::EnrollmentServer, operator_server::OperatorServer,
+    state_server::StateServer, workload_identity_server::WorkloadIdentityServer,
+};
+use hauberk_telemetry::{
+    ControlPlaneMetrics, Health, LogFormat as TelemetryFormat, LogOptions, State as HealthState,
+};
+use hauberk_tls::{
+    Credential, CredentialSlot, TrustBundle, TrustSlot, files::private_folder,
+    shared_server_config, signing_request,
+};
+use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+
+use crate::{
+    api::{Enrollment, Operator, Shared, State, WorkloadIdentity},
+    ca::{Authority, CaError},
+    config::{Args, LogFormat},
+    fleet::Fleet,
+    policy::Publisher,
+    serve,
+    store::Store,
+};
+
+/// How often the CA's own certificates are looked at.
+const CA_CHECK: Duration = Duration::from_secs(30);
+
+/// How long running calls may take to end when the program stops.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// gRPC over TLS.
+const ALPN_H2: &[u8] = b"h2";
+
+/// The operator socket's name in the data folder.
+pub const OPERATOR_SOCKET: &str = "operator.sock";
+
+/// Runs the control plane as a program: logs, runtime, signals, exit code.
+#[must_use]
+pub fn main(args: Args) -> ExitCode {
+    let outcome = init_logs(args.log_format).and_then(|()| {
+        tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .build()
+            .context("start the runtime")?
+            .block_on(async {
+                let stop = hauberk_telemetry::stop::signal(args.stop_with_stdin)
+                    .context("listen for signals")?;
+                run(args, stop).await
+            })
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn init_logs(format: LogFormat) -> anyhow::Result<()> {
+    hauberk_telemetry::log::init(&LogOptions {
+        format: match format {
+            LogFormat::Text => TelemetryFormat::Text,
+            LogFormat::Json => TelemetryFormat::Json,
+        },
+        filter: None,
+    })
+    .context("set up logs")
+}
+
+/// Runs the control plane until `stop` is done.
+///
+/// # Errors
+/// If anything cannot be opened or bound, before anything is served.
+pub async fn run(args: Args, stop: impl Future<Output = ()> + Send + 'static) -> anyhow::Result<()> {
+    let advertised = args.advertised().map_err(anyhow::Error::msg)?;
+    private_folder(&args.data).context("open the data folder")?;
+    let store = Arc::new(Store::open(&args.data.join("store.redb"))?);
+    demand_same_trust_domain(&store, &args.trust_domain, &args.data)?;
+    let authority = Authority::open(&args.data.join("ca"), &args.trust_domain, hauberk_tls::now())
+        .context("open the certificate authority")?;
+    let metrics = Arc::new(ControlPlaneMetrics::new().context("set up metrics")?);
+    let publisher = Publisher::start(
+        args.manifests.clone(),
+        args.trust_domain.clone(),
+        store.clone(),
+        metrics.clone(),
+    )?;
+    let own = own_credential(&authority, args.node_certificate_lifetime)?;
+    let trust = TrustSlot::new(TrustBundle::new(
+        args.trust_domain.clone(),
+        vec![authority.root().clone()],
+        hauberk_tls::now(),
+    )?);
+    let names = Arc::new(AnyName(own.clone()));
+    let tls = shared_server_config(names, trust.clone(), ALPN_H2).context("set up TLS")?;
+
+    let listener = bind(args.listen, "agents").await?;
+    let metrics_listener = bind(args.metrics, "metrics").await?;
+    let operator_path = args.data.join(OPERATOR_SOCKET);
+    let operators = serve::operator_connections(&operator_path)
+        .with_context(|| format!("listen on {}", operator_path.display()))?;
+
+    let shared = Arc::new(Shared {
+        authority,
+        store,
+        publisher: publisher.clone(),
+        fleet: Fleet::default(),
+        metrics: metrics.clone(),
+        advertised,
+        workload_lifetime: args.workload_certificate_lifetime,
+        node_lifetime: args.node_certificate_lifetime,
+    });
+    let health = Health::new(&["store", "certificate_authority"]);
+    health.set("store", HealthState::Ready);
+    health.set("certificate_authority", HealthState::Ready);
+
+    let stopping = CancellationToken::new();
+    tokio::spawn(publisher.watch());
+    tokio::spawn(tend_ca(
+        shared.clone(),
+        own,
+        health.clone(),
+        args.node_certificate_lifetime,
+    ));
+    let registries = vec![
+        metrics.registry().clone(),
+        hauberk_telemetry::metrics::process_registry().context("set up process metrics")?,
+    ];
+    tokio::spawn(hauberk_telemetry::serve(
+        metrics_listener,
+        registries,
+        health,
+        stopping.clone().cancelled_owned(),
+    ));
+    let operator = Server::builder()
+        .add_service(OperatorServer::new(Operator(shared.clone())))
+        .serve_with_incoming_shutdown(operators, stopping.clone().cancelled_owned());
+    let agents = Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .max_concurrent_streams(64)
+        .add_service(EnrollmentServer::new(Enrollment(shared.clone())))
+        .add_service(WorkloadIdentityServer::new(WorkloadIdentity(shared.clone())))
+        .add_service(StateServer::new(State(shared.clone())))
+        .serve_with_incoming_shutdown(
+            serve::tls_connections(listener, TlsAcceptor::from(Arc::new(tls)), trust),
+            stopping.clone().cancelled_owned(),
+        );
+    tracing::info!(listen = %args.listen, metrics = %args.metrics, operator = %operator_path.display(),
+        trust_domain = %args.trust_domain, revision = shared.publisher.current().revision, "ready");
+
+    let servers = async { tokio::try_join!(operator, agents) };
+    tokio::pin!(servers);
+    tokio::select! {
+        outcome = &mut servers => { outcome.context("serve")?; }
+        () = stop => {
+            tracing::info!("stopping");
+            stopping.cancel();
+            // Agents' streams have no end of their own; they connect anew to the next process.
+            drop(tokio::time::timeout(STOP_GRACE, servers).await);
+        }
+    }
+    drop(std::fs::remove_file(&operator_path));
+    Ok(())
+}
+
+fn demand_same_trust_domain(
+    store: &Store,
+    wanted: &TrustDomain,
+    folder: &Path,
+) -> anyhow::Result<()> {
+    let kept = store.trust_domain(wanted.as_str())?;
+    if kept == wanted.as_str() {
+        return Ok(());
+    }
+    Err(CaError::OtherTrustDomain {
+        folder: folder.display().to_string(),
+        kept,
+        wanted: wanted.to_string(),
+    }
+    .into())
+}
+
+async fn bind(address: std::net::SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("listen for {what} on {address}"))
+}
+
+/// Serves the control plane's own certificate whatever name is asked for: joining machines know it
+/// by its root, agents by its identity.
+#[derive(Debug)]
+struct AnyName(Arc<CredentialSlot>);
+
+impl rustls::server::ResolvesServerCert for AnyName {
+    fn resolve(
+        &self,
+        _: rustls::server::ClientHello<'_>,
+    ) -> Option<Arc<rustls::sign::CertifiedKey>> {
+        rustls::client::ResolvesClientCert::resolve(self.0.as_ref(), &[], &[])
+    }
+}
+
+fn own_credential(
+    authority: &Authority,
+    lifetime: Duration,
+) -> anyhow::Result<Arc<CredentialSlot>> {
+    let slot = CredentialSlot::new(SpiffeId::control_plane(authority.trust_domain()));
+    renew_own(authority, &slot, lifetime)?;
+    Ok(slot)
+}
+
+fn renew_own(
+    authority: &Authority,
+    slot: &CredentialSlot,
+    lifetime: Duration,
+) -> anyhow::Result<()> {
+    let (key, request) = signing_request()?;
+    let issued = authority.issue(slot.id(), &request, lifetime, hauberk_tls::now())?;
+    let mut chain = issued.chain;
+    // Joining machines pin the root by its hash, so it has to be there to be hashed.
+    chain.push(authority.root().clone());
+    let credential = Credential::new(chain, &key, hauberk_tls::now())?;
+    slot.store(credential).map_err(|_| anyhow::anyhow!("the own certificate is of another identity"))
+}
+
+/// Keeps the intermediate and the own certificate young, and says so in metrics.
+async fn tend_ca(
+    shared: Arc<Shared>,
+    own: Arc<CredentialSlot>,
+    health: Health,
+    lifetime: Duration,
+) {
+    let pace = CA_CHECK.min(lifetime / 4);
+    loop {
+        let now = hauberk_tls::now();
+        let outcome = shared
+            .authority
+            .renew_intermediate(now)
+            .map_err(anyhow::Error::from)
+            .and_then(|renewed| {
+                let due = own.load().is_none_or(|credential| past_half(&credential, lifetime, now));
+                if renewed || due { renew_own(&shared.authority, &own, lifetime) } else { Ok(()) }
+            });
+        match outcome {
+            Ok(()) => health.set("certificate_authority", HealthState::Ready),
+            Err(error) => {
+                tracing::error!(error = format!("{error:#}"), "the CA could not renew its own certificates");
+                health.set("certificate_authority", HealthState::NotReady(format!("{error:#}")));
+            }
+        }
+        let (root, intermediate) = shared.authority.expiries();
+        shared.metrics.set_ca_expiry("root", system_time(root));
+        shared.metrics.set_ca_expiry("intermediate", system_time(intermediate));
+        tokio::time::sleep(pace).await;
+    }
+}
+
+fn past_half(credential: &Credential, lifetime: Duration, now: Timestamp) -> bool {
+    credential.facts().not_after().since(now) < lifetime / 2
+}
+
+fn system_time(timestamp: Timestamp) -> std::time::SystemTime {
+    let millis = u64::try_from(timestamp.unix_millis()).unwrap_or(0);
+    std::time::SystemTime::UNIX_EPOCH + Duration::from_millis(millis)
+}

@@ -1,0 +1,72 @@
+//! Who is calling: the node behind a connection, by its certificate and by what the registry still
+//! says of that certificate.
+
+use std::net::SocketAddr;
+
+use hauberk_core::{admission::AttestedNode, identity::IdentityKind, svid::VerifiedSvid};
+use tonic::{Extensions, Status};
+
+use crate::store::{SerialCheck, Store};
+
+/// What the TLS layer proves of a connection; travels with each of its calls.
+#[derive(Debug, Clone)]
+pub(crate) struct Connection {
+    pub(crate) peer: Option<VerifiedSvid>,
+    pub(crate) address: SocketAddr,
+}
+
+/// The node that makes a call.
+pub(crate) struct Caller {
+    pub(crate) node: AttestedNode,
+    pub(crate) svid: VerifiedSvid,
+}
+
+/// Demands a node certificate that is valid now, not only when the connection was made, and that has
+/// not been superseded.
+pub(crate) fn node(extensions: &Extensions, store: &Store) -> Result<Caller, Status> {
+    let connection = extensions
+        .get::<Connection>()
+        .ok_or_else(|| Status::unauthenticated("the call came over no known connection"))?;
+    let svid = connection
+        .peer
+        .clone()
+        .ok_or_else(|| Status::unauthenticated("this call needs a node certificate; join first"))?;
+    if hauberk_tls::now() >= svid.facts().not_after() {
+        return Err(Status::unauthenticated(
+            "the node certificate of this connection has expired; connect anew",
+        ));
+    }
+    let IdentityKind::Node { name } = svid.id().kind() else {
+        return Err(Status::permission_denied(format!(
+            "{} is not a node; only agents may call this",
+            svid.id()
+        )));
+    };
+    let name = name.to_owned();
+    let serial = svid.facts().serial().to_string();
+    match store.check_serial(&name, &serial).map_err(internal)? {
+        SerialCheck::Good => {}
+        SerialCheck::Superseded => {
+            tracing::warn!(node = %name, serial, addr = %connection.address,
+                "a superseded node certificate was used: the node's credential may have been copied");
+            return Err(Status::permission_denied(format!(
+                "the certificate {serial} of node {name} has been superseded; if this is the real \
+                 node, its credential was copied or restored: join anew with a new token"
+            )));
+        }
+        SerialCheck::UnknownNode => {
+            return Err(Status::permission_denied(format!(
+                "node {name} is not in the registry of this control plane; join anew"
+            )));
+        }
+    }
+    let node = AttestedNode::from_identity(svid.id().clone())
+        .map_err(|error| Status::permission_denied(error.to_string()))?;
+    Ok(Caller { node, svid })
+}
+
+/// Our own trouble: told in the log whole, and to the caller in one sentence.
+pub(crate) fn internal(error: impl std::error::Error + 'static) -> Status {
+    tracing::error!(error = %crate::policy::chain(&error), "a call failed");
+    Status::unavailable("the control plane could not use its store; its log has the cause")
+}

@@ -1,0 +1,123 @@
+//! Arguments and environment, checked all at once.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::ValueEnum;
+use hauberk_core::identity::TrustDomain;
+
+/// The shortest certificate lifetime: below it, renewals would chase each other.
+pub const MIN_LIFETIME: Duration = Duration::from_secs(10);
+
+/// The longest: a certificate that lives longer is no longer a short-lived one.
+pub const MAX_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+
+/// How the control plane runs.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// The trust domain: the first part of every identity, such as example.org.
+    #[arg(long, env = "HAUBERK_TRUST_DOMAIN", value_name = "NAME")]
+    pub trust_domain: TrustDomain,
+
+    /// Where keys, certificates and the registry are kept; made with mode 0700 if it is missing.
+    #[arg(
+        long,
+        env = "HAUBERK_CONTROL_PLANE_DATA",
+        value_name = "DIR",
+        default_value = "/var/lib/hauberk/control-plane"
+    )]
+    pub data: PathBuf,
+
+    /// The folder with the manifests, watched for changes.
+    #[arg(
+        long,
+        env = "HAUBERK_MANIFESTS",
+        value_name = "DIR",
+        default_value = "/etc/hauberk/manifests"
+    )]
+    pub manifests: PathBuf,
+
+    /// Where agents connect.
+    #[arg(long, env = "HAUBERK_LISTEN", value_name = "ADDR", default_value = "[::]:8443")]
+    pub listen: SocketAddr,
+
+    /// The host:port that join tokens tell new machines; as --listen if that is a single address.
+    #[arg(long, env = "HAUBERK_ADVERTISE", value_name = "HOST:PORT")]
+    pub advertise: Option<String>,
+
+    /// Where Prometheus scrapes and health is asked.
+    #[arg(long, env = "HAUBERK_METRICS", value_name = "ADDR", default_value = "127.0.0.1:9464")]
+    pub metrics: SocketAddr,
+
+    /// How long workload certificates live, from 10s to 24h.
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = lifetime)]
+    pub workload_certificate_lifetime: Duration,
+
+    /// How long node certificates live, from 10s to 24h. A machine that is away for longer must
+    /// join anew.
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = lifetime)]
+    pub node_certificate_lifetime: Duration,
+
+    /// How logs are written.
+    #[arg(long, env = "HAUBERK_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+
+    /// Stop when standard input ends: for a parent that must not leave children behind.
+    #[arg(long, hide = true)]
+    pub stop_with_stdin: bool,
+}
+
+/// How logs are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Reads a duration such as `90s`, `10m` or `1h`.
+///
+/// # Errors
+/// If it is none.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let explain = || {
+        format!("{text:?} is not a duration; write a number with a unit, such as 90s, 10m or 1h")
+    };
+    let span: jiff::SignedDuration = text.parse().map_err(|_| explain())?;
+    Duration::try_from(span).map_err(|_| explain())
+}
+
+fn lifetime(text: &str) -> Result<Duration, String> {
+    let lifetime = duration(text)?;
+    if (MIN_LIFETIME..=MAX_LIFETIME).contains(&lifetime) {
+        Ok(lifetime)
+    } else {
+        Err(format!("{text} is not between 10s and 24h"))
+    }
+}
+
+impl Args {
+    /// The address that join tokens tell.
+    ///
+    /// # Errors
+    /// If none is given and the listening address stands for all addresses.
+    pub fn advertised(&self) -> Result<String, String> {
+        match &self.advertise {
+            Some(address) if address.rsplit_once(':').is_some_and(|(host, port)| {
+                !host.is_empty() && port.parse::<u16>().is_ok()
+            }) =>
+            {
+                Ok(address.clone())
+            }
+            Some(address) => {
+                Err(format!("--advertise {address:?} is not host:port, such as cp.example.org:8443"))
+            }
+            None if self.listen.ip().is_unspecified() => Err(format!(
+                "--listen {} stands for every address, so join tokens cannot name one; \
+                 add --advertise HOST:PORT with the address that machines reach",
+                self.listen
+            )),
+            None => Ok(self.listen.to_string()),
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! What the agents say of themselves: who is connected, what each enforces, what each denied.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use hauberk_core::time::Timestamp;
+use hauberk_proto::v1;
+use tokio::sync::broadcast;
+
+/// How many denied connections are kept for people who ask.
+const KEPT_DENIALS: usize = 10_000;
+
+/// How far a follower may fall behind before it is told that it missed some.
+const FOLLOWER_BACKLOG: usize = 1_024;
+
+/// One agent, as of its last report.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Agent {
+    /// Streams open now; more than one only while a restart or a renewal overlaps.
+    pub(crate) streams: usize,
+    pub(crate) version: String,
+    pub(crate) enforced_revision: u64,
+    pub(crate) refused: Option<String>,
+    pub(crate) last_seen: Option<Timestamp>,
+    pub(crate) status: v1::AgentStatus,
+}
+
+#[derive(Debug)]
+pub(crate) struct Fleet {
+    agents: Mutex<BTreeMap<String, Agent>>,
+    denials: Mutex<VecDeque<v1::DeniedEvent>>,
+    followers: broadcast::Sender<v1::DeniedEvent>,
+}
+
+impl Default for Fleet {
+    fn default() -> Self {
+        Self {
+            agents: Mutex::default(),
+            denials: Mutex::default(),
+            followers: broadcast::channel(FOLLOWER_BACKLOG).0,
+        }
+    }
+}
+
+impl Fleet {
+    pub(crate) fn update(&self, node: &str, now: Timestamp, change: impl FnOnce(&mut Agent)) {
+        let mut agents = lock(&self.agents);
+        let agent = agents.entry(node.to_owned()).or_default();
+        agent.last_seen = Some(now);
+        change(agent);
+    }
+
+    pub(crate) fn agents(&self) -> BTreeMap<String, Agent> {
+        lock(&self.agents).clone()
+    }
+
+    pub(crate) fn connected(&self) -> usize {
+        lock(&self.agents).values().filter(|agent| agent.streams > 0).count()
+    }
+
+    pub(crate) fn add_denials(&self, denials: v1::Denials) {
+        let records = denials
+            .records
+            .into_iter()
+            .map(|record| v1::DeniedEvent { record, suppressed: 0 });
+        let rest = (denials.suppressed > 0).then(|| v1::DeniedEvent {
+            record: String::new(),
+            suppressed: denials.suppressed,
+        });
+        let mut kept = lock(&self.denials);
+        for event in records.chain(rest) {
+            if kept.len() == KEPT_DENIALS {
+                kept.pop_front();
+            }
+            kept.push_back(event.clone());
+            // Nobody may be following.
+            drop(self.followers.send(event));
+        }
+    }
+
+    /// The last denials, and those to come: none is missing or double between the two.
+    pub(crate) fn denials(
+        &self,
+        limit: usize,
+    ) -> (Vec<v1::DeniedEvent>, broadcast::Receiver<v1::DeniedEvent>) {
+        let kept = lock(&self.denials);
+        let skip = kept.len().saturating_sub(limit);
+        (kept.iter().skip(skip).cloned().collect(), self.followers.subscribe())
+    }
+}
+
+/// Plain data: a panic elsewhere leaves nothing half-changed in it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,13 @@
+//! The control plane: a certificate authority for short-lived workload certificates, a registry of
+//! who runs where, and the distribution of what agents enforce.
+
+pub mod app;
+pub mod config;
+
+mod api;
+mod attest;
+mod ca;
+mod fleet;
+mod policy;
+mod serve;
+mod store;

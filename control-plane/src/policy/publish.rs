@@ -1,0 +1,303 @@
+//! The state that agents enforce, as revisions. The sole writer of it.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use hauberk_core::{
+    identity::{SpiffeId, TrustDomain},
+    policy::{
+        DecisionTable,
+        resolve::{MeshWorkload, Resolved, resolve},
+    },
+    time::Timestamp,
+};
+use hauberk_proto::{convert::Resource, state::state_hash, v1};
+use hauberk_telemetry::ControlPlaneMetrics;
+use notify::Watcher;
+use tokio::sync::watch;
+
+use super::{Folder, read_folder};
+use crate::store::{Revision, Store, StoreError};
+
+/// Changes that come together (an editor's write and rename, a `kubectl apply` of a folder) make one
+/// revision.
+const DEBOUNCE: Duration = Duration::from_millis(50);
+
+/// File systems without change notices, and notices that were lost, are caught up with at this pace.
+const RESCAN: Duration = Duration::from_secs(10);
+
+/// One revision.
+#[derive(Debug)]
+pub(crate) struct Published {
+    pub(crate) revision: u64,
+    pub(crate) made_at: Timestamp,
+    pub(crate) resources: BTreeMap<String, v1::Resource>,
+    pub(crate) state_hash: [u8; 32],
+    pub(crate) table: DecisionTable,
+    pub(crate) workloads: Vec<MeshWorkload>,
+    pub(crate) machines: Vec<String>,
+    pub(crate) warnings: Vec<String>,
+    pub(crate) policies: usize,
+    pub(crate) guardrails: usize,
+}
+
+impl Published {
+    /// The registered workload of a key such as `payments/ledger` or `machine/db-01`.
+    pub(crate) fn workload(&self, key: &str) -> Option<&MeshWorkload> {
+        self.workloads.iter().find(|workload| workload.key() == key)
+    }
+
+    /// Whether an identity is registered.
+    pub(crate) fn by_identity(&self, id: &SpiffeId) -> Option<&MeshWorkload> {
+        self.workloads.iter().find(|workload| workload.identity == *id)
+    }
+}
+
+pub(crate) struct Publisher {
+    folder: PathBuf,
+    trust_domain: TrustDomain,
+    store: Arc<Store>,
+    metrics: Arc<ControlPlaneMetrics>,
+    sender: watch::Sender<Arc<Published>>,
+    errors: Mutex<Vec<String>>,
+}
+
+impl Publisher {
+    /// Reads the folder, or the last good manifests if it has errors.
+    pub(crate) fn start(
+        folder: PathBuf,
+        trust_domain: TrustDomain,
+        store: Arc<Store>,
+        metrics: Arc<ControlPlaneMetrics>,
+    ) -> Result<Arc<Self>, StoreError> {
+        let empty = Published {
+            revision: 0,
+            made_at: hauberk_tls::now(),
+            resources: BTreeMap::new(),
+            state_hash: [0; 32],
+            table: DecisionTable::default(),
+            workloads: Vec::new(),
+            machines: Vec::new(),
+            warnings: Vec::new(),
+            policies: 0,
+            guardrails: 0,
+        };
+        let publisher = Arc::new(Self {
+            folder,
+            trust_domain,
+            store,
+            metrics,
+            sender: watch::channel(Arc::new(empty)).0,
+            errors: Mutex::default(),
+        });
+        if !publisher.reload()? {
+            publisher.fall_back()?;
+        }
+        Ok(publisher)
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<Published>> {
+        self.sender.subscribe()
+    }
+
+    pub(crate) fn current(&self) -> Arc<Published> {
+        self.sender.borrow().clone()
+    }
+
+    /// The errors of the folder as it is; empty if it is in force.
+    pub(crate) fn errors(&self) -> Vec<String> {
+        self.errors.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Watches the folder until the program ends.
+    pub(crate) async fn watch(self: Arc<Self>) {
+        let (changed, mut changes) = tokio::sync::mpsc::channel::<()>(1);
+        let watcher = notify::recommended_watcher(move |_event| {
+            // A full channel already says that something changed.
+            drop(changed.try_send(()));
+        });
+        let mut watcher = match watcher {
+            Ok(watcher) => Some(watcher),
+            Err(error) => {
+                tracing::warn!(%error, "no change notices, the manifests are read every 10 s");
+                None
+            }
+        };
+        if let Some(watcher) = &mut watcher
+            && let Err(error) = watcher.watch(&self.folder, notify::RecursiveMode::Recursive)
+        {
+            tracing::warn!(%error, folder = %self.folder.display(),
+                "the manifest folder cannot be watched, it is read every 10 s");
+        }
+        loop {
+            tokio::select! {
+                Some(()) = changes.recv() => tokio::time::sleep(DEBOUNCE).await,
+                () = tokio::time::sleep(RESCAN) => {}
+            }
+            let publisher = self.clone();
+            let reloaded = tokio::task::spawn_blocking(move || publisher.reload()).await;
+            match reloaded {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => {
+                    tracing::error!(error = %chain(&error),
+                        "a new revision could not be stored, the last good state stays in force");
+                }
+                Err(error) => tracing::error!(%error, "reading the manifests failed"),
+            }
+        }
+    }
+
+    /// Puts the folder in force if it is whole. Returns whether it is.
+    fn reload(&self) -> Result<bool, StoreError> {
+        match read_folder(&self.folder) {
+            Ok(folder) => {
+                let good = self.publish(&folder)?;
+                if good {
+                    if self.store.manifests()? != folder.files {
+                        self.store.save_manifests(&folder.files)?;
+                    }
+                    self.set_errors(Vec::new());
+                }
+                Ok(good)
+            }
+            Err(error) => {
+                self.set_errors(error.lines());
+                Ok(false)
+            }
+        }
+    }
+
+    fn fall_back(&self) -> Result<(), StoreError> {
+        let files = self.store.manifests()?;
+        if files.is_empty() {
+            tracing::warn!("there are no good manifests yet: everything is denied");
+            return self.publish_resolved(Resolved::default(), Vec::new(), 0, 0);
+        }
+        match Folder::parse(files) {
+            Ok(folder) => {
+                tracing::warn!("the last good manifests are in force");
+                self.publish(&folder).map(|_| ())
+            }
+            Err(error) => {
+                // A newer version may refuse what an older one took.
+                tracing::error!(errors = ?error.lines(),
+                    "the last good manifests are not accepted any more: everything is denied");
+                self.publish_resolved(Resolved::default(), Vec::new(), 0, 0)
+            }
+        }
+    }
+
+    fn set_errors(&self, lines: Vec<String>) {
+        let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
+        if *errors == lines {
+            return;
+        }
+        for line in &lines {
+            tracing::error!(error = %line,
+                "the manifests are refused whole, the last good state stays in force");
+        }
+        if lines.is_empty() {
+            tracing::info!("the manifests are accepted again");
+        }
+        self.metrics.manifests_read(
+            u64::try_from(lines.len()).unwrap_or(u64::MAX),
+            SystemTime::now(),
+        );
+        *errors = lines;
+    }
+
+    fn publish(&self, folder: &Folder) -> Result<bool, StoreError> {
+        let declared = &folder.declared;
+        let resolved = match resolve(declared, &self.trust_domain) {
+            Ok(resolved) => resolved,
+            Err(error) => {
+                self.set_errors(vec![chain(&error)]);
+                return Ok(false);
+            }
+        };
+        let mut machines: Vec<String> =
+            declared.machines.iter().map(|machine| machine.name.to_string()).collect();
+        machines.sort();
+        let (policies, guardrails) = (declared.policies.len(), declared.guardrails.len());
+        self.publish_resolved(resolved, machines, policies, guardrails)?;
+        Ok(true)
+    }
+
+    fn publish_resolved(
+        &self,
+        resolved: Resolved,
+        machines: Vec<String>,
+        policies: usize,
+        guardrails: usize,
+    ) -> Result<(), StoreError> {
+        let resources = resources(&resolved);
+        let state_hash = state_hash(&resources);
+        let now = hauberk_tls::now();
+        let kept = self.store.revision()?;
+        let hex = hex::encode(state_hash);
+        let revision = if kept.state_hash == hex {
+            kept.number
+        } else {
+            let next = Revision { number: kept.number.saturating_add(1), state_hash: hex };
+            self.store.save_revision(&next)?;
+            next.number
+        };
+        self.metrics.set_state_revision(revision);
+        self.metrics.manifests_read(0, SystemTime::now());
+        let before = self.current();
+        let warnings = resolved
+            .unresolved
+            .iter()
+            .map(|unresolved| format!("AccessPolicy {}: {}", unresolved.policy, unresolved.problem))
+            .collect();
+        if before.revision == revision && before.machines == machines && before.warnings == warnings
+        {
+            return Ok(());
+        }
+        if before.revision != revision {
+            tracing::info!(revision, workloads = resolved.workloads.len(), policies, guardrails,
+                "published a revision");
+        }
+        let postures: Vec<_> =
+            resolved.workloads.iter().map(|w| (w.identity.clone(), w.mode)).collect();
+        self.sender.send_replace(Arc::new(Published {
+            revision,
+            made_at: now,
+            resources,
+            state_hash,
+            table: DecisionTable::build(resolved.policies, resolved.guardrails, postures),
+            workloads: resolved.workloads,
+            machines,
+            warnings,
+            policies,
+            guardrails,
+        }));
+        Ok(())
+    }
+}
+
+fn resources(resolved: &Resolved) -> BTreeMap<String, v1::Resource> {
+    let workloads = resolved.workloads.iter().cloned().map(Resource::Workload);
+    let policies = resolved.policies.iter().cloned().map(Resource::Policy);
+    let guardrails = resolved.guardrails.iter().cloned().map(Resource::Guardrail);
+    workloads
+        .chain(policies)
+        .chain(guardrails)
+        .map(|resource| (resource.key(), resource.message()))
+        .collect()
+}
+
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

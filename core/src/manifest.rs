@@ -1,0 +1,99 @@
+//! Manifests: the YAML that owners write, turned into [`Object`]s whole or refused with every error
+//! at once, each with its line, its field and the mend.
+//!
+//! Pure: the text comes in, the objects go out. Nothing is defaulted that would allow anything, and
+//! nothing unknown is skipped.
+
+mod objects;
+mod reader;
+mod set;
+mod tree;
+
+use std::fmt;
+
+pub use set::check_set;
+
+use crate::policy::Object;
+use reader::Reader;
+
+/// A manifest longer than this is refused: nobody reviews it.
+const MAX_TEXT: usize = 1024 * 1024;
+
+/// The most objects in one file.
+const MAX_OBJECTS: usize = 10_000;
+
+/// A value, and where it stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Located<T> {
+    /// The file.
+    pub source: String,
+    /// Its line, from 1.
+    pub line: usize,
+    /// What stands there.
+    pub value: T,
+}
+
+/// One mistake in a manifest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ManifestError {
+    /// The file.
+    pub source: String,
+    /// The line, from 1.
+    pub line: usize,
+    /// The column, from 1.
+    pub column: usize,
+    /// The field, such as `spec.rules[0].ports[1]`; empty for the document itself.
+    pub path: String,
+    /// What is wrong, with the value.
+    pub problem: String,
+    /// What to write instead.
+    pub mend: String,
+}
+
+impl fmt::Display for ManifestError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:{}: ", self.source, self.line, self.column)?;
+        if !self.path.is_empty() {
+            write!(f, "{}: ", self.path)?;
+        }
+        write!(f, "{}; mend: {}", self.problem, self.mend)
+    }
+}
+
+impl std::error::Error for ManifestError {}
+
+/// Reads all objects of a file; `source` is its name, for messages.
+///
+/// # Errors
+/// Every mistake in the file. No object of it is usable then.
+pub fn parse(source: &str, text: &str) -> Result<Vec<Located<Object>>, Vec<ManifestError>> {
+    let whole = |problem: String, mend: &str| {
+        vec![ManifestError {
+            source: source.to_owned(),
+            line: 1,
+            column: 1,
+            path: String::new(),
+            problem,
+            mend: mend.to_owned(),
+        }]
+    };
+    if text.len() > MAX_TEXT {
+        return Err(whole(format!("the file has {} bytes", text.len()), "split it: 1 MiB is the most"));
+    }
+    let documents = tree::documents(source, text).map_err(|error| vec![error])?;
+    if documents.len() > MAX_OBJECTS {
+        return Err(whole(
+            format!("the file has {} objects", documents.len()),
+            "split it: 10000 is the most",
+        ));
+    }
+    let mut reader = Reader::new(source);
+    let mut objects = Vec::with_capacity(documents.len());
+    for document in &documents {
+        if let Some(object) = objects::read(&mut reader, document) {
+            objects.push(Located { source: source.to_owned(), line: document.line, value: object });
+        }
+    }
+    let errors = reader.into_errors();
+    if errors.is_empty() { Ok(objects) } else { Err(errors) }
+}

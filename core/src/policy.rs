@@ -1,0 +1,13 @@
+//! Policy: what owners declare ([`model`]), how it is bound to identities ([`resolve`]), how it is
+//! indexed ([`table`]) and the one decision that everything in Hauberk asks ([`table::DecisionTable::decide`]).
+
+pub mod model;
+pub mod reason;
+pub mod resolve;
+pub mod table;
+pub mod verdict;
+
+pub use model::*;
+pub use reason::Reason;
+pub use table::{DecisionTable, Request};
+pub use verdict::{Allowed, Denial, NearestMiss, Verdict};

@@ -1,0 +1,293 @@
+//! What owners declare, already validated: every value of these types came out of a manifest that
+//! converted whole ([`crate::manifest`]) or off the wire by a conversion that did.
+//!
+//! Nothing here is empty where emptiness could be read as "all": a rule has at least one port and
+//! at least one peer, a selector at least one label.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    time::Duration,
+};
+
+use crate::{
+    identity::{ResourceName, SpiffeId},
+    time::Timestamp,
+};
+
+/// Which kind of object a [`PolicyRef`] names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PolicyKind {
+    /// An [`AccessPolicy`].
+    AccessPolicy,
+    /// A [`Guardrail`].
+    Guardrail,
+}
+
+/// The name of a policy object as people write it: `payments/ledger`, or `pci` for cluster-scoped kinds.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PolicyRef {
+    /// What it names.
+    pub kind: PolicyKind,
+    /// The namespace, for namespaced kinds.
+    pub namespace: Option<ResourceName>,
+    /// The object's name.
+    pub name: ResourceName,
+}
+
+impl fmt::Display for PolicyRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(namespace) = &self.namespace {
+            write!(f, "{namespace}/")?;
+        }
+        write!(f, "{}", self.name)
+    }
+}
+
+/// Who answers for an endpoint or a guardrail.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Owner {
+    /// The team's name.
+    pub team: String,
+    /// Where to reach it, for example a chat channel.
+    pub contact: String,
+    /// A link to what to do when it breaks.
+    pub runbook: Option<String>,
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.team, self.contact)
+    }
+}
+
+/// Whether denials are carried out or only recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Mode {
+    /// What is not allowed is refused.
+    Enforce,
+    /// What is not allowed passes and is recorded as `would_deny`.
+    Audit,
+}
+
+impl Mode {
+    /// The word used in manifests and records.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Enforce => "Enforce",
+            Self::Audit => "Audit",
+        }
+    }
+}
+
+/// A policy of a destination's owner, about destinations in its own namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AccessPolicy {
+    /// Its name.
+    pub name: PolicyRef,
+    /// Who answers for the destination.
+    pub owner: Owner,
+    /// Which destinations it is about.
+    pub target: Target,
+    /// Whether denials are carried out.
+    pub mode: Mode,
+    /// What is allowed; names are unique and sorted.
+    pub rules: Vec<Rule>,
+    /// Examples the owner wants held.
+    pub tests: Vec<PolicyTest>,
+}
+
+/// Which workloads of the policy's namespace are meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// Those that carry all of these labels; never empty.
+    Selector(BTreeMap<String, String>),
+    /// Those that run as this service account.
+    ServiceAccount(ResourceName),
+    /// The machine of this name.
+    Machine(ResourceName),
+}
+
+/// One permission.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    /// Unique in its policy.
+    pub name: ResourceName,
+    /// Why it exists.
+    pub reason: Option<String>,
+    /// At least one.
+    pub ports: BTreeSet<u16>,
+    /// At least one, ORed.
+    pub from: Vec<PeerSelector>,
+    /// When it ends.
+    pub not_after: Option<Timestamp>,
+    /// How often it is expected to be used, so that rare use is not mistaken for none.
+    pub expected_every: Option<Duration>,
+}
+
+/// Who may connect.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum PeerSelector {
+    /// A service account of a namespace.
+    ServiceAccount {
+        /// Its namespace.
+        namespace: ResourceName,
+        /// Its name.
+        name: ResourceName,
+    },
+    /// A machine.
+    Machine {
+        /// Its name.
+        name: ResourceName,
+    },
+    /// An exact SPIFFE ID, of this or a federated trust domain.
+    SpiffeId(SpiffeId),
+    /// Every service account of a namespace.
+    AnyIn {
+        /// The namespace.
+        namespace: ResourceName,
+    },
+}
+
+/// An example in a policy: evaluated whenever the policy is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PolicyTest {
+    /// Who connects; never [`PeerSelector::AnyIn`].
+    pub from: PeerSelector,
+    /// To which port.
+    pub port: u16,
+    /// What must come out.
+    pub expect: Expectation,
+}
+
+/// What a [`PolicyTest`] expects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Expectation {
+    /// The rules of this policy allow it.
+    Allow,
+    /// They do not.
+    Deny,
+}
+
+/// A denial by the platform team that no owner can override.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guardrail {
+    /// Its name.
+    pub name: PolicyRef,
+    /// Who answers for it.
+    pub owner: Owner,
+    /// Why it exists.
+    pub reason: Option<String>,
+    /// Which destinations it protects.
+    pub target: GuardrailTarget,
+    /// Which ports.
+    pub ports: GuardrailPorts,
+    /// Whom it denies.
+    pub denies: GuardrailPeers,
+}
+
+/// The destinations a guardrail protects.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GuardrailTarget {
+    /// Every workload of a namespace.
+    Namespace(ResourceName),
+    /// A service account.
+    ServiceAccount {
+        /// Its namespace.
+        namespace: ResourceName,
+        /// Its name.
+        name: ResourceName,
+    },
+    /// A machine.
+    Machine(ResourceName),
+}
+
+/// The ports a guardrail speaks about; "all" is always spelt out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GuardrailPorts {
+    /// All of them.
+    All,
+    /// These; never empty.
+    Only(BTreeSet<u16>),
+}
+
+/// Whom a guardrail denies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GuardrailPeers {
+    /// These; never empty.
+    From(Vec<PeerSelector>),
+    /// Everybody but these; never empty.
+    UnlessFrom(Vec<PeerSelector>),
+}
+
+/// A host with an agent on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Machine {
+    /// Its name; also the name of its node identity.
+    pub name: ResourceName,
+    /// Where its agent takes mesh traffic for processes of the host; may be empty when every
+    /// workload has addresses of its own.
+    pub addresses: BTreeSet<std::net::IpAddr>,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// A process that speaks for the machine itself, if one does.
+    pub workload: Option<Process>,
+}
+
+/// A process on a machine, and the ports it serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// How the kernel tells it apart.
+    pub selector: ProcessSelector,
+    /// The ports it serves; may be empty for a mere client.
+    pub ports: BTreeSet<u16>,
+    /// What happens to traffic that is not allowed.
+    pub mode: Mode,
+}
+
+/// How the kernel tells a process apart.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ProcessSelector {
+    /// The Unix user it runs as.
+    User(String),
+    /// The cgroup it runs in, relative to the root of the cgroup2 tree.
+    Cgroup(String),
+    /// The named network namespace it runs in, and the addresses it has there.
+    NetworkNamespace {
+        /// The name, as of `ip netns`.
+        name: String,
+        /// Never empty.
+        addresses: BTreeSet<std::net::IpAddr>,
+    },
+}
+
+/// A workload outside Kubernetes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Workload {
+    /// Its namespace.
+    pub namespace: ResourceName,
+    /// Its name.
+    pub name: ResourceName,
+    /// What selectors see.
+    pub labels: BTreeMap<String, String>,
+    /// The service account that makes its identity.
+    pub service_account: ResourceName,
+    /// The machine it runs on.
+    pub machine: ResourceName,
+    /// Which process it is there.
+    pub process: Process,
+}
+
+/// One object of a manifest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Object {
+    /// A policy of a destination's owner.
+    AccessPolicy(AccessPolicy),
+    /// A denial that no owner can override.
+    Guardrail(Guardrail),
+    /// A host.
+    Machine(Machine),
+    /// A workload.
+    Workload(Workload),
+}

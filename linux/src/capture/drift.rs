@@ -1,0 +1,217 @@
+//! Whether the kernel still has the rules it was given, told from its own dump of them.
+//!
+//! Every attribute that was sent must come back with the same value. Attributes that were not
+//! sent are not looked at: newer kernels add some of their own. What this cannot see is another
+//! table, with a lower priority number, that takes packets before ours does.
+
+use std::{collections::BTreeMap, fmt};
+
+use netlink_bindings::{
+    nftables::{IterableChainAttrs, Nfgenmsg, Request},
+    utils,
+};
+use netlink_socket2::NetlinkSocket;
+use nix::libc;
+
+use super::{
+    expression::Expression,
+    ruleset::{Chain, Ruleset},
+    transaction::{INET, TABLE},
+};
+use crate::error::{Context, Result};
+
+const ACCEPT: u32 = 1;
+const TABLE_DORMANT: u32 = 1;
+const EXPRESSION_NAME: u16 = 1;
+const EXPRESSION_DATA: u16 = 2;
+
+/// A difference between the rules asked for and those in the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Drift {
+    /// The table is not there.
+    TableMissing,
+    /// The table is there, but switched off.
+    TableDormant,
+    /// A chain is not there.
+    ChainMissing(String),
+    /// A chain nobody asked for is there.
+    ChainUnknown(String),
+    /// A chain's hook, type, priority or policy was changed.
+    ChainAltered(String),
+    /// A chain's rules were added to, removed, reordered or changed.
+    RulesAltered(String),
+    /// The policy routing for the application's answers is missing or overridden.
+    PolicyRoutingMissing,
+}
+
+impl fmt::Display for Drift {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Drift::TableMissing => write!(f, "the table is missing"),
+            Drift::TableDormant => write!(f, "the table is dormant"),
+            Drift::ChainMissing(chain) => write!(f, "the chain {chain} is missing"),
+            Drift::ChainUnknown(chain) => write!(f, "the chain {chain} is not ours"),
+            Drift::ChainAltered(chain) => write!(f, "the chain {chain} has another hook"),
+            Drift::RulesAltered(chain) => write!(f, "the rules of the chain {chain} differ"),
+            Drift::PolicyRoutingMissing => write!(f, "the policy routing is missing"),
+        }
+    }
+}
+
+/// Whether the table exists and works.
+pub(super) fn table() -> Result<Option<Drift>> {
+    let operation = "looking up the capture table";
+    let mut request = Request::new().op_gettable_do(&header());
+    request.encode().push_name(TABLE);
+    let mut socket = NetlinkSocket::new();
+    let mut reply = socket.request(&request).context(operation)?;
+    match reply.recv_one() {
+        Ok((_, attributes)) => {
+            let flags = attributes.get_flags().unwrap_or(0);
+            Ok((flags & TABLE_DORMANT != 0).then_some(Drift::TableDormant))
+        }
+        Err(error) if error.as_io_error().raw_os_error() == Some(libc::ENOENT) => {
+            Ok(Some(Drift::TableMissing))
+        }
+        Err(error) => Err(error).context(operation),
+    }
+}
+
+/// Compares the kernel's chains and rules with `ruleset`.
+pub(super) fn compare(ruleset: &Ruleset) -> Result<Vec<Drift>> {
+    let mut found = match table()? {
+        Some(Drift::TableMissing) => return Ok(vec![Drift::TableMissing]),
+        other => Vec::from_iter(other),
+    };
+    let mut chains = installed_chains()?;
+    let mut rules = installed_rules()?;
+    for expected in &ruleset.chains {
+        let name = || expected.name.clone();
+        match chains.remove(&expected.name) {
+            None => {
+                found.push(Drift::ChainMissing(name()));
+                continue;
+            }
+            Some(installed) if installed != Base::of(expected) => {
+                found.push(Drift::ChainAltered(name()));
+            }
+            Some(_) => {}
+        }
+        if !same_rules(expected, &rules.remove(&expected.name).unwrap_or_default()) {
+            found.push(Drift::RulesAltered(name()));
+        }
+    }
+    found.extend(chains.into_keys().map(Drift::ChainUnknown));
+    Ok(found)
+}
+
+/// What makes a base chain: type, hook, priority and policy; `None` for any other chain.
+#[derive(Debug, PartialEq, Eq)]
+struct Base(Option<(Vec<u8>, u32, i32, u32)>);
+
+impl Base {
+    fn of(chain: &Chain) -> Self {
+        Self(chain.hook.map(|hook| {
+            let kind = hook.kind.name().as_bytes().to_vec();
+            (kind, hook.number, hook.priority, ACCEPT)
+        }))
+    }
+
+    fn installed(attributes: &IterableChainAttrs<'_>) -> Self {
+        let Ok(hook) = attributes.get_hook() else {
+            return Self(None);
+        };
+        Self(Some((
+            attributes
+                .get_type()
+                .map(|kind| kind.to_bytes().to_vec())
+                .unwrap_or_default(),
+            hook.get_num().unwrap_or(u32::MAX),
+            hook.get_priority().unwrap_or(i32::MAX),
+            attributes.get_policy().unwrap_or(u32::MAX),
+        )))
+    }
+}
+
+fn installed_chains() -> Result<BTreeMap<String, Base>> {
+    let operation = "listing the capture chains";
+    let request = Request::new().op_getchain_dump(&header());
+    let mut socket = NetlinkSocket::new();
+    let mut reply = socket.request(&request).context(operation)?;
+    let mut chains = BTreeMap::new();
+    while let Some(answer) = reply.recv() {
+        let (_, chain) = answer.context(operation)?;
+        if chain.get_table() == Ok(TABLE)
+            && let Ok(name) = chain.get_name()
+        {
+            let name = name.to_string_lossy().into_owned();
+            chains.insert(name, Base::installed(&chain));
+        }
+    }
+    Ok(chains)
+}
+
+/// The rules of each chain, in order, as the bytes of their expression lists.
+fn installed_rules() -> Result<BTreeMap<String, Vec<Vec<u8>>>> {
+    let operation = "listing the capture rules";
+    let mut request = Request::new().op_getrule_dump(&header());
+    request.encode().push_table(TABLE);
+    let mut socket = NetlinkSocket::new();
+    let mut reply = socket.request(&request).context(operation)?;
+    let mut rules: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    while let Some(answer) = reply.recv() {
+        let (_, rule) = answer.context(operation)?;
+        if rule.get_table() == Ok(TABLE)
+            && let Ok(chain) = rule.get_chain()
+        {
+            let expressions = rule
+                .get_expressions()
+                .map(|list| list.get_buf().to_vec())
+                .unwrap_or_default();
+            let name = chain.to_string_lossy().into_owned();
+            rules.entry(name).or_default().push(expressions);
+        }
+    }
+    Ok(rules)
+}
+
+fn same_rules(expected: &Chain, installed: &[Vec<u8>]) -> bool {
+    expected.rules.len() == installed.len()
+        && expected
+            .rules
+            .iter()
+            .zip(installed)
+            .all(|(rule, list)| same_expressions(&rule.expressions, list))
+}
+
+fn same_expressions(expected: &[Expression], list: &[u8]) -> bool {
+    let installed: Vec<_> = utils::IterableChunks::new(list).collect();
+    expected.len() == installed.len()
+        && expected.iter().zip(installed).all(|(expected, (_, it))| {
+            let name = utils::find_attr(it, EXPRESSION_NAME)
+                .and_then(|name| name.strip_suffix(&[0]))
+                .unwrap_or_default();
+            let data = utils::find_attr(it, EXPRESSION_DATA).unwrap_or_default();
+            name == expected.name.as_bytes() && contains(data, &expected.attributes)
+        })
+}
+
+/// Whether `installed` has every attribute of `expected`, with the same value.
+fn contains(installed: &[u8], expected: &[u8]) -> bool {
+    utils::IterableChunks::new(expected).all(|(header, value)| {
+        utils::find_attr(installed, header.r#type).is_some_and(|found| {
+            if header.is_nested {
+                contains(found, value)
+            } else {
+                found == value
+            }
+        })
+    })
+}
+
+fn header() -> Nfgenmsg {
+    Nfgenmsg {
+        nfgen_family: INET,
+        ..Default::default()
+    }
+}

@@ -1,0 +1,182 @@
+//! The table's way into the kernel and out of it: one transaction, all or nothing.
+
+use std::ffi::CStr;
+
+use netlink_bindings::{
+    nftables::{Chained, ChainedFinal, Nfgenmsg, PushRuleAttrs, Request},
+    traits::Pusher,
+    utils,
+};
+use netlink_socket2::NetlinkSocket;
+use nix::libc;
+
+use super::ruleset::{Chain, Rule, Ruleset};
+use crate::error::{Context, Result, accept};
+
+/// The one table, of the `inet` family: IPv4 and IPv6 alike.
+pub(super) const TABLE: &CStr = c"hauberk";
+
+/// `NFPROTO_INET` of `linux/netfilter.h`.
+pub(super) const INET: u8 = 1;
+
+const ACCEPT: u32 = 1;
+const EXPRESSION_NAME: u16 = 1;
+const EXPRESSION_DATA: u16 = 2;
+const LIST_ELEMENT: u16 = 1;
+/// `NFTNL_UDATA_TABLE_COMMENT`: what `nft list table` shows as the comment.
+const USERDATA_COMMENT: u8 = 0;
+
+/// Puts the table in place of whatever table of that name there is, in one transaction: a packet
+/// meets either the old rules or the new ones.
+pub(super) fn replace(ruleset: &Ruleset) -> Result<()> {
+    send(replacement(ruleset), "installing the capture rules")
+}
+
+/// Deletes the table, if there is one.
+pub(super) fn delete() -> Result<()> {
+    let mut batch = Batch::begin();
+    batch.delete_table();
+    accept(
+        send(batch.end(), "removing the capture rules"),
+        &[libc::ENOENT],
+    )
+}
+
+fn send(batch: ChainedFinal<'_>, operation: &str) -> Result<()> {
+    let mut socket = NetlinkSocket::new();
+    let mut reply = socket.request_chained(&batch).context(operation)?;
+    reply.recv_all().context(operation)
+}
+
+fn replacement(ruleset: &Ruleset) -> ChainedFinal<'static> {
+    let mut batch = Batch::begin();
+    // Deleting what isn't there would fail the transaction, so it is made first.
+    batch.create_table(ruleset);
+    batch.delete_table();
+    batch.create_table(ruleset);
+    for chain in &ruleset.chains {
+        batch.create_chain(chain);
+    }
+    for chain in &ruleset.chains {
+        for rule in &chain.rules {
+            batch.append_rule(&chain.name, rule);
+        }
+    }
+    batch.end()
+}
+
+struct Batch {
+    messages: Chained<'static>,
+    header: Nfgenmsg,
+}
+
+impl Batch {
+    fn begin() -> Self {
+        let mut batch = Self {
+            messages: Chained::new(1),
+            header: Nfgenmsg {
+                nfgen_family: INET,
+                ..Default::default()
+            },
+        };
+        drop(batch.messages.request().op_batch_begin_do(&subsystem()));
+        batch
+    }
+
+    fn end(mut self) -> ChainedFinal<'static> {
+        drop(self.messages.request().op_batch_end_do(&subsystem()));
+        self.messages.finalize()
+    }
+
+    fn create(&mut self) -> Request<'_> {
+        self.messages.request().set_create()
+    }
+
+    fn create_table(&mut self, ruleset: &Ruleset) {
+        let header = self.header.clone();
+        let comment = comment(&format!("hauberk {:016x}", ruleset.fingerprint()));
+        self.create()
+            .op_newtable_do(&header)
+            .encode()
+            .push_name(TABLE)
+            .push_userdata(&comment);
+    }
+
+    fn delete_table(&mut self) {
+        let header = self.header.clone();
+        self.messages
+            .request()
+            .op_deltable_do(&header)
+            .encode()
+            .push_name(TABLE);
+    }
+
+    fn create_chain(&mut self, chain: &Chain) {
+        let header = self.header.clone();
+        let mut request = self.create().op_newchain_do(&header);
+        let attributes = request
+            .encode()
+            .push_table(TABLE)
+            .push_name_bytes(chain.name.as_bytes());
+        if let Some(hook) = chain.hook {
+            attributes
+                .nested_hook()
+                .push_num(hook.number)
+                .push_priority(hook.priority)
+                .end_nested()
+                .push_type_bytes(hook.kind.name().as_bytes())
+                .push_policy(ACCEPT);
+        }
+    }
+
+    fn append_rule(&mut self, chain: &str, rule: &Rule) {
+        let header = self.header.clone();
+        let mut request = self.create().set_append().op_newrule_do(&header);
+        let attributes = request
+            .encode()
+            .push_table(TABLE)
+            .push_chain_bytes(chain.as_bytes());
+        push_expressions(attributes, rule);
+    }
+}
+
+fn push_expressions<P: Pusher>(attributes: PushRuleAttrs<P>, rule: &Rule) {
+    let mut list = attributes.nested_expressions();
+    for expression in &rule.expressions {
+        // The bindings have no types for `redir` and `socket`; this does for all alike.
+        let message = list.as_vec_mut();
+        let element = utils::push_nested_header(message, LIST_ELEMENT);
+        let name = utils::push_header(message, EXPRESSION_NAME, 0);
+        message.extend(expression.name.as_bytes());
+        message.push(0);
+        set_length(message, name);
+        utils::align(message);
+        let data = utils::push_nested_header(message, EXPRESSION_DATA);
+        message.extend(&expression.attributes);
+        utils::finalize_nested_header(message, data);
+        utils::finalize_nested_header(message, element);
+    }
+}
+
+/// Writes an attribute's length without the padding that follows it.
+fn set_length(message: &mut [u8], offset: usize) {
+    let length = u16::try_from(message.len() - offset).unwrap_or(u16::MAX);
+    if let Some(field) = message.get_mut(offset..offset + 2) {
+        field.copy_from_slice(&length.to_ne_bytes());
+    }
+}
+
+fn subsystem() -> Nfgenmsg {
+    // NFNL_SUBSYS_NFTABLES, in network order as its name says.
+    let mut header = Nfgenmsg::new();
+    header.set_res_id(10);
+    header
+}
+
+fn comment(text: &str) -> Vec<u8> {
+    let length = u8::try_from(text.len() + 1).unwrap_or(u8::MAX);
+    let mut userdata = vec![USERDATA_COMMENT, length];
+    userdata.extend(text.as_bytes());
+    userdata.push(0);
+    userdata
+}

@@ -1,0 +1,106 @@
+//! The only TLS configurations in Hauberk. Built once for an identity; credentials and bundles are
+//! swapped inside them.
+
+use std::sync::{Arc, OnceLock};
+
+use rustls::{
+    ClientConfig, Error, ServerConfig,
+    client::Resumption,
+    crypto::CryptoProvider,
+    server::{NoServerSessionStorage, ResolvesServerCert},
+    version::TLS13,
+};
+
+use crate::{
+    CredentialSlot, TrustSlot,
+    verify::{ClientVerifier, ServerTrust, ServerVerifier},
+};
+
+/// aws-lc-rs with the hybrid X25519MLKEM768 first.
+pub fn provider() -> &'static Arc<CryptoProvider> {
+    static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
+    PROVIDER.get_or_init(|| Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+}
+
+/// A server that takes only clients with a valid SVID of the trust domain.
+///
+/// # Errors
+/// If rustls does not take the configuration.
+pub fn server_config(
+    resolver: Arc<dyn ResolvesServerCert>,
+    trust: Arc<TrustSlot>,
+    alpn: &[u8],
+) -> Result<ServerConfig, Error> {
+    server(resolver, trust, alpn, true)
+}
+
+/// A server that also takes clients without a certificate, as joining machines are. Whoever serves
+/// with it must ask for the certificate itself in every call but the one to join.
+///
+/// # Errors
+/// If rustls does not take the configuration.
+pub fn shared_server_config(
+    resolver: Arc<dyn ResolvesServerCert>,
+    trust: Arc<TrustSlot>,
+    alpn: &[u8],
+) -> Result<ServerConfig, Error> {
+    server(resolver, trust, alpn, false)
+}
+
+fn server(
+    resolver: Arc<dyn ResolvesServerCert>,
+    trust: Arc<TrustSlot>,
+    alpn: &[u8],
+    mandatory: bool,
+) -> Result<ServerConfig, Error> {
+    let mut config = ServerConfig::builder_with_provider(provider().clone())
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(Arc::new(ClientVerifier { trust, mandatory }))
+        .with_cert_resolver(resolver);
+    config.alpn_protocols = vec![alpn.to_vec()];
+    // rustls restores a client's chain from a ticket without verifying it again.
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.max_early_data_size = 0;
+    Ok(config)
+}
+
+/// A client that shows the credential of `slot`, and takes only the exact identity whose
+/// [`server name`](hauberk_core::identity::SpiffeId::server_name) it asks for.
+///
+/// # Errors
+/// If rustls does not take the configuration.
+pub fn client_config(
+    slot: Arc<CredentialSlot>,
+    trust: Arc<TrustSlot>,
+    alpn: &[u8],
+) -> Result<ClientConfig, Error> {
+    let mut config = client(ServerTrust::Bundle(trust))?.with_client_cert_resolver(slot);
+    finish(&mut config, alpn);
+    Ok(config)
+}
+
+/// A client without a credential that takes only a control plane under the root with this SHA-256.
+///
+/// # Errors
+/// If rustls does not take the configuration.
+pub fn join_client_config(root_sha256: [u8; 32], alpn: &[u8]) -> Result<ClientConfig, Error> {
+    let mut config = client(ServerTrust::PinnedRoot(root_sha256))?.with_no_client_auth();
+    finish(&mut config, alpn);
+    Ok(config)
+}
+
+fn client(
+    trust: ServerTrust,
+) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>, Error> {
+    Ok(ClientConfig::builder_with_provider(provider().clone())
+        .with_protocol_versions(&[&TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(ServerVerifier(trust))))
+}
+
+fn finish(config: &mut ClientConfig, alpn: &[u8]) {
+    config.alpn_protocols = vec![alpn.to_vec()];
+    config.resumption = Resumption::disabled();
+    config.enable_early_data = false;
+}

@@ -1,0 +1,33 @@
+//! The lock: rustls with SPIFFE rules. Keys and signing requests, credentials that can be swapped
+//! while connections use them, verifiers that hand out proof, and the only TLS configurations in
+//! Hauberk: TLS 1.3, mutual, no resumption.
+//!
+//! No sockets and no policy here.
+
+mod config;
+mod credential;
+mod failure;
+pub mod files;
+mod keys;
+mod reauthenticate;
+mod trust;
+mod verify;
+
+pub use config::{client_config, join_client_config, provider, server_config, shared_server_config};
+pub use credential::{ByServerName, Credential, CredentialError, CredentialSlot};
+pub use failure::{HandshakeFailure, reason_of};
+pub use keys::{KeyError, PrivateKey, signing_request};
+pub use reauthenticate::{ReauthenticateError, exporter, prove, verify_proof};
+pub use trust::{TrustBundle, TrustError, TrustSlot, sha256};
+pub use verify::{PeerError, VerifyError, peer_of, verify_chain};
+
+/// The present, as the core wants it. Only adapters and shells call this.
+#[must_use]
+pub fn now() -> hauberk_core::time::Timestamp {
+    timestamp(rustls_pki_types::UnixTime::now())
+}
+
+fn timestamp(time: rustls_pki_types::UnixTime) -> hauberk_core::time::Timestamp {
+    let millis = time.as_secs().saturating_mul(1000);
+    hauberk_core::time::Timestamp::from_unix_millis(i64::try_from(millis).unwrap_or(i64::MAX))
+}

@@ -1,0 +1,125 @@
+//! Trust bundles: the roots of a trust domain.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use hauberk_core::{identity::TrustDomain, svid, time::Timestamp};
+use rustls_pki_types::{CertificateDer, TrustAnchor};
+
+/// The roots of one trust domain. Never empty, never merged with another domain's.
+#[derive(Debug, Clone)]
+pub struct TrustBundle {
+    trust_domain: TrustDomain,
+    roots: Vec<CertificateDer<'static>>,
+    anchors: Vec<TrustAnchor<'static>>,
+    first_expiry: Option<Timestamp>,
+}
+
+/// Roots that cannot be trusted.
+#[derive(Debug, thiserror::Error)]
+pub enum TrustError {
+    /// A bundle without roots would trust nobody; one is refused rather than kept.
+    #[error("the trust bundle has no root")]
+    Empty,
+    /// A root is not a certificate that webpki can anchor.
+    #[error("read root {number} of the trust bundle")]
+    Anchor {
+        /// Its place, from 1.
+        number: usize,
+        /// What webpki says.
+        #[source]
+        source: webpki::Error,
+    },
+    /// A root is not fit to be one.
+    #[error("root {number} of the trust bundle is not a certificate authority")]
+    Unfit {
+        /// Its place, from 1.
+        number: usize,
+        /// Which rule it breaks.
+        #[source]
+        source: svid::SvidError,
+    },
+}
+
+impl TrustBundle {
+    /// Checks each root and keeps them.
+    ///
+    /// # Errors
+    /// If there is none, or one is unreadable, unfit or expired at `now`.
+    pub fn new(
+        trust_domain: TrustDomain,
+        roots: Vec<CertificateDer<'static>>,
+        now: Timestamp,
+    ) -> Result<Self, TrustError> {
+        if roots.is_empty() {
+            return Err(TrustError::Empty);
+        }
+        let mut anchors = Vec::with_capacity(roots.len());
+        let mut first_expiry = None;
+        for (place, root) in roots.iter().enumerate() {
+            let number = place + 1;
+            let facts = svid::check_root(root, now)
+                .map_err(|source| TrustError::Unfit { number, source })?;
+            let end = facts.not_after();
+            first_expiry = Some(first_expiry.map_or(end, |first: Timestamp| first.min(end)));
+            let anchor = webpki::anchor_from_trusted_cert(root)
+                .map_err(|source| TrustError::Anchor { number, source })?;
+            anchors.push(anchor.to_owned());
+        }
+        Ok(Self { trust_domain, roots, anchors, first_expiry })
+    }
+
+    /// Whose roots they are.
+    #[must_use]
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    /// The roots, DER.
+    #[must_use]
+    pub fn roots(&self) -> &[CertificateDer<'static>] {
+        &self.roots
+    }
+
+    /// When the first of the roots ends.
+    #[must_use]
+    pub fn first_expiry(&self) -> Option<Timestamp> {
+        self.first_expiry
+    }
+
+    pub(crate) fn anchors(&self) -> &[TrustAnchor<'static>] {
+        &self.anchors
+    }
+}
+
+/// A trust bundle that can be replaced while connections are being verified.
+#[derive(Debug)]
+pub struct TrustSlot(ArcSwap<TrustBundle>);
+
+impl TrustSlot {
+    /// A slot with its first bundle.
+    #[must_use]
+    pub fn new(bundle: TrustBundle) -> Arc<Self> {
+        Arc::new(Self(ArcSwap::from_pointee(bundle)))
+    }
+
+    /// The bundle in force.
+    #[must_use]
+    pub fn load(&self) -> Arc<TrustBundle> {
+        self.0.load_full()
+    }
+
+    /// Puts another bundle in force for every verification from now on.
+    pub fn store(&self, bundle: TrustBundle) {
+        self.0.store(Arc::new(bundle));
+    }
+}
+
+/// SHA-256, as used to pin a root.
+#[must_use]
+pub fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
+    let mut out = [0; 32];
+    out.copy_from_slice(digest.as_ref());
+    out
+}
