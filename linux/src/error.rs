@@ -97,10 +97,7 @@ pub(crate) trait Context<T> {
 
 impl<T> Context<T> for io::Result<T> {
     fn context(self, operation: impl Into<String>) -> Result<T> {
-        self.map_err(|source| Error::System {
-            operation: operation.into(),
-            source,
-        })
+        self.map_err(|source| Error::System { operation: operation.into(), source })
     }
 }
 
@@ -112,10 +109,7 @@ impl<T> Context<T> for nix::Result<T> {
 
 impl<T> Context<T> for std::result::Result<T, ReplyError> {
     fn context(self, operation: impl Into<String>) -> Result<T> {
-        self.map_err(|source| Error::Netlink {
-            operation: operation.into(),
-            source,
-        })
+        self.map_err(|source| Error::Netlink { operation: operation.into(), source })
     }
 }
 

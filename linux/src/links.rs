@@ -36,6 +36,9 @@ const IFLA_INFO_DATA: u16 = 2;
 /// `IFA_F_NODAD`: the address is usable at once, not after a second of probing.
 const IFA_F_NODAD: u8 = 0x02;
 
+/// `RTM_F_LOOKUP_TABLE`: answer with the table that matched; IPv4 says "main" otherwise.
+const RTM_F_LOOKUP_TABLE: u32 = 0x1000;
+
 /// `RT_SCOPE_HOST` and `RT_SCOPE_UNIVERSE`.
 const SCOPE_HOST: u8 = 254;
 const SCOPE_UNIVERSE: u8 = 0;
@@ -77,15 +80,9 @@ pub fn if_index(name: &str) -> Result<u32> {
 /// Makes a bridge.
 pub fn create_bridge(name: &str) -> Result<()> {
     let ifname = interface_name(name)?;
-    let mut request = rt_link::Request::new()
-        .set_create()
-        .set_excl()
-        .op_newlink_do(&rt_link::Ifinfomsg::new());
-    request
-        .encode()
-        .push_ifname(&ifname)
-        .nested_linkinfo()
-        .push_kind(c"bridge");
+    let mut request =
+        rt_link::Request::new().set_create().set_excl().op_newlink_do(&rt_link::Ifinfomsg::new());
+    request.encode().push_ifname(&ifname).nested_linkinfo().push_kind(c"bridge");
     send(&request, || format!("creating the bridge {name}"))
 }
 
@@ -98,19 +95,11 @@ pub fn create_veth(name: &str, peer_name: &str, peer_netns: &Netns) -> Result<()
         .context(operation())?;
 
     let mut peer = rt_link::Ifinfomsg::new().as_slice().to_vec();
-    rt_link::PushLinkAttrs::new(&mut peer)
-        .push_ifname(&peer_ifname)
-        .push_net_ns_fd(peer_fd);
+    rt_link::PushLinkAttrs::new(&mut peer).push_ifname(&peer_ifname).push_net_ns_fd(peer_fd);
 
-    let mut request = rt_link::Request::new()
-        .set_create()
-        .set_excl()
-        .op_newlink_do(&rt_link::Ifinfomsg::new());
-    let mut info = request
-        .encode()
-        .push_ifname(&ifname)
-        .nested_linkinfo()
-        .push_kind(c"veth");
+    let mut request =
+        rt_link::Request::new().set_create().set_excl().op_newlink_do(&rt_link::Ifinfomsg::new());
+    let mut info = request.encode().push_ifname(&ifname).nested_linkinfo().push_kind(c"veth");
     let message = info.as_vec_mut();
     let data = utils::push_nested_header(message, IFLA_INFO_DATA);
     let peer_info = utils::push_nested_header(message, VETH_INFO_PEER);
@@ -136,10 +125,7 @@ pub fn set_up(name: &str) -> Result<()> {
 
 /// Makes an interface a port of a bridge.
 pub fn attach(name: &str, bridge: &str) -> Result<()> {
-    let header = rt_link::Ifinfomsg {
-        ifi_index: signed_index(name)?,
-        ..Default::default()
-    };
+    let header = rt_link::Ifinfomsg { ifi_index: signed_index(name)?, ..Default::default() };
     let master = if_index(bridge)?;
     let mut request = rt_link::Request::new().op_newlink_do(&header);
     request.encode().push_master(master);
@@ -148,10 +134,7 @@ pub fn attach(name: &str, bridge: &str) -> Result<()> {
 
 /// Deletes an interface; of a veth pair, both ends.
 pub fn delete(name: &str) -> Result<()> {
-    let header = rt_link::Ifinfomsg {
-        ifi_index: signed_index(name)?,
-        ..Default::default()
-    };
+    let header = rt_link::Ifinfomsg { ifi_index: signed_index(name)?, ..Default::default() };
     let request = rt_link::Request::new().op_dellink_do(&header);
     send(&request, || format!("deleting the interface {name}"))
 }
@@ -165,10 +148,7 @@ pub fn add_address(name: &str, address: IpAddr, prefix: u8) -> Result<()> {
         ifa_flags: if address.is_ipv6() { IFA_F_NODAD } else { 0 },
         ifa_scope: SCOPE_UNIVERSE,
     };
-    let mut request = rt_addr::Request::new()
-        .set_create()
-        .set_excl()
-        .op_newaddr_do(&header);
+    let mut request = rt_addr::Request::new().set_create().set_excl().op_newaddr_do(&header);
     request.encode().push_local(address).push_address(address);
     send(&request, || format!("adding {address}/{prefix} to {name}"))
 }
@@ -184,18 +164,13 @@ pub fn add_route(destination: IpAddr, prefix: u8, via: IpAddr) -> Result<()> {
         rtm_type: libc::RTN_UNICAST,
         ..Default::default()
     };
-    let mut request = rt_route::Request::new()
-        .set_create()
-        .set_excl()
-        .op_newroute_do(&header);
+    let mut request = rt_route::Request::new().set_create().set_excl().op_newroute_do(&header);
     let mut attributes = request.encode().push_gateway(via);
     if prefix > 0 {
         attributes = attributes.push_dst(destination);
     }
     drop(attributes);
-    send(&request, || {
-        format!("adding a route to {destination}/{prefix} through {via}")
-    })
+    send(&request, || format!("adding a route to {destination}/{prefix} through {via}"))
 }
 
 /// Adds a default route through the gateway `via`.
@@ -207,14 +182,10 @@ pub fn add_default_route(via: IpAddr) -> Result<()> {
 /// this namespace's own.
 pub fn add_local_route(family: Family, table: u32) -> Result<()> {
     let lo = if_index("lo")?;
-    let mut request = rt_route::Request::new()
-        .set_create()
-        .set_excl()
-        .op_newroute_do(&local_route(family));
+    let mut request =
+        rt_route::Request::new().set_create().set_excl().op_newroute_do(&local_route(family));
     request.encode().push_table(table).push_oif(lo);
-    send(&request, || {
-        format!("adding the local {family:?} route to table {table}")
-    })
+    send(&request, || format!("adding the local {family:?} route to table {table}"))
 }
 
 /// Deletes what [`add_local_route`] added; fails with `ESRCH` when there is none.
@@ -222,9 +193,7 @@ pub fn delete_local_route(family: Family, table: u32) -> Result<()> {
     let lo = if_index("lo")?;
     let mut request = rt_route::Request::new().op_delroute_do(&local_route(family));
     request.encode().push_table(table).push_oif(lo);
-    send(&request, || {
-        format!("deleting the local {family:?} route from table {table}")
-    })
+    send(&request, || format!("deleting the local {family:?} route from table {table}"))
 }
 
 /// A policy rule: packets with this mark are routed by this table.
@@ -240,10 +209,8 @@ pub struct MarkRule {
 
 /// Adds `ip rule fwmark`; fails with `EEXIST` when it is there already.
 pub fn add_mark_rule(family: Family, rule: MarkRule) -> Result<()> {
-    let mut request = rt_rule::Request::new()
-        .set_create()
-        .set_excl()
-        .op_newrule_do(&rule_header(family));
+    let mut request =
+        rt_rule::Request::new().set_create().set_excl().op_newrule_do(&rule_header(family));
     push_rule(request.encode(), rule);
     send(&request, || format!("adding the {family:?} policy rule {rule:?}"))
 }
@@ -252,9 +219,7 @@ pub fn add_mark_rule(family: Family, rule: MarkRule) -> Result<()> {
 pub fn delete_mark_rule(family: Family, rule: MarkRule) -> Result<()> {
     let mut request = rt_rule::Request::new().op_delrule_do(&rule_header(family));
     push_rule(request.encode(), rule);
-    send(&request, || {
-        format!("deleting the {family:?} policy rule {rule:?}")
-    })
+    send(&request, || format!("deleting the {family:?} policy rule {rule:?}"))
 }
 
 /// Whether a packet with `mark` to `destination` would be delivered locally by `table`: asks the
@@ -263,6 +228,7 @@ pub fn mark_is_local(destination: IpAddr, mark: u32, table: u32) -> Result<bool>
     let header = rt_route::Rtmsg {
         rtm_family: Family::of(destination).number(),
         rtm_dst_len: if destination.is_ipv4() { 32 } else { 128 },
+        rtm_flags: RTM_F_LOOKUP_TABLE,
         ..Default::default()
     };
     let mut request = rt_route::Request::new().op_getroute_do(&header);
@@ -276,7 +242,9 @@ pub fn mark_is_local(destination: IpAddr, mark: u32, table: u32) -> Result<bool>
             Ok(route.rtm_type == libc::RTN_LOCAL && attributes.get_table().ok() == Some(table))
         }
         Err(error) => match error.as_io_error().raw_os_error() {
+            // No route, or a rule or route that says unreachable, prohibit, blackhole.
             Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ESRCH) => Ok(false),
+            Some(libc::EACCES | libc::EINVAL) => Ok(false),
             _ => Err(error).context(operation()),
         },
     }
@@ -305,9 +273,7 @@ fn send<R: netlink_bindings::traits::NetlinkRequest>(
 }
 
 fn interface_name(name: &str) -> Result<CString> {
-    let invalid = || Error::InvalidInterfaceName {
-        name: name.to_owned(),
-    };
+    let invalid = || Error::InvalidInterfaceName { name: name.to_owned() };
     if name.is_empty() || name.len() > INTERFACE_NAME_MAX {
         return Err(invalid());
     }

@@ -49,9 +49,7 @@ impl Netns {
         match netns.run(|| ()) {
             // The kernel compares the file's namespace type with the one asked for.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                Err(Error::NotANetworkNamespace {
-                    path: path.to_owned(),
-                })
+                Err(Error::NotANetworkNamespace { path: path.to_owned() })
             }
             Err(error) => Err(error),
             Ok(()) => Ok(netns),
@@ -100,15 +98,10 @@ impl Netns {
             .context(opening())?;
         let kind = fstatfs(&file).context(opening())?;
         if kind.filesystem_type() != NSFS_MAGIC {
-            return Err(Error::NotANetworkNamespace {
-                path: path.to_owned(),
-            });
+            return Err(Error::NotANetworkNamespace { path: path.to_owned() });
         }
         let inode = file.metadata().context(opening())?.ino();
-        Ok(Self {
-            file: Arc::new(file),
-            inode,
-        })
+        Ok(Self { file: Arc::new(file), inode })
     }
 
     /// Moves the calling thread in, for good: only for threads that end with the work.
@@ -165,11 +158,7 @@ impl NetnsWorker {
                 }
             })
             .context(format!("starting the namespace thread {name}"))?;
-        let worker = Self {
-            name: name.to_owned(),
-            tasks,
-            netns: netns.clone(),
-        };
+        let worker = Self { name: name.to_owned(), tasks, netns: netns.clone() };
         match entry.recv() {
             Ok(result) => result.map(|()| worker),
             Err(mpsc::RecvError) => Err(worker.ended()),
@@ -188,9 +177,7 @@ impl NetnsWorker {
             // The caller waits below, unless its own thread is unwinding.
             answer.send(task()).ok();
         })?;
-        result.recv().map_err(|_| Error::TaskPanicked {
-            name: self.name.clone(),
-        })
+        result.recv().map_err(|_| Error::TaskPanicked { name: self.name.clone() })
     }
 
     /// Sends `task` to the namespace and returns at once.
@@ -199,9 +186,7 @@ impl NetnsWorker {
     }
 
     fn ended(&self) -> Error {
-        Error::WorkerEnded {
-            name: self.name.clone(),
-        }
+        Error::WorkerEnded { name: self.name.clone() }
     }
 }
 

@@ -12,6 +12,7 @@ use std::{
     fs::File,
     io::{self, BufWriter, Write},
     net::SocketAddr,
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -27,7 +28,6 @@ use nix::{
     sys::socket::{LinkAddr, recvfrom},
 };
 use socket2::{Domain, Protocol, Socket, Type};
-use std::os::fd::AsRawFd;
 
 pub use flows::{Flow, Handshake};
 
@@ -60,11 +60,7 @@ pub struct CaptureOptions {
 
 impl Default for CaptureOptions {
     fn default() -> Self {
-        Self {
-            interface: Interface::All,
-            file: PcapFile::None,
-            payload_limit: 64 * 1024 * 1024,
-        }
+        Self { interface: Interface::All, file: PcapFile::None, payload_limit: 64 * 1024 * 1024 }
     }
 }
 
@@ -119,10 +115,7 @@ impl PacketCapture {
             .name("packets".to_owned())
             .spawn(move || recorder.run())
             .context("starting the packet capture thread")?;
-        Ok(Self {
-            stop,
-            thread: Some(thread),
-        })
+        Ok(Self { stop, thread: Some(thread) })
     }
 
     /// Reads what is still waiting, ends the capture and hands over what was seen.
@@ -130,9 +123,7 @@ impl PacketCapture {
         self.stop.store(true, Ordering::Relaxed);
         match self.thread.take().map(JoinHandle::join) {
             Some(Ok(result)) => result,
-            Some(Err(_)) | None => Err(Error::TaskPanicked {
-                name: "packets".to_owned(),
-            }),
+            Some(Err(_)) | None => Err(Error::TaskPanicked { name: "packets".to_owned() }),
         }
     }
 }
@@ -255,19 +246,14 @@ struct Pcap {
 impl Pcap {
     fn create(path: &Path) -> Result<Self> {
         let file = File::create(path).context(format!("creating {}", path.display()))?;
-        let mut pcap = Self {
-            path: path.to_owned(),
-            file: BufWriter::new(file),
-        };
+        let mut pcap = Self { path: path.to_owned(), file: BufWriter::new(file) };
         pcap.put(&pcap_header())?;
         Ok(pcap)
     }
 
     fn write(&mut self, frame: &[u8]) -> Result<()> {
         // Seconds wrap in 2106, as the format has it.
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let seconds = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
         let length = u32::try_from(frame.len()).unwrap_or(u32::MAX);
         let fields = [seconds, now.subsec_micros(), length, length];

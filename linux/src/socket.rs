@@ -74,9 +74,7 @@ pub fn original_destination(socket: &impl AsFd) -> io::Result<SocketAddr> {
         Some(IpAddr::V6(_)) => socket.original_dst_v6()?,
         None => return Err(io::Error::from(io::ErrorKind::Unsupported)),
     };
-    destination
-        .as_socket()
-        .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+    destination.as_socket().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
 }
 
 /// A socket for dialling `destination`: non-blocking, close-on-exec, and with [`MARK`], so the
@@ -138,11 +136,8 @@ pub fn reset_on_close(socket: &impl AsFd) -> io::Result<()> {
 
 fn stream_socket(address: SocketAddr) -> io::Result<Socket> {
     // socket2 sets close-on-exec itself.
-    let socket = Socket::new(
-        Domain::for_address(canonical(address)),
-        Type::STREAM,
-        Some(Protocol::TCP),
-    )?;
+    let socket =
+        Socket::new(Domain::for_address(canonical(address)), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
     Ok(socket)
 }

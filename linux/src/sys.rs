@@ -28,9 +28,5 @@ pub(crate) fn packet_drops(socket: &impl AsFd) -> io::Result<u32> {
             &raw mut length,
         )
     };
-    if result == 0 {
-        Ok(statistics[1])
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if result == 0 { Ok(statistics[1]) } else { Err(io::Error::last_os_error()) }
 }

@@ -5,6 +5,8 @@
 //! workspace. It refuses to be a reason for a connection to wait: nothing here blocks a caller
 //! on a disk, a pipe or a slow reader.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot go on should panic"))]
+
 pub mod fields;
 pub mod health;
 pub mod log;

@@ -164,9 +164,9 @@ impl Maker<'_> {
 
 /// Seconds, 100 µs to 10 s: a handshake on one machine is near the start, one that is near the
 /// end is about to be given up.
-const LATENCY_BUCKETS: [f64; 15] = [
+const LATENCY_BUCKETS: [f64; 16] = [
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
-    10.0,
+    5.0, 10.0,
 ];
 
 /// Resolves children of a histogram up front, for a label from a closed set.

@@ -111,6 +111,16 @@ fn a_forgotten_workload_is_in_no_series() {
 }
 
 #[test]
+fn a_state_restored_from_disk_keeps_its_age_and_is_no_update() {
+    let metrics = AgentMetrics::new().unwrap();
+    metrics.policy_restored(7, UNIX_EPOCH + Duration::from_secs(1_795_000_000));
+    let page = exposition(metrics.registry());
+    assert!(page.contains("hauberk_policy_revision 7\n"), "{page}");
+    assert!(page.contains("hauberk_policy_last_good_timestamp_seconds 1795000000\n"), "{page}");
+    assert!(page.contains("hauberk_policy_updates_total{result=\"success\"} 0\n"), "{page}");
+}
+
+#[test]
 fn a_connection_counts_as_open_until_it_is_dropped() {
     let metrics = AgentMetrics::new().unwrap();
     let open = metrics.connection_opened(Direction::Outbound);

@@ -303,7 +303,8 @@ fn a_stuck_reader_loses_exactly_what_is_counted_and_blocks_nobody() {
         move || {
             let pipe = fs::File::open(path_to_read).unwrap();
             let _wait = reading.lock();
-            BufReader::new(pipe).lines().map(|line| RecordLine::parse(&line.unwrap())).count()
+            let lines = BufReader::new(pipe).lines();
+            lines.map(|line| RecordLine::parse(&line.unwrap()).unwrap()).count()
         }
     });
     let lost = lost_counter();

@@ -1,1 +1,4 @@
-//! End-to-end tests and their harness
+//! The harness of the end-to-end tests: a mesh of two machines and three workloads in network
+//! namespaces, with the real control plane and the real agents.
+
+pub mod mesh;

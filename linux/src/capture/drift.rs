@@ -122,10 +122,7 @@ impl Base {
             return Self(None);
         };
         Self(Some((
-            attributes
-                .get_type()
-                .map(|kind| kind.to_bytes().to_vec())
-                .unwrap_or_default(),
+            attributes.get_type().map(|kind| kind.to_bytes().to_vec()).unwrap_or_default(),
             hook.get_num().unwrap_or(u32::MAX),
             hook.get_priority().unwrap_or(i32::MAX),
             attributes.get_policy().unwrap_or(u32::MAX),
@@ -164,10 +161,8 @@ fn installed_rules() -> Result<BTreeMap<String, Vec<Vec<u8>>>> {
         if rule.get_table() == Ok(TABLE)
             && let Ok(chain) = rule.get_chain()
         {
-            let expressions = rule
-                .get_expressions()
-                .map(|list| list.get_buf().to_vec())
-                .unwrap_or_default();
+            let expressions =
+                rule.get_expressions().map(|list| list.get_buf().to_vec()).unwrap_or_default();
             let name = chain.to_string_lossy().into_owned();
             rules.entry(name).or_default().push(expressions);
         }
@@ -200,18 +195,11 @@ fn same_expressions(expected: &[Expression], list: &[u8]) -> bool {
 fn contains(installed: &[u8], expected: &[u8]) -> bool {
     utils::IterableChunks::new(expected).all(|(header, value)| {
         utils::find_attr(installed, header.r#type).is_some_and(|found| {
-            if header.is_nested {
-                contains(found, value)
-            } else {
-                found == value
-            }
+            if header.is_nested { contains(found, value) } else { found == value }
         })
     })
 }
 
 fn header() -> Nfgenmsg {
-    Nfgenmsg {
-        nfgen_family: INET,
-        ..Default::default()
-    }
+    Nfgenmsg { nfgen_family: INET, ..Default::default() }
 }

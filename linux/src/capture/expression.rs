@@ -90,10 +90,7 @@ pub(super) fn cgroup(level: u32, id: u64) -> Vec<Expression> {
     push_u32(&mut attributes, SOCKET_KEY, SOCKET_CGROUPV2);
     push_u32(&mut attributes, SOCKET_DREG, REG);
     push_u32(&mut attributes, SOCKET_LEVEL, level);
-    let load = Expression {
-        name: "socket",
-        attributes,
-    };
+    let load = Expression { name: "socket", attributes };
     vec![load, compare(Is::Equal, &id.to_ne_bytes())]
 }
 
@@ -106,11 +103,7 @@ pub(super) fn opening() -> Vec<Expression> {
     const FLAGS: u8 = 13;
     const FIN_SYN_RST_ACK: u8 = 0x17;
     const SYN: u8 = 0x02;
-    vec![
-        transport(FLAGS.into(), 1),
-        and(&[FIN_SYN_RST_ACK]),
-        compare(Is::Equal, &[SYN]),
-    ]
+    vec![transport(FLAGS.into(), 1), and(&[FIN_SYN_RST_ACK]), compare(Is::Equal, &[SYN])]
 }
 
 /// The destination is one of this namespace's addresses, whatever the interface.
@@ -122,10 +115,7 @@ pub(super) fn to_this_host() -> Vec<Expression> {
             .push_result(FIB_RESULT_ADDRTYPE)
             .push_flags(FIB_F_DADDR),
     );
-    let load = Expression {
-        name: "fib",
-        attributes,
-    };
+    let load = Expression { name: "fib", attributes };
     vec![load, compare(Is::Equal, &RTN_LOCAL.to_ne_bytes())]
 }
 
@@ -148,29 +138,15 @@ pub(super) fn connection_mark(value: u32) -> Vec<Expression> {
 
 pub(super) fn set_connection_mark(value: u32) -> Vec<Expression> {
     let mut attributes = Vec::new();
-    drop(
-        PushExprCtAttrs::new(&mut attributes)
-            .push_key(CT_MARK)
-            .push_sreg(REG),
-    );
-    let store = Expression {
-        name: "ct",
-        attributes,
-    };
+    drop(PushExprCtAttrs::new(&mut attributes).push_key(CT_MARK).push_sreg(REG));
+    let store = Expression { name: "ct", attributes };
     vec![load_constant(&value.to_ne_bytes()), store]
 }
 
 pub(super) fn set_mark(value: u32) -> Vec<Expression> {
     let mut attributes = Vec::new();
-    drop(
-        PushExprMetaAttrs::new(&mut attributes)
-            .push_key(META_MARK)
-            .push_sreg(REG),
-    );
-    let store = Expression {
-        name: "meta",
-        attributes,
-    };
+    drop(PushExprMetaAttrs::new(&mut attributes).push_key(META_MARK).push_sreg(REG));
+    let store = Expression { name: "meta", attributes };
     vec![load_constant(&value.to_ne_bytes()), store]
 }
 
@@ -178,24 +154,15 @@ pub(super) fn redirect_to(port: u16) -> Vec<Expression> {
     let mut attributes = Vec::new();
     push_u32(&mut attributes, REDIR_REG_PROTO_MIN, REG);
     push_u32(&mut attributes, REDIR_REG_PROTO_MAX, REG);
-    let redirect = Expression {
-        name: "redir",
-        attributes,
-    };
+    let redirect = Expression { name: "redir", attributes };
     vec![load_constant(&port.to_be_bytes()), redirect]
 }
 
 /// Answers with a TCP reset.
 pub(super) fn reset() -> Vec<Expression> {
     let mut attributes = Vec::new();
-    drop(
-        PushExprRejectAttrs::new(&mut attributes)
-            .push_type(REJECT_TCP_RST),
-    );
-    vec![Expression {
-        name: "reject",
-        attributes,
-    }]
+    drop(PushExprRejectAttrs::new(&mut attributes).push_type(REJECT_TCP_RST));
+    vec![Expression { name: "reject", attributes }]
 }
 
 /// Leaves the chain; in a base chain, the packet passes on as it is.
@@ -208,10 +175,7 @@ pub(super) fn pass() -> Vec<Expression> {
             .nested_verdict()
             .push_code(VERDICT_RETURN),
     );
-    vec![Expression {
-        name: "immediate",
-        attributes,
-    }]
+    vec![Expression { name: "immediate", attributes }]
 }
 
 pub(super) fn goto(chain: &str) -> Vec<Expression> {
@@ -224,36 +188,19 @@ pub(super) fn goto(chain: &str) -> Vec<Expression> {
             .push_code(VERDICT_GOTO)
             .push_chain_bytes(chain.as_bytes()),
     );
-    vec![Expression {
-        name: "immediate",
-        attributes,
-    }]
+    vec![Expression { name: "immediate", attributes }]
 }
 
 fn meta(key: u32) -> Expression {
     let mut attributes = Vec::new();
-    drop(
-        PushExprMetaAttrs::new(&mut attributes)
-            .push_dreg(REG)
-            .push_key(key),
-    );
-    Expression {
-        name: "meta",
-        attributes,
-    }
+    drop(PushExprMetaAttrs::new(&mut attributes).push_dreg(REG).push_key(key));
+    Expression { name: "meta", attributes }
 }
 
 fn ct(key: u32) -> Expression {
     let mut attributes = Vec::new();
-    drop(
-        PushExprCtAttrs::new(&mut attributes)
-            .push_dreg(REG)
-            .push_key(key),
-    );
-    Expression {
-        name: "ct",
-        attributes,
-    }
+    drop(PushExprCtAttrs::new(&mut attributes).push_dreg(REG).push_key(key));
+    Expression { name: "ct", attributes }
 }
 
 fn transport(offset: u32, length: u32) -> Expression {
@@ -265,10 +212,7 @@ fn transport(offset: u32, length: u32) -> Expression {
             .push_offset(offset)
             .push_len(length),
     );
-    Expression {
-        name: "payload",
-        attributes,
-    }
+    Expression { name: "payload", attributes }
 }
 
 fn compare(is: Is, value: &[u8]) -> Expression {
@@ -284,10 +228,7 @@ fn compare(is: Is, value: &[u8]) -> Expression {
             .nested_data()
             .push_value(value),
     );
-    Expression {
-        name: "cmp",
-        attributes,
-    }
+    Expression { name: "cmp", attributes }
 }
 
 /// `value & mask`, for values of up to 4 bytes.
@@ -306,24 +247,15 @@ fn and(mask: &[u8]) -> Expression {
             .nested_xor()
             .push_value(nothing.get(..mask.len()).unwrap_or(&nothing)),
     );
-    Expression {
-        name: "bitwise",
-        attributes,
-    }
+    Expression { name: "bitwise", attributes }
 }
 
 fn load_constant(value: &[u8]) -> Expression {
     let mut attributes = Vec::new();
     drop(
-        PushExprImmediateAttrs::new(&mut attributes)
-            .push_dreg(REG)
-            .nested_data()
-            .push_value(value),
+        PushExprImmediateAttrs::new(&mut attributes).push_dreg(REG).nested_data().push_value(value),
     );
-    Expression {
-        name: "immediate",
-        attributes,
-    }
+    Expression { name: "immediate", attributes }
 }
 
 fn push_u32(attributes: &mut Vec<u8>, kind: u16, value: u32) {

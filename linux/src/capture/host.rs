@@ -80,9 +80,8 @@ impl HostRules {
             .map(|workload| workload.process.expressions())
             .collect::<Result<Vec<_>>>()?;
 
-        let mut output = Chain::at("output", Hook::NAT_OUTPUT)
-            .rule([tcp(Is::Not), pass()])
-            .rules(our_own());
+        let mut output =
+            Chain::at("output", Hook::NAT_OUTPUT).rule([tcp(Is::Not), pass()]).rules(our_own());
         let mut guard_output = Chain::at("guard_output", Hook::FILTER_OUTPUT)
             .rule([tcp(Is::Not), pass()])
             .rules(our_own())
@@ -124,18 +123,14 @@ impl HostRules {
     fn workload_chain(&self, name: String, workload: &HostWorkload) -> Chain {
         let own_port = |port: &u16| workload.service_ports.contains(port);
         Chain::named(name)
-            .rules(
-                self.service_ports()
-                    .filter(|port| !own_port(port))
-                    .map(|port| {
-                        [
-                            to_loopback(Is::Equal),
-                            destination_port(port),
-                            opening(),
-                            redirect_to(workload.outbound_port),
-                        ]
-                    }),
-            )
+            .rules(self.service_ports().filter(|port| !own_port(port)).map(|port| {
+                [
+                    to_loopback(Is::Equal),
+                    destination_port(port),
+                    opening(),
+                    redirect_to(workload.outbound_port),
+                ]
+            }))
             .rule([to_loopback(Is::Equal), pass()])
             .rule([opening(), redirect_to(workload.outbound_port)])
     }
@@ -217,9 +212,7 @@ impl ProcessMatch {
 /// The kernel's id of a cgroup, which is its folder's inode.
 fn cgroup_id(level: u32, path: &str) -> Result<u64> {
     let relative = Path::new(path.trim_start_matches('/'));
-    let normal = relative
-        .components()
-        .all(|component| matches!(component, Component::Normal(_)));
+    let normal = relative.components().all(|component| matches!(component, Component::Normal(_)));
     let depth = relative.components().count();
     if !normal || depth == 0 || u32::try_from(depth) != Ok(level) {
         return Err(Error::InvalidRules {
@@ -244,7 +237,5 @@ fn cgroup2_root() -> Result<PathBuf> {
             statfs(**mount).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC)
         })
         .map(PathBuf::from)
-        .ok_or_else(|| Error::NoCgroup2 {
-            looked_at: CGROUP2_MOUNTS.join(", "),
-        })
+        .ok_or_else(|| Error::NoCgroup2 { looked_at: CGROUP2_MOUNTS.join(", ") })
 }

@@ -46,31 +46,16 @@ const MANGLE: i32 = -150;
 const FILTER: i32 = 0;
 
 impl Hook {
-    pub(super) const NAT_OUTPUT: Hook = Hook {
-        kind: ChainKind::Nat,
-        number: OUTPUT,
-        priority: BEFORE_DSTNAT,
-    };
-    pub(super) const NAT_PREROUTING: Hook = Hook {
-        kind: ChainKind::Nat,
-        number: PREROUTING,
-        priority: BEFORE_DSTNAT,
-    };
-    pub(super) const ROUTE_OUTPUT: Hook = Hook {
-        kind: ChainKind::Route,
-        number: OUTPUT,
-        priority: MANGLE,
-    };
-    pub(super) const FILTER_OUTPUT: Hook = Hook {
-        kind: ChainKind::Filter,
-        number: OUTPUT,
-        priority: FILTER,
-    };
-    pub(super) const FILTER_INPUT: Hook = Hook {
-        kind: ChainKind::Filter,
-        number: INPUT,
-        priority: FILTER,
-    };
+    pub(super) const NAT_OUTPUT: Hook =
+        Hook { kind: ChainKind::Nat, number: OUTPUT, priority: BEFORE_DSTNAT };
+    pub(super) const NAT_PREROUTING: Hook =
+        Hook { kind: ChainKind::Nat, number: PREROUTING, priority: BEFORE_DSTNAT };
+    pub(super) const ROUTE_OUTPUT: Hook =
+        Hook { kind: ChainKind::Route, number: OUTPUT, priority: MANGLE };
+    pub(super) const FILTER_OUTPUT: Hook =
+        Hook { kind: ChainKind::Filter, number: OUTPUT, priority: FILTER };
+    pub(super) const FILTER_INPUT: Hook =
+        Hook { kind: ChainKind::Filter, number: INPUT, priority: FILTER };
 }
 
 /// A chain: a base chain with a hook, or one that others go to.
@@ -83,26 +68,16 @@ pub(super) struct Chain {
 
 impl Chain {
     pub(super) fn at(name: &str, hook: Hook) -> Self {
-        Self {
-            name: name.to_owned(),
-            hook: Some(hook),
-            rules: Vec::new(),
-        }
+        Self { name: name.to_owned(), hook: Some(hook), rules: Vec::new() }
     }
 
     pub(super) fn named(name: String) -> Self {
-        Self {
-            name,
-            hook: None,
-            rules: Vec::new(),
-        }
+        Self { name, hook: None, rules: Vec::new() }
     }
 
     /// Adds a rule of the given parts, which must all match from left to right.
     pub(super) fn rule(mut self, parts: impl IntoIterator<Item = Vec<Expression>>) -> Self {
-        self.rules.push(Rule {
-            expressions: parts.into_iter().flatten().collect(),
-        });
+        self.rules.push(Rule { expressions: parts.into_iter().flatten().collect() });
         self
     }
 

@@ -36,10 +36,7 @@ pub(super) fn replace(ruleset: &Ruleset) -> Result<()> {
 pub(super) fn delete() -> Result<()> {
     let mut batch = Batch::begin();
     batch.delete_table();
-    accept(
-        send(batch.end(), "removing the capture rules"),
-        &[libc::ENOENT],
-    )
+    accept(send(batch.end(), "removing the capture rules"), &[libc::ENOENT])
 }
 
 fn send(batch: ChainedFinal<'_>, operation: &str) -> Result<()> {
@@ -74,10 +71,7 @@ impl Batch {
     fn begin() -> Self {
         let mut batch = Self {
             messages: Chained::new(1),
-            header: Nfgenmsg {
-                nfgen_family: INET,
-                ..Default::default()
-            },
+            header: Nfgenmsg { nfgen_family: INET, ..Default::default() },
         };
         drop(batch.messages.request().op_batch_begin_do(&subsystem()));
         batch
@@ -95,29 +89,18 @@ impl Batch {
     fn create_table(&mut self, ruleset: &Ruleset) {
         let header = self.header.clone();
         let comment = comment(&format!("hauberk {:016x}", ruleset.fingerprint()));
-        self.create()
-            .op_newtable_do(&header)
-            .encode()
-            .push_name(TABLE)
-            .push_userdata(&comment);
+        self.create().op_newtable_do(&header).encode().push_name(TABLE).push_userdata(&comment);
     }
 
     fn delete_table(&mut self) {
         let header = self.header.clone();
-        self.messages
-            .request()
-            .op_deltable_do(&header)
-            .encode()
-            .push_name(TABLE);
+        self.messages.request().op_deltable_do(&header).encode().push_name(TABLE);
     }
 
     fn create_chain(&mut self, chain: &Chain) {
         let header = self.header.clone();
         let mut request = self.create().op_newchain_do(&header);
-        let attributes = request
-            .encode()
-            .push_table(TABLE)
-            .push_name_bytes(chain.name.as_bytes());
+        let attributes = request.encode().push_table(TABLE).push_name_bytes(chain.name.as_bytes());
         if let Some(hook) = chain.hook {
             attributes
                 .nested_hook()
@@ -132,10 +115,7 @@ impl Batch {
     fn append_rule(&mut self, chain: &str, rule: &Rule) {
         let header = self.header.clone();
         let mut request = self.create().set_append().op_newrule_do(&header);
-        let attributes = request
-            .encode()
-            .push_table(TABLE)
-            .push_chain_bytes(chain.as_bytes());
+        let attributes = request.encode().push_table(TABLE).push_chain_bytes(chain.as_bytes());
         push_expressions(attributes, rule);
     }
 }
@@ -179,4 +159,42 @@ fn comment(text: &str) -> Vec<u8> {
     userdata.extend(text.as_bytes());
     userdata.push(0);
     userdata
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use netlink_bindings::traits::NetlinkChained;
+
+    use super::*;
+    use crate::capture::NamespaceRules;
+
+    /// The message types of a batch, in order.
+    fn types(payload: &[u8]) -> Vec<u16> {
+        let mut rest = payload;
+        let mut types = Vec::new();
+        while let Some((header, _)) = rest.split_at_checked(16) {
+            let length = u32::from_ne_bytes(header[..4].try_into().unwrap());
+            types.push(u16::from_ne_bytes(header[4..6].try_into().unwrap()));
+            rest = &rest[usize::try_from(length).unwrap()..];
+        }
+        assert!(rest.is_empty());
+        types
+    }
+
+    #[test]
+    fn a_replacement_is_one_transaction() {
+        const BATCH_BEGIN: u16 = 0x10;
+        const BATCH_END: u16 = 0x11;
+        const NEW_TABLE: u16 = 0xa00;
+        const DELETE_TABLE: u16 = 0xa02;
+        let rules = NamespaceRules { outbound_port: 1, plaintext_port: 2, mesh_port: 3 };
+        let batch = replacement(&rules.ruleset().unwrap());
+        let types = types(batch.payload());
+        let count = |wanted| types.iter().filter(|found| **found == wanted).count();
+        let opening = [BATCH_BEGIN, NEW_TABLE, DELETE_TABLE, NEW_TABLE];
+        assert_eq!(types[..4], opening);
+        assert_eq!(types.last(), Some(&BATCH_END));
+        assert_eq!((count(BATCH_BEGIN), count(BATCH_END)), (1, 1));
+    }
 }

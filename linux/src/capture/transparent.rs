@@ -15,8 +15,7 @@ use nix::libc;
 use super::{
     MARK_TRANSPARENT, ROUTE_TABLE,
     expression::{
-        connection_mark, mark, reply_direction, set_connection_mark, set_mark, tcp, to_loopback,
-        Is,
+        Is, connection_mark, mark, reply_direction, set_connection_mark, set_mark, tcp, to_loopback,
     },
     ruleset::{Chain, Hook},
 };
@@ -29,11 +28,7 @@ use crate::{
 /// could otherwise answer first; after the kernel's local table (0).
 const PRIORITY: u32 = 72;
 
-const RULE: MarkRule = MarkRule {
-    mark: MARK_TRANSPARENT,
-    table: ROUTE_TABLE,
-    priority: PRIORITY,
-};
+const RULE: MarkRule = MarkRule { mark: MARK_TRANSPARENT, table: ROUTE_TABLE, priority: PRIORITY };
 
 /// Addresses of documentation prefixes: no namespace has them, so only our rule can claim them.
 const ELSEWHERE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
@@ -59,10 +54,7 @@ pub(super) fn chain() -> Chain {
 /// Adds the policy rules and routes; those that are there already stay.
 pub(super) fn install_routing() -> Result<()> {
     for family in families() {
-        accept(
-            links::add_local_route(family, ROUTE_TABLE),
-            &[libc::EEXIST],
-        )?;
+        accept(links::add_local_route(family, ROUTE_TABLE), &[libc::EEXIST])?;
         accept(links::add_mark_rule(family, RULE), &[libc::EEXIST])?;
     }
     Ok(())
@@ -95,7 +87,5 @@ pub(super) fn routing_works() -> Result<bool> {
 
 fn families() -> impl Iterator<Item = Family> {
     let without_v6 = !links::ipv6_is_enabled();
-    Family::ALL
-        .into_iter()
-        .filter(move |family| *family == Family::V4 || !without_v6)
+    Family::ALL.into_iter().filter(move |family| *family == Family::V4 || !without_v6)
 }

@@ -55,9 +55,7 @@ impl Flow {
 
     /// Whether `needle` is in the payload, also across packets.
     pub fn contains(&self, needle: &[u8]) -> bool {
-        self.payload()
-            .iter()
-            .any(|part| position(part, needle).is_some())
+        self.payload().iter().any(|part| position(part, needle).is_some())
     }
 
     fn first_bytes(&self) -> Vec<u8> {
@@ -76,11 +74,7 @@ pub(super) struct Flows {
 
 impl Flows {
     pub(super) fn new(payload_limit: usize) -> Self {
-        Self {
-            flows: BTreeMap::new(),
-            room: payload_limit,
-            truncated: false,
-        }
+        Self { flows: BTreeMap::new(), room: payload_limit, truncated: false }
     }
 
     pub(super) fn add(&mut self, segment: &Segment<'_>) {
@@ -121,10 +115,7 @@ impl Flows {
         let to_port = |ends: &Ends| ends.destination.port() == port;
         let mut handshakes = Vec::new();
         for (ends, requests) in self.flows.iter().filter(|(ends, _)| to_port(ends)) {
-            let back = Ends {
-                source: ends.destination,
-                destination: ends.source,
-            };
+            let back = Ends { source: ends.destination, destination: ends.source };
             let answers = self.flows.get(&back).map_or(&[][..], Vec::as_slice);
             for (index, request) in requests.iter().enumerate() {
                 let answer = answers.get(index).map(Flow::first_bytes);
@@ -143,12 +134,11 @@ fn position(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     if needle.is_empty() {
         return Some(0);
     }
-    haystack
-        .windows(needle.len())
-        .position(|window| window == needle)
+    haystack.windows(needle.len()).position(|window| window == needle)
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

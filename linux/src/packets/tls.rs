@@ -97,11 +97,8 @@ fn parse_client_hello(body: &[u8]) -> Option<ClientHello> {
     let _session = body.vector8()?;
     let cipher_suites = body.vector16()?.u16s();
     let _compression = body.vector8()?;
-    let mut hello = ClientHello {
-        versions: vec![legacy_version],
-        cipher_suites,
-        ..Default::default()
-    };
+    let mut hello =
+        ClientHello { versions: vec![legacy_version], cipher_suites, ..Default::default() };
     // TLS 1.2 knows hellos without extensions.
     let mut extensions = body.vector16().unwrap_or(Reader(&[]));
     while let Some((kind, mut value)) = extensions.extension() {
@@ -124,11 +121,7 @@ fn parse_server_hello(body: &[u8]) -> Option<ServerHello> {
     let _session = body.vector8()?;
     let cipher_suite = body.u16()?;
     let _compression = body.u8()?;
-    let mut hello = ServerHello {
-        version: legacy_version,
-        cipher_suite,
-        group: None,
-    };
+    let mut hello = ServerHello { version: legacy_version, cipher_suite, group: None };
     let mut extensions = body.vector16().unwrap_or(Reader(&[]));
     while let Some((kind, mut value)) = extensions.extension() {
         match kind {
@@ -212,5 +205,114 @@ impl<'a> Reader<'a> {
 
     fn u16s(mut self) -> Vec<u16> {
         std::iter::from_fn(|| self.u16()).collect()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn vector8(body: &[u8]) -> Vec<u8> {
+        [&[u8::try_from(body.len()).unwrap()], body].concat()
+    }
+
+    fn vector16(body: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(body.len()).unwrap().to_be_bytes();
+        [&length, body].concat()
+    }
+
+    fn extension(kind: u16, body: &[u8]) -> Vec<u8> {
+        [&kind.to_be_bytes()[..], &vector16(body)].concat()
+    }
+
+    fn message(kind: u8, body: &[u8]) -> Vec<u8> {
+        [&[kind, 0][..], &vector16(body)].concat()
+    }
+
+    /// In records of at most `size` bytes.
+    fn records(kind: u8, message: &[u8], size: usize) -> Vec<u8> {
+        message
+            .chunks(size)
+            .flat_map(|chunk| [&[kind, 3, 1][..], &vector16(chunk)].concat())
+            .collect()
+    }
+
+    fn client() -> Vec<u8> {
+        let share = [&[0x11, 0xec][..], &vector16(&[7; 40])].concat();
+        let name = [&[0][..], &vector16(b"a.example")].concat();
+        let extensions = [
+            extension(SERVER_NAME, &vector16(&name)),
+            extension(SUPPORTED_GROUPS, &vector16(&[0x11, 0xec, 0, 29])),
+            extension(ALPN, &vector16(&[vector8(b"h2"), vector8(b"x")].concat())),
+            extension(SUPPORTED_VERSIONS, &vector8(&[3, 4])),
+            extension(KEY_SHARE, &vector16(&share)),
+        ]
+        .concat();
+        let body = [
+            &[3, 3][..],
+            &[1; 32],
+            &vector8(&[2; 32]),
+            &vector16(&[0x13, 0x02]),
+            &vector8(&[0]),
+            &vector16(&extensions),
+        ]
+        .concat();
+        message(CLIENT_HELLO, &body)
+    }
+
+    fn server(random: &[u8; 32]) -> Vec<u8> {
+        let share = [&[0x11, 0xec][..], &vector16(&[7; 40])].concat();
+        let extensions =
+            [extension(SUPPORTED_VERSIONS, &[3, 4]), extension(KEY_SHARE, &share)].concat();
+        let body =
+            [&[3, 3][..], random, &vector8(&[]), &[0x13, 0x02, 0], &vector16(&extensions)].concat();
+        message(SERVER_HELLO, &body)
+    }
+
+    #[test]
+    fn a_client_hello_is_read_also_over_several_records() {
+        let expected = ClientHello {
+            versions: vec![TLS13],
+            cipher_suites: vec![0x1302],
+            groups: vec![X25519MLKEM768, 29],
+            key_shares: vec![X25519MLKEM768],
+            alpn: vec![b"h2".to_vec(), b"x".to_vec()],
+            server_name: Some("a.example".to_owned()),
+        };
+        for size in [7, 16_384] {
+            let stream = records(HANDSHAKE_RECORD, &client(), size);
+            assert_eq!(client_hello(&stream), Some(expected.clone()));
+            assert_eq!(server_hello(&stream), None);
+        }
+    }
+
+    #[test]
+    fn a_server_hello_is_read_also_after_a_retry() {
+        let expected =
+            ServerHello { version: TLS13, cipher_suite: 0x1302, group: Some(X25519MLKEM768) };
+        let hello = records(HANDSHAKE_RECORD, &server(&[9; 32]), 16_384);
+        let retry = records(HANDSHAKE_RECORD, &server(&RETRY), 16_384);
+        let change = records(CHANGE_CIPHER_SPEC_RECORD, &[1], 1);
+        assert_eq!(server_hello(&hello), Some(expected.clone()));
+        assert_eq!(server_hello(&[retry.clone(), change, hello].concat()), Some(expected));
+        assert_eq!(server_hello(&retry), None);
+    }
+
+    #[test]
+    fn every_truncation_and_every_altered_byte_is_survived() {
+        for stream in [client(), server(&[9; 32])] {
+            let stream = records(HANDSHAKE_RECORD, &stream, 100);
+            for at in 0..stream.len() {
+                client_hello(&stream[..at]);
+                server_hello(&stream[..at]);
+                for value in [0, 1, 2, 22, 43, 51, 127, 128, 255] {
+                    let mut altered = stream.clone();
+                    altered[at] = value;
+                    client_hello(&altered);
+                    server_hello(&altered);
+                }
+            }
+        }
     }
 }

@@ -267,6 +267,13 @@ impl AgentMetrics {
         self.policy_updates.with_label_values(&[Outcome::Success.as_str()]).inc();
     }
 
+    /// Notes that a state received at `received`, before a restart, is enforced again from disk.
+    /// Counts no update, and its age goes on from where it was.
+    pub fn policy_restored(&self, revision: u64, received: SystemTime) {
+        self.policy_revision.set(saturating(revision));
+        self.policy_last_good.set(unix_seconds(received));
+    }
+
     /// Counts a policy state that was refused whole.
     pub fn policy_refused(&self) {
         self.policy_updates.with_label_values(&[Outcome::Failure.as_str()]).inc();

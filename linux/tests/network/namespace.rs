@@ -1,0 +1,270 @@
+use std::{
+    net::{SocketAddr, UdpSocket},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
+
+use hauberk_linux::{
+    capture::{self, NamespaceRules},
+    socket::{original_destination, outbound_socket},
+};
+
+use crate::support::*;
+
+const RULES: NamespaceRules =
+    NamespaceRules { outbound_port: OUTBOUND, plaintext_port: PLAINTEXT, mesh_port: MESH };
+
+fn captured_network() -> Network {
+    let network = Network::new();
+    network.in_workload(|| RULES.install()).unwrap();
+    network
+}
+
+#[test]
+fn what_leaves_is_redirected_with_its_original_destination() {
+    let network = captured_network();
+    for family in families() {
+        let agent = listen(&network.workload, family.any, OUTBOUND);
+        for (address, port) in [(family.remote, 80), (family.beyond, 443)] {
+            let mut client = connect(&network.workload, address, port).unwrap();
+            let (mut accepted, _) = accept(&agent);
+            let destination = original_destination(&accepted).unwrap();
+            assert_eq!(destination, SocketAddr::new(address, port));
+            assert_joined(&mut client, &mut accepted);
+        }
+    }
+}
+
+#[test]
+fn a_dual_stack_listener_sees_the_ipv4_destination() {
+    let network = captured_network();
+    let agent = network.in_workload(|| {
+        let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None)?;
+        socket.set_only_v6(false)?;
+        socket.bind(&"[::]:15001".parse::<SocketAddr>().unwrap().into())?;
+        socket.listen(16)?;
+        socket.set_nonblocking(true)?;
+        std::io::Result::Ok(std::net::TcpListener::from(socket))
+    });
+    let _client = connect(&network.workload, families()[0].remote, 80).unwrap();
+    let (accepted, _) = accept(&agent.unwrap());
+    let expected = SocketAddr::new(families()[0].remote, 80);
+    assert_eq!(original_destination(&accepted).unwrap(), expected);
+}
+
+#[test]
+fn the_agents_own_sockets_pass() {
+    let network = captured_network();
+    for family in families() {
+        let server = listen(&network.remote, family.any, 80);
+        let agent = listen(&network.workload, family.any, OUTBOUND);
+        let to = SocketAddr::new(family.remote, 80);
+        let mut client = network.in_workload(|| connect_socket(outbound_socket(to)?, to)).unwrap();
+        let (mut accepted, peer) = accept(&server);
+        assert_eq!(peer.ip(), family.workload);
+        assert_joined(&mut client, &mut accepted);
+        assert!(nobody_came(&agent));
+    }
+}
+
+#[test]
+fn what_comes_in_is_redirected_and_the_mesh_port_is_not() {
+    let network = captured_network();
+    for family in families() {
+        let application = listen(&network.workload, family.any, 8080);
+        let plaintext = listen(&network.workload, family.any, PLAINTEXT);
+        let mesh = listen(&network.workload, family.any, MESH);
+
+        let mut client = connect(&network.remote, family.workload, 8080).unwrap();
+        let (mut accepted, peer) = accept(&plaintext);
+        assert_eq!(peer, client.local_addr().unwrap());
+        let expected = SocketAddr::new(family.workload, 8080);
+        assert_eq!(original_destination(&accepted).unwrap(), expected);
+        assert_joined(&mut client, &mut accepted);
+        assert!(nobody_came(&application));
+
+        let mut client = connect(&network.remote, family.workload, MESH).unwrap();
+        let (mut accepted, _) = accept(&mesh);
+        assert_joined(&mut client, &mut accepted);
+    }
+}
+
+#[test]
+fn the_agents_ports_dialled_from_outside_show_as_their_own_destination() {
+    let network = captured_network();
+    for family in families() {
+        let plaintext = listen(&network.workload, family.any, PLAINTEXT);
+        let outbound = listen(&network.workload, family.any, OUTBOUND);
+        for port in [OUTBOUND, PLAINTEXT] {
+            let _client = connect(&network.remote, family.workload, port).unwrap();
+            let (accepted, _) = accept(&plaintext);
+            let expected = SocketAddr::new(family.workload, port);
+            assert_eq!(original_destination(&accepted).unwrap(), expected);
+        }
+        assert!(nobody_came(&outbound));
+    }
+}
+
+#[test]
+fn loopback_and_the_own_address_are_left_alone() {
+    let network = captured_network();
+    for family in families() {
+        let application = listen(&network.workload, family.any, 8080);
+        for address in [family.loopback, family.workload] {
+            let mut client = connect(&network.workload, address, 8080).unwrap();
+            let (mut accepted, peer) = accept(&application);
+            assert_eq!(peer.ip(), address);
+            assert_joined(&mut client, &mut accepted);
+        }
+    }
+}
+
+#[test]
+fn without_the_agent_everything_is_refused() {
+    let network = captured_network();
+    for family in families() {
+        let server = listen(&network.remote, family.any, 80);
+        let application = listen(&network.workload, family.any, 8080);
+        assert_refused(connect(&network.workload, family.remote, 80));
+        assert_refused(connect(&network.remote, family.workload, 8080));
+        assert!(nobody_came(&server));
+        assert!(nobody_came(&application));
+    }
+}
+
+#[test]
+fn connections_older_than_the_rules_and_udp_are_left_alone() {
+    let network = Network::new();
+    let mut pairs = Vec::new();
+    for family in families() {
+        let server = listen(&network.remote, family.any, 80);
+        let client = connect(&network.workload, family.remote, 80).unwrap();
+        pairs.push((client, accept(&server).0));
+        let application = listen(&network.workload, family.any, 8080);
+        let client = connect(&network.remote, family.workload, 8080).unwrap();
+        pairs.push((client, accept(&application).0));
+    }
+    network.in_workload(|| RULES.install()).unwrap();
+    for (client, server) in &mut pairs {
+        assert_joined(client, server);
+        assert_joined(server, client);
+    }
+
+    for family in families() {
+        let server = network.in_remote(|| UdpSocket::bind((family.remote, 53)).unwrap());
+        let client = network.in_workload(|| UdpSocket::bind((family.any, 0)).unwrap());
+        client.send_to(b"ping", (family.remote, 53)).unwrap();
+        server.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut buffer = [0; 8];
+        let (length, from) = server.recv_from(&mut buffer).unwrap();
+        assert_eq!((&buffer[..length], from.ip()), (&b"ping"[..], family.workload));
+    }
+}
+
+#[test]
+fn an_attempt_that_began_before_the_rules_does_not_slip_through() {
+    let network = Network::new();
+    let family = families()[0];
+    // Connection tracking runs and holds the attempt before our rules are there.
+    network.in_workload(|| {
+        command("nft 'table inet other { chain c { type nat hook output priority 0; }; }'")
+    });
+    network.in_remote(|| {
+        command(
+            "nft 'table inet drops { chain c { type filter hook input priority 0; \
+             tcp dport 80 tcp flags syn drop; }; }'",
+        )
+    });
+    let server = listen(&network.remote, family.any, 80);
+    let attempt = network.in_workload(|| {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+        socket.set_nonblocking(true)?;
+        let to = SocketAddr::new(family.remote, 80);
+        // Under way: answered by nobody yet.
+        assert!(socket.connect(&to.into()).is_err());
+        std::io::Result::Ok(socket)
+    });
+    network.in_workload(|| RULES.install()).unwrap();
+    network.in_remote(|| command("nft delete table inet drops"));
+    // The kernel repeats the opening after one second, then two.
+    assert!(accept_within(&server, std::time::Duration::from_secs(4)).is_none());
+    drop(attempt);
+}
+
+#[test]
+fn rules_are_replaced_without_a_window() {
+    let network = captured_network();
+    let family = families()[0];
+    let server = listen(&network.remote, family.any, 80);
+    let agent = listen(&network.workload, family.any, OUTBOUND);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let client = scope.spawn(|| {
+            network.in_workload(|| {
+                let mut attempts = 0;
+                while !done.load(Ordering::Relaxed) {
+                    let to = SocketAddr::new(family.remote, 80);
+                    std::net::TcpStream::connect_timeout(&to, PATIENCE).unwrap();
+                    attempts += 1;
+                }
+                attempts
+            })
+        });
+        let drain = scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                accept_within(&agent, std::time::Duration::from_millis(20));
+            }
+        });
+        for _ in 0..200 {
+            network.in_workload(|| RULES.install()).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+        assert!(client.join().unwrap() > 10);
+        drain.join().unwrap();
+    });
+    assert!(nobody_came(&server));
+}
+
+#[test]
+fn removal_leaves_nothing() {
+    let network = Network::new();
+    network.in_workload(|| {
+        capture::remove().unwrap();
+        let before = state();
+        assert!(!capture::installed().unwrap());
+        for _ in 0..2 {
+            RULES.install().unwrap();
+            assert!(capture::installed().unwrap());
+        }
+        assert_ne!(state(), before);
+        for _ in 0..2 {
+            capture::remove().unwrap();
+            assert_eq!(state(), before);
+            assert!(!capture::installed().unwrap());
+        }
+    });
+    for family in families() {
+        let server = listen(&network.remote, family.any, 80);
+        let mut client = connect(&network.workload, family.remote, 80).unwrap();
+        assert_joined(&mut client, &mut accept(&server).0);
+    }
+}
+
+#[test]
+fn a_namespace_without_ipv6_is_captured_too() {
+    let network = Network::new();
+    network.in_workload(|| {
+        hauberk_linux::links::sysctl("ipv6/conf/all/disable_ipv6", "1").unwrap();
+        RULES.install().unwrap();
+        assert_eq!(RULES.ruleset().unwrap().drift().unwrap(), []);
+        capture::remove().unwrap();
+    });
+}
+
+#[test]
+fn equal_or_zero_ports_are_refused() {
+    for (outbound_port, plaintext_port, mesh_port) in [(1, 1, 2), (1, 2, 1), (2, 1, 1), (0, 1, 2)] {
+        let rules = NamespaceRules { outbound_port, plaintext_port, mesh_port };
+        assert!(rules.ruleset().is_err(), "{rules:?}");
+    }
+}

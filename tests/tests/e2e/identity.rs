@@ -1,0 +1,435 @@
+//! Certificates: who gets which, how they are renewed under load, and what stolen ones are worth.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::SocketAddr,
+    process::Output,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail, ensure};
+use base64::{Engine, engine::general_purpose::STANDARD};
+use hauberk_core::identity::SpiffeId;
+use hauberk_proto::v1::{
+    IssueRequest, JoinRequest, RenewNodeRequest, enrollment_client::EnrollmentClient,
+    workload_identity_client::WorkloadIdentityClient,
+};
+use hauberk_tests::mesh::Mesh;
+use hauberk_tls::{
+    Credential, CredentialSlot, PrivateKey, TrustBundle, TrustSlot, client_config, signing_request,
+};
+use hyper_util::rt::TokioIo;
+use rcgen::{CertificateParams, Issuer, KeyPair};
+use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName};
+use tonic::transport::{Channel, Endpoint};
+
+crate::trials!(
+    ten_renewals_under_load_cost_no_connection,
+    a_join_token_is_good_once,
+    an_expired_or_damaged_join_token_is_refused,
+    a_node_gets_no_certificate_of_another_nodes_workload,
+    a_request_cannot_name_its_identity_or_become_a_ca,
+    a_superseded_node_certificate_is_refused,
+    a_call_without_certificate_is_refused,
+    loose_file_modes_are_refused,
+    no_key_or_token_is_in_any_log,
+);
+
+const LEDGER: &str = "spiffe://example.org/ns/payments/sa/ledger";
+
+/// A certificate chain with its key.
+pub(crate) struct Forged {
+    chain: Vec<CertificateDer<'static>>,
+    key: KeyPair,
+}
+
+/// Makes certificates that no honest issuer would.
+pub(crate) struct Forger {
+    certificate: CertificateDer<'static>,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Forger {
+    /// With a CA of its own, named like the mesh's.
+    pub(crate) fn foreign() -> anyhow::Result<Self> {
+        let key = KeyPair::generate()?;
+        let mut parameters = CertificateParams::default();
+        parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Constrained(0));
+        parameters.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
+        let certificate = parameters.self_signed(&key)?.der().clone();
+        let issuer = Issuer::from_ca_cert_der(&certificate, key)?;
+        Ok(Self { certificate, issuer })
+    }
+
+    /// With the mesh's own intermediate, taken from the disk of its control plane.
+    pub(crate) fn with_the_key_of(mesh: &Mesh) -> anyhow::Result<Self> {
+        let folder = mesh.folder().join("control-plane/ca");
+        let certificate = CertificateDer::from(fs::read(folder.join("intermediate.crt.der"))?);
+        let key = fs::read(folder.join("intermediate.key.der"))?;
+        let key = KeyPair::try_from(&PrivatePkcs8KeyDer::from(key.as_slice()))?;
+        let issuer = Issuer::from_ca_cert_der(&certificate, key)?;
+        Ok(Self { certificate, issuer })
+    }
+
+    /// A leaf as it should be, but for a change.
+    pub(crate) fn leaf(
+        &self,
+        id: &str,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> anyhow::Result<Forged> {
+        let key = KeyPair::generate()?;
+        let now = time::OffsetDateTime::now_utc();
+        let mut parameters = CertificateParams::default();
+        parameters.distinguished_name = rcgen::DistinguishedName::new();
+        parameters.subject_alt_names = vec![rcgen::SanType::URI(id.try_into()?)];
+        parameters.is_ca = rcgen::IsCa::ExplicitNoCa;
+        parameters.key_usages = vec![rcgen::KeyUsagePurpose::DigitalSignature];
+        parameters.extended_key_usages = vec![
+            rcgen::ExtendedKeyUsagePurpose::ServerAuth,
+            rcgen::ExtendedKeyUsagePurpose::ClientAuth,
+        ];
+        parameters.not_before = now - time::Duration::minutes(10);
+        parameters.not_after = now + time::Duration::minutes(10);
+        change(&mut parameters);
+        let leaf = parameters.signed_by(&key, &self.issuer)?.der().clone();
+        Ok(Forged { chain: vec![leaf, self.certificate.clone()], key })
+    }
+}
+
+/// Tries to open a session to the ledger with this certificate, taking whatever the ledger shows.
+/// TLS 1.3 tells a refused client only when it reads.
+pub(crate) fn tls_attempt(mesh: &Mesh, forged: Option<Forged>) -> anyhow::Result<()> {
+    let builder = rustls::ClientConfig::builder_with_provider(hauberk_tls::provider().clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(TakesAnybody));
+    let mut config = match forged {
+        None => builder.with_no_client_auth(),
+        Some(forged) => {
+            let key = PrivatePkcs8KeyDer::from(forged.key.serialize_der());
+            builder.with_client_auth_cert(forged.chain, key.into())?
+        }
+    };
+    config.alpn_protocols = vec![b"hauberk/1".to_vec()];
+    let name = ServerName::try_from(LEDGER.parse::<SpiffeId>()?.server_name())?;
+    let mut connection = rustls::ClientConnection::new(Arc::new(config), name)?;
+    let mut socket = mesh.connect("outside", mesh.ledger(15_008))?;
+    let mut stream = rustls::Stream::new(&mut connection, &mut socket);
+    stream.write_all(b"\x01\0\0\0")?;
+    match stream.read(&mut [0])? {
+        0 => bail!("closed"),
+        _ => Ok(()),
+    }
+}
+
+#[derive(Debug)]
+struct TakesAnybody;
+
+impl rustls::client::danger::ServerCertVerifier for TakesAnybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: rustls_pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("no TLS 1.2".to_owned()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        hauberk_tls::provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+fn ten_renewals_under_load_cost_no_connection() -> anyhow::Result<()> {
+    const RENEWALS: f64 = 10.0;
+    let mesh = Mesh::start_with(&["--workload-certificate-lifetime", "10s"])?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            thread::spawn(move || {
+                let mut buffer = [0; 4096];
+                while let Ok(count) = stream.read(&mut buffer) {
+                    if count == 0 || stream.write_all(&buffer[..count]).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    let mut long = mesh.connect("checkout", mesh.ledger(8080))?;
+    let echo = |stream: &mut std::net::TcpStream, number: u32| -> anyhow::Result<()> {
+        stream.write_all(&number.to_be_bytes())?;
+        let mut back = [0; 4];
+        stream.read_exact(&mut back)?;
+        ensure!(back == number.to_be_bytes(), "got something else back");
+        Ok(())
+    };
+    let renewals = |machine| {
+        let parts = ["kind=\"install\"", "result=\"success\""];
+        mesh.metric(machine, "hauberk_certificate_renewals_total", &parts)
+    };
+    let started = Instant::now();
+    for number in 0_u32.. {
+        echo(&mut long, number).with_context(|| {
+            format!("the long connection, after {:?}\n{}", started.elapsed(), mesh.logs())
+        })?;
+        let mut short = mesh.connect("checkout", mesh.ledger(8080))?;
+        echo(&mut short, number).with_context(|| {
+            format!("a new connection, after {:?}\n{}", started.elapsed(), mesh.logs())
+        })?;
+        thread::sleep(Duration::from_millis(50));
+        // machine-a has two workloads, machine-b one.
+        if number % 20 == 0 && renewals("machine-b")? > RENEWALS && renewals("machine-a")? > 2.0 * RENEWALS {
+            break;
+        }
+        ensure!(started.elapsed() < Duration::from_secs(150), "the certificates are not renewed");
+    }
+    Ok(())
+}
+
+fn join(mesh: &Mesh, token: &str, data: &str) -> anyhow::Result<Output> {
+    let mut command = mesh.hauberk()?;
+    command
+        .args(["agent", "--stop-with-stdin", "--metrics", "127.0.0.1:0", "--join-token", token, "--data"])
+        .arg(mesh.folder().join(data))
+        .stdin(std::process::Stdio::null());
+    mesh.output("outside", &mut command)
+}
+
+fn a_join_token_is_good_once() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let token = mesh.token("machine-a")?;
+    let first = join(&mesh, &token, "first")?;
+    ensure!(first.status.success(), "{first:?}");
+    let second = join(&mesh, &token, "second")?;
+    ensure!(!second.status.success(), "the token was good twice");
+    let error = String::from_utf8_lossy(&second.stderr).into_owned();
+    ensure!(error.contains("has been used before") && error.contains("token create"), "{error}");
+    ensure!(!mesh.folder().join("second/node.json").exists(), "an identity was kept");
+    Ok(())
+}
+
+fn an_expired_or_damaged_join_token_is_refused() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let made = mesh.ask(&["token", "create", "--node", "machine-a", "--ttl", "1s"])?;
+    let token = String::from_utf8(made.stdout)?.trim().to_owned();
+    thread::sleep(Duration::from_millis(1_500));
+    let late = join(&mesh, &token, "late")?;
+    ensure!(String::from_utf8_lossy(&late.stderr).contains("has expired"), "{late:?}");
+    let cut = join(&mesh, &token[..token.len() - 4], "cut")?;
+    ensure!(String::from_utf8_lossy(&cut.stderr).contains("not a join token"), "{cut:?}");
+    // The right control plane, but the token names another root: whoever sits there is not trusted.
+    let mut parts: Vec<String> = mesh.token("machine-a")?.split('.').map(str::to_owned).collect();
+    parts[2] = "A".repeat(43);
+    let other_root = join(&mesh, &parts.join("."), "other-root")?;
+    let error = String::from_utf8_lossy(&other_root.stderr).into_owned();
+    ensure!(!other_root.status.success() && error.contains("join"), "{error}");
+    let unknown = mesh.ask(&["token", "create", "--node", "machine-z"])?;
+    let error = String::from_utf8_lossy(&unknown.stderr).into_owned();
+    ensure!(!unknown.status.success() && error.contains("machine-a, machine-b"), "{error}");
+    Ok(())
+}
+
+/// A channel to the control plane with the credential that an agent keeps on disk.
+struct Stolen {
+    channel: Channel,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Stolen {
+    fn node(mesh: &Mesh, machine: &str) -> anyhow::Result<Self> {
+        let text = fs::read(mesh.folder().join(machine).join("node.json"))?;
+        Self::from_json(mesh, &text)
+    }
+
+    fn from_json(mesh: &Mesh, text: &[u8]) -> anyhow::Result<Self> {
+        let kept: serde_json::Value = serde_json::from_slice(text)?;
+        let decode = |value: &serde_json::Value| -> anyhow::Result<Vec<u8>> {
+            Ok(STANDARD.decode(value.as_str().context("not text")?)?)
+        };
+        let list = |field: &str| -> anyhow::Result<Vec<CertificateDer<'static>>> {
+            let items = kept[field].as_array().context("not a list")?;
+            items.iter().map(|item| Ok(CertificateDer::from(decode(item)?))).collect()
+        };
+        let now = hauberk_tls::now();
+        let key = PrivateKey::from_pkcs8(decode(&kept["key"])?);
+        let credential = Credential::new(list("chain")?, &key, now)?;
+        let slot = CredentialSlot::new(credential.facts().id().clone());
+        slot.store(credential).ok().context("not its own identity")?;
+        let trust = TrustSlot::new(TrustBundle::new("example.org".parse()?, list("bundle")?, now)?);
+        let tls = Arc::new(client_config(slot, trust, b"h2")?);
+        Self::connect(mesh, tls)
+    }
+
+    fn connect(mesh: &Mesh, tls: Arc<rustls::ClientConfig>) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let address = SocketAddr::new(hauberk_cli::lab::ipv4(hauberk_cli::lab::CONTROL_PLANE), 8443);
+        let stream = mesh.connect("machine-a", address)?;
+        stream.set_nonblocking(true)?;
+        let name = SpiffeId::control_plane(&"example.org".parse()?).server_name();
+        let channel = runtime.block_on(async {
+            let stream = tokio::net::TcpStream::from_std(stream)?;
+            let connector = tokio_rustls::TlsConnector::from(tls);
+            let stream = connector.connect(ServerName::try_from(name)?, stream).await?;
+            let mut once = Some(TokioIo::new(stream));
+            let connector = tower::service_fn(move |_: tonic::transport::Uri| {
+                let stream = once.take().ok_or_else(|| std::io::Error::other("used"));
+                async move { stream }
+            });
+            anyhow::Ok(
+                Endpoint::from_static("https://control-plane").connect_with_connector(connector).await?,
+            )
+        })?;
+        Ok(Self { channel, runtime })
+    }
+
+    fn issue(&self, workload: &str, request: Vec<u8>) -> Result<Vec<Vec<u8>>, tonic::Status> {
+        let request = IssueRequest { workload: workload.to_owned(), certificate_request: request };
+        let mut client = WorkloadIdentityClient::new(self.channel.clone());
+        Ok(self.runtime.block_on(client.issue(request))?.into_inner().certificate_chain)
+    }
+}
+
+fn a_node_gets_no_certificate_of_another_nodes_workload() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let stolen = Stolen::node(&mesh, "machine-a")?;
+    let request = || Ok::<_, anyhow::Error>(signing_request()?.1);
+    stolen.issue("shop/web", request()?).context("its own workload")?;
+    for foreign in ["payments/ledger", "payments/nobody", "machine/machine-b"] {
+        let status = stolen.issue(foreign, request()?).expect_err("a foreign identity was issued");
+        ensure!(status.code() == tonic::Code::PermissionDenied, "{foreign}: {status}");
+    }
+    let log = fs::read_to_string(mesh.log("control-plane"))?;
+    ensure!(log.contains("an identity was refused") && log.contains("payments/ledger"), "{log}");
+    Ok(())
+}
+
+fn a_request_cannot_name_its_identity_or_become_a_ca() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let stolen = Stolen::node(&mesh, "machine-a")?;
+    let key = KeyPair::generate()?;
+    let mut wish = CertificateParams::new(vec!["ledger.payments.svc".to_owned()])?;
+    wish.subject_alt_names.push(rcgen::SanType::URI(LEDGER.try_into()?));
+    wish.distinguished_name.push(rcgen::DnType::CommonName, "root");
+    wish.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
+    let request = wish.serialize_request(&key)?.der().to_vec();
+    let chain = stolen.issue("shop/web", request)?;
+    let leaf = chain.first().context("no certificate")?;
+    let facts = hauberk_core::svid::check_leaf(leaf, hauberk_tls::now())?;
+    ensure!(facts.id().as_str() == "spiffe://example.org/ns/shop/sa/web", "{facts:?}");
+    let text = String::from_utf8_lossy(leaf);
+    ensure!(!text.contains("ledger"), "the certificate carries a wish of the request");
+    for garbage in [Vec::new(), vec![0x30; 64], vec![0; 100_000]] {
+        let status = stolen.issue("shop/web", garbage).expect_err("garbage was signed");
+        ensure!(status.code() == tonic::Code::InvalidArgument, "{status}");
+    }
+    Ok(())
+}
+
+fn a_superseded_node_certificate_is_refused() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let before = fs::read(mesh.folder().join("machine-a/node.json"))?;
+    // A copy renews, and uses what it got; the original's next call shows the copy.
+    let copy = Stolen::from_json(&mesh, &before)?;
+    let (key, request) = signing_request()?;
+    let mut client = EnrollmentClient::new(copy.channel.clone());
+    let renewed = copy
+        .runtime
+        .block_on(client.renew_node(RenewNodeRequest { certificate_request: request }))?
+        .into_inner();
+    let kept = serde_json::json!({
+        "key": STANDARD.encode(key.pkcs8()),
+        "chain": renewed.certificate_chain.iter().map(|c| STANDARD.encode(c)).collect::<Vec<_>>(),
+        "bundle": renewed.trust_bundle.iter().map(|c| STANDARD.encode(c)).collect::<Vec<_>>(),
+    });
+    let renewed = Stolen::from_json(&mesh, &serde_json::to_vec(&kept)?)?;
+    renewed.issue("shop/web", signing_request()?.1).context("the renewed certificate")?;
+    let original = Stolen::from_json(&mesh, &before)?;
+    let status = original.issue("shop/web", signing_request()?.1).expect_err("both are good");
+    ensure!(status.message().contains("superseded"), "{status}");
+    let log = fs::read_to_string(mesh.log("control-plane"))?;
+    ensure!(log.contains("may have been copied"), "{log}");
+    Ok(())
+}
+
+fn a_call_without_certificate_is_refused() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let root = fs::read(mesh.folder().join("control-plane/ca/root.crt.der"))?;
+    let tls = hauberk_tls::join_client_config(hauberk_tls::sha256(&root), b"h2")?;
+    let nobody = Stolen::connect(&mesh, Arc::new(tls))?;
+    let status = nobody.issue("shop/web", signing_request()?.1).expect_err("anybody is served");
+    ensure!(status.code() == tonic::Code::Unauthenticated, "{status}");
+    let mut client = EnrollmentClient::new(nobody.channel.clone());
+    let guess = JoinRequest { token_secret: vec![7; 32], certificate_request: signing_request()?.1 };
+    let status = nobody.runtime.block_on(client.join(guess)).expect_err("a guess was good");
+    ensure!(status.code() == tonic::Code::PermissionDenied, "{status}");
+    Ok(())
+}
+
+fn loose_file_modes_are_refused() -> anyhow::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let mut mesh = Mesh::start()?;
+    mesh.stop("control-plane");
+    let key = mesh.folder().join("control-plane/ca/root.key.der");
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o644))?;
+    // The root's key is read to make an intermediate.
+    fs::remove_file(mesh.folder().join("control-plane/ca/intermediate.key.der"))?;
+    let data = mesh.folder().join("control-plane");
+    let mut command = mesh.hauberk()?;
+    command
+        .args(["control-plane", "--trust-domain", "example.org", "--listen", "127.0.0.1:0", "--data"])
+        .arg(&data)
+        .arg("--manifests")
+        .arg(mesh.manifests());
+    let refused = mesh.output("outside", &mut command)?;
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success() && error.contains("chmod 0600"), "{error}");
+    Ok(())
+}
+
+fn no_key_or_token_is_in_any_log() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let token = mesh.token("machine-a")?;
+    let joined = join(&mesh, &token, "again")?;
+    ensure!(joined.status.success(), "{joined:?}");
+    let kept: serde_json::Value =
+        serde_json::from_slice(&fs::read(mesh.folder().join("machine-b/node.json"))?)?;
+    let key = kept["key"].as_str().context("no key")?.to_owned();
+    let secret = token.rsplit('.').next().context("no secret")?.to_owned();
+    let mut texts = mesh.logs();
+    texts += &String::from_utf8_lossy(&joined.stderr);
+    texts += &fs::read_to_string(mesh.records("machine-a")).unwrap_or_default();
+    for (name, text) in [("token", &secret), ("key", &key)] {
+        ensure!(!texts.contains(text.as_str()), "a {name} is in a log");
+    }
+    ensure!(!texts.contains("PRIVATE KEY"), "a key is in a log");
+    let stored = fs::read(mesh.folder().join("control-plane/store.redb"))?;
+    ensure!(
+        !stored.windows(secret.len()).any(|window| window == secret.as_bytes()),
+        "the store has the token in clear"
+    );
+    Ok(())
+}

@@ -1,0 +1,75 @@
+//! End-to-end tests: the real programs in network namespaces that each test makes itself. Run as
+//! root, or as an ordinary user where the kernel allows user namespaces; what needs more than that
+//! says so and fails.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::as_conversions,
+    reason = "a test fails by panicking, with the place"
+)]
+
+mod attacks;
+mod identity;
+mod policy;
+mod programs;
+mod relay;
+mod restart;
+
+use std::ffi::OsString;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// The children of the lab are this very program, as the `hauberk` command.
+const AS_HAUBERK: &str = "--as-hauberk";
+
+/// Each test runs three processes of its own; more at once would only wait for each other.
+const AT_ONCE: usize = 3;
+
+fn main() -> std::process::ExitCode {
+    let mut arguments = std::env::args_os();
+    if arguments.nth(1).is_some_and(|first| first == AS_HAUBERK) {
+        let rest: Vec<OsString> = arguments.collect();
+        return hauberk_cli::main(std::iter::once(OsString::from("hauberk")).chain(rest));
+    }
+    if let Err(error) = hauberk_cli::lab::become_root() {
+        eprintln!("{error:#}");
+        return std::process::ExitCode::FAILURE;
+    }
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(AT_ONCE);
+    let trials = [
+        relay::trials(),
+        policy::trials(),
+        attacks::trials(),
+        identity::trials(),
+        restart::trials(),
+        programs::trials(),
+    ]
+    .concat_trials();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+trait ConcatTrials {
+    fn concat_trials(self) -> Vec<Trial>;
+}
+
+impl<const N: usize> ConcatTrials for [Vec<Trial>; N] {
+    fn concat_trials(self) -> Vec<Trial> {
+        self.into_iter().flatten().collect()
+    }
+}
+
+/// A test of a name, which fails with the whole chain of an error.
+fn trial(name: &str, test: fn() -> anyhow::Result<()>) -> Trial {
+    Trial::test(name, move || test().map_err(|error| Failed::from(format!("{error:#}"))))
+}
+
+/// All tests of a module, by the names of their functions.
+#[macro_export]
+macro_rules! trials {
+    ($($test:ident),+ $(,)?) => {
+        pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
+            vec![$($crate::trial(concat!(module_path!(), "::", stringify!($test)), $test)),+]
+        }
+    };
+}

@@ -1,0 +1,220 @@
+//! Real programs through the mesh, unmodified.
+
+use std::{
+    fs,
+    os::unix::process::CommandExt,
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context, ensure};
+use hauberk_tests::mesh::{Mesh, PATIENCE};
+
+crate::trials!(
+    nginx_serves_curl_and_wrk,
+    postgresql_serves_psql_and_pgbench,
+    redis_serves_redis_benchmark,
+    users_and_cgroups_of_a_host_are_captured,
+);
+
+fn reachable(mesh: &Mesh, port: u16) -> anyhow::Result<()> {
+    // From the ledger's own namespace, where its loopback is its own.
+    mesh.wait("the server", PATIENCE, |mesh| mesh.connect("ledger", mesh.ledger(port)).map(drop))
+}
+
+fn nginx_serves_curl_and_wrk() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let folder = mesh.folder().join("nginx");
+    fs::create_dir(&folder)?;
+    let configuration = folder.join("nginx.conf");
+    fs::write(
+        &configuration,
+        format!(
+            "daemon off; worker_processes 1; pid {0}/pid; error_log {0}/error.log;
+             events {{ worker_connections 1024; }}
+             http {{ access_log off; client_body_temp_path {0}; proxy_temp_path {0};
+               fastcgi_temp_path {0}; uwsgi_temp_path {0}; scgi_temp_path {0};
+               server {{ listen 80; listen [::]:80; location / {{ return 200 'served by nginx'; }} }} }}",
+            folder.display()
+        ),
+    )?;
+    let _nginx = mesh.spawn(
+        "ledger",
+        "nginx",
+        Command::new("/usr/sbin/nginx").arg("-c").arg(&configuration).arg("-p").arg(&folder),
+    )?;
+    reachable(&mesh, 80)?;
+    let url = format!("http://{}/", mesh.ledger(80).ip());
+    let body = mesh.run("checkout", Command::new("curl").args(["-sS", "--max-time", "10", &url]))?;
+    ensure!(body == "served by nginx", "got {body:?}");
+    let denied = mesh.output("web", Command::new("curl").args(["-sS", "--max-time", "10", &url]))?;
+    ensure!(!denied.status.success(), "web was served");
+    let wrk = mesh.run("checkout", Command::new("wrk").args(["-t1", "-c16", "-d3s", &url]))?;
+    ensure!(wrk.contains("Requests/sec") && !wrk.contains("Socket errors"), "{wrk}");
+    ensure!(!wrk.contains("Non-2xx"), "{wrk}");
+    Ok(())
+}
+
+fn postgresql_serves_psql_and_pgbench() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let binaries = fs::read_dir("/usr/lib/postgresql")
+        .context("PostgreSQL is missing; ./test installs it")?
+        .filter_map(|entry| Some(entry.ok()?.path().join("bin")))
+        .max()
+        .context("PostgreSQL is missing; ./test installs it")?;
+    let user = nix::unistd::User::from_name("postgres")?.context("there is no user postgres")?;
+    let data = std::path::PathBuf::from(format!("/tmp/hauberk-pg-{}", std::process::id()));
+    let _removed = Removed(data.clone());
+    fs::create_dir(&data)?;
+    // PostgreSQL refuses to run as root.
+    nix::unistd::chown(&data, Some(user.uid), Some(user.gid))
+        .context("this test needs real root, to run PostgreSQL as its own user")?;
+    let postgres = |program: &str| {
+        let mut command = Command::new(binaries.join(program));
+        command.uid(user.uid.as_raw()).gid(user.gid.as_raw()).current_dir("/tmp").env("LC_ALL", "C");
+        command
+    };
+    let cluster = data.join("cluster");
+    mesh.run("ledger", postgres("initdb").arg("-D").arg(&cluster).args(["-A", "trust", "-N"]))?;
+    fs::write(
+        cluster.join("pg_hba.conf"),
+        "local all all trust\nhost all all 10.77.0.0/24 trust\nhost all all fd77::/64 trust\n",
+    )?;
+    let _server = mesh.spawn(
+        "ledger",
+        "postgres",
+        postgres("postgres").arg("-D").arg(&cluster).args(["-h", "*", "-k"]).arg(&data),
+    )?;
+    reachable(&mesh, 5432)?;
+    let host = mesh.ledger(5432).ip().to_string();
+    let psql = |sql: &str| {
+        let mut command = Command::new(binaries.join("psql"));
+        command.args(["-h", &host, "-U", "postgres", "-d", "postgres", "-Atc", sql]);
+        command
+    };
+    mesh.wait("PostgreSQL", PATIENCE, |mesh| mesh.run("checkout", &mut psql("select 1")).map(drop))?;
+    let seen = mesh.run("checkout", &mut psql("select host(inet_client_addr())"))?;
+    ensure!(seen.trim() == "10.77.0.12", "PostgreSQL sees {seen:?}");
+    let pgbench = |arguments: &[&str]| {
+        let mut command = Command::new(binaries.join("pgbench"));
+        command.args(["-h", &host, "-U", "postgres"]).args(arguments).arg("postgres");
+        command
+    };
+    mesh.run("checkout", &mut pgbench(&["-i", "-q", "-s", "1"]))?;
+    let steady = mesh.run("checkout", &mut pgbench(&["-c", "4", "-t", "200"]))?;
+    ensure!(steady.contains("number of failed transactions: 0"), "{steady}");
+    let connecting = mesh.run("checkout", &mut pgbench(&["-C", "-S", "-c", "4", "-t", "50"]))?;
+    ensure!(connecting.contains("number of failed transactions: 0"), "{connecting}");
+    ensure!(!mesh.output("web", &mut psql("select 1"))?.status.success(), "web was served");
+    Ok(())
+}
+
+struct Removed(std::path::PathBuf);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        drop(fs::remove_dir_all(&self.0));
+    }
+}
+
+fn redis_serves_redis_benchmark() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let host = mesh.ledger(6379).ip().to_string();
+    let _redis = mesh.spawn(
+        "ledger",
+        "redis",
+        Command::new("redis-server")
+            .args(["--port", "6379", "--bind", &host, "--save", "", "--appendonly", "no"])
+            .args(["--protected-mode", "no", "--dir"])
+            .arg(mesh.folder()),
+    )?;
+    reachable(&mesh, 6379)?;
+    let pong = mesh.run("checkout", Command::new("redis-cli").args(["-h", &host, "ping"]))?;
+    ensure!(pong.trim() == "PONG", "got {pong:?}");
+    let report = mesh.run(
+        "checkout",
+        Command::new("redis-benchmark")
+            .args(["-h", &host, "-n", "5000", "-c", "20", "-t", "set,get", "--csv"]),
+    )?;
+    ensure!(report.contains("\"SET\"") && report.contains("\"GET\""), "{report}");
+    let denied = mesh.output("web", Command::new("redis-cli").args(["-h", &host, "-t", "5", "ping"]))?;
+    ensure!(!String::from_utf8_lossy(&denied.stdout).contains("PONG"), "web was served");
+    Ok(())
+}
+
+const HOSTS: &str = "apiVersion: hauberk.dev/v1alpha1
+kind: Workload
+metadata: {name: batch, namespace: jobs, labels: {app: batch}}
+spec:
+  machine: machine-a
+  serviceAccount: batch
+  process: {user: '4242'}
+  ports: []
+---
+apiVersion: hauberk.dev/v1alpha1
+kind: Workload
+metadata: {name: store, namespace: jobs, labels: {app: store}}
+spec:
+  machine: machine-b
+  serviceAccount: store
+  process: {user: '4343'}
+  ports: [7070]
+---
+apiVersion: hauberk.dev/v1alpha1
+kind: AccessPolicy
+metadata: {name: store, namespace: jobs}
+spec:
+  owner: {team: jobs, contact: '#jobs'}
+  target: {serviceAccount: store}
+  rules:
+  - name: batch
+    ports: [7070]
+    from: [{serviceAccount: {namespace: jobs, name: batch}}]
+";
+
+fn users_and_cgroups_of_a_host_are_captured() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let before = mesh.wait_revision(0)?;
+    mesh.write_manifest("hosts.yaml", HOSTS)?;
+    mesh.wait_revision(before)?;
+    mesh.wait_ready().with_context(|| mesh.logs())?;
+    let page = mesh.folder().join("page");
+    fs::create_dir(&page)?;
+    fs::write(page.join("index.html"), "from the store\n")?;
+    for path in [mesh.folder().to_owned(), page.clone()] {
+        fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    }
+    let _store = mesh.spawn(
+        "machine-b",
+        "store",
+        Command::new("python3")
+            .args(["-m", "http.server", "7070", "--bind", "0.0.0.0", "--directory"])
+            .arg(&page)
+            .uid(4343)
+            .gid(4343),
+    )
+    .context("this test needs real root, to run programs as other users")?;
+    let url = "http://10.77.0.3:7070/";
+    let curl = |user: u32| {
+        let mut command = Command::new("curl");
+        command.args(["-sS", "--max-time", "8", url]).uid(user).gid(user);
+        command
+    };
+    mesh.wait("the store", Duration::from_secs(20), |mesh| {
+        let body = mesh.run("machine-a", &mut curl(4242))?;
+        ensure!(body == "from the store\n", "got {body:?}");
+        Ok(())
+    })?;
+    // Another user of the same machine is nobody to the mesh; so is a user of the store's machine.
+    for (machine, user) in [("machine-a", 4444), ("machine-b", 4444), ("outside", 0)] {
+        let denied = mesh.output(machine, &mut curl(user))?;
+        ensure!(!denied.status.success(), "user {user} of {machine} was served: {denied:?}");
+    }
+    let record = mesh.record("machine-b", |record| {
+        record["src"]["workload"] == "batch" && record["decision"] == "allow"
+    })?;
+    ensure!(record["src"]["spiffe_id"] == "spiffe://example.org/ns/jobs/sa/batch", "{record}");
+    let plain = mesh.metric("machine-b", "hauberk_connections_denied_total", &["reason=\"plaintext\""])?;
+    ensure!(plain >= 3.0, "counted {plain} plaintext connections");
+    Ok(())
+}

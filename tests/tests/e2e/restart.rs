@@ -1,0 +1,203 @@
+//! Stops, crashes and damage: closed, never open, and healed afterwards.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::TcpListener,
+};
+
+use anyhow::{Context, bail, ensure};
+use hauberk_tests::mesh::{Mesh, PATIENCE, is, ledger_policy};
+
+crate::trials!(
+    an_agent_without_control_plane_enforces_from_disk,
+    a_killed_agent_fails_closed_and_heals,
+    a_restarted_control_plane_keeps_its_identity_and_revision,
+    cleanup_removes_every_rule,
+    removed_rules_come_back,
+    a_damaged_state_file_opens_nothing,
+    a_full_disk_for_records_stops_no_connection,
+    sigterm_drains_open_connections,
+);
+
+fn carries(mesh: &Mesh, listener: &TcpListener) -> anyhow::Result<()> {
+    let mut client = mesh.connect("checkout", listener.local_addr()?)?;
+    client.write_all(b"x")?;
+    listener.set_nonblocking(true)?;
+    let mut accepted = None;
+    mesh.wait("the connection", PATIENCE, |_| {
+        accepted = Some(listener.accept()?);
+        Ok(())
+    })
+    .with_context(|| mesh.logs())?;
+    let (mut server, _) = accepted.context("none")?;
+    server.set_nonblocking(false)?;
+    server.set_read_timeout(Some(PATIENCE))?;
+    server.read_exact(&mut [0])?;
+    server.write_all(b"y")?;
+    Ok(client.read_exact(&mut [0])?)
+}
+
+fn refused(mesh: &Mesh, from: &str) -> anyhow::Result<()> {
+    let Ok(mut stream) = mesh.connect(from, mesh.ledger(8080)) else { return Ok(()) };
+    drop(stream.write_all(b"x"));
+    match stream.read(&mut [0]) {
+        Err(_) => Ok(()),
+        Ok(count) => bail!("{from} was not refused, {count} bytes came"),
+    }
+}
+
+fn an_agent_without_control_plane_enforces_from_disk() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    mesh.stop("control-plane");
+    for machine in ["machine-a", "machine-b"] {
+        mesh.stop(machine);
+        mesh.start_agent(machine, &[])?;
+    }
+    mesh.wait("the agents", PATIENCE, |mesh| carries(mesh, &listener))?;
+    refused(&mesh, "web")?;
+    let record = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
+    ensure!(is(&record, "reason", "no_matching_rule"), "{record}");
+    Ok(())
+}
+
+fn a_killed_agent_fails_closed_and_heals() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    carries(&mesh, &listener)?;
+    mesh.kill("machine-b");
+    // Neither over the mesh, nor in clear, from inside or outside.
+    refused(&mesh, "checkout")?;
+    refused(&mesh, "outside")?;
+    mesh.kill("machine-a");
+    refused(&mesh, "checkout")?;
+    ensure!(listener.accept().is_err(), "somebody came through");
+    for machine in ["machine-a", "machine-b"] {
+        mesh.start_agent(machine, &[])?;
+    }
+    mesh.wait("the agents", PATIENCE, |mesh| carries(mesh, &listener))
+}
+
+fn a_restarted_control_plane_keeps_its_identity_and_revision() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let root = fs::read(mesh.folder().join("control-plane/ca/root.crt.der"))?;
+    let revision = mesh.wait_revision(0)?;
+    mesh.kill("control-plane");
+    carries(&mesh, &listener)?;
+    mesh.restart_control_plane()?;
+    mesh.wait_ready()?;
+    ensure!(fs::read(mesh.folder().join("control-plane/ca/root.crt.der"))? == root, "another root");
+    ensure!(mesh.status()?.revision == revision, "the revision changed without a change");
+    mesh.write_manifest("ledger.yaml", &ledger_policy("  mode: Audit\n"))?;
+    mesh.wait_revision(revision)?;
+    Ok(())
+}
+
+fn rules(mesh: &Mesh, namespace: &str) -> anyhow::Result<bool> {
+    Ok(mesh.namespace(namespace)?.run(hauberk_linux::capture::installed)??)
+}
+
+fn cleanup_removes_every_rule() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    for machine in ["machine-a", "machine-b"] {
+        mesh.stop(machine);
+    }
+    for namespace in ["web", "checkout", "ledger"] {
+        ensure!(rules(&mesh, namespace)?, "{namespace} was opened by a stop");
+    }
+    let mut command = mesh.hauberk()?;
+    command.args(["agent", "--netns-dir"]).arg(mesh.folder().join("netns")).arg("cleanup");
+    mesh.run("outside", &mut command)?;
+    for namespace in ["web", "checkout", "ledger"] {
+        ensure!(!rules(&mesh, namespace)?, "{namespace} still has rules");
+    }
+    let _listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    drop(mesh.connect("outside", mesh.ledger(8080))?);
+    Ok(())
+}
+
+fn removed_rules_come_back() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    mesh.namespace("ledger")?.run(hauberk_linux::capture::remove)??;
+    mesh.wait("the rules", PATIENCE, |mesh| {
+        ensure!(rules(mesh, "ledger")?, "still missing");
+        Ok(())
+    })?;
+    let log = fs::read_to_string(mesh.log("machine-b"))?;
+    ensure!(log.contains("the capture rules were altered, they are restored"), "{log}");
+    Ok(())
+}
+
+fn a_damaged_state_file_opens_nothing() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    mesh.stop("machine-a");
+    mesh.stop("machine-b");
+    mesh.stop("control-plane");
+    for machine in ["machine-a", "machine-b"] {
+        let path = mesh.folder().join(machine).join("state.bin");
+        let mut bytes = fs::read(&path)?;
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 0x55;
+        fs::write(&path, bytes)?;
+        mesh.start_agent(machine, &[])?;
+    }
+    mesh.wait("the message", PATIENCE, |mesh| {
+        let log = fs::read_to_string(mesh.log("machine-a"))?;
+        ensure!(log.contains("the state on disk is not used"), "{log}");
+        Ok(())
+    })?;
+    refused(&mesh, "checkout")?;
+    refused(&mesh, "web")?;
+    mesh.restart_control_plane()?;
+    mesh.wait_ready()?;
+    mesh.wait("the agents", PATIENCE, |mesh| carries(mesh, &listener))
+}
+
+fn a_full_disk_for_records_stops_no_connection() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    mesh.stop("machine-a");
+    drop(fs::remove_file(mesh.records("machine-a")));
+    std::os::unix::fs::symlink("/dev/full", mesh.records("machine-a"))?;
+    mesh.start_agent("machine-a", &[])?;
+    mesh.wait_ready()?;
+    carries(&mesh, &listener)?;
+    mesh.wait("the count", PATIENCE, |mesh| {
+        let lost = mesh.metric("machine-a", "hauberk_records_lost_total", &[])?;
+        ensure!(lost >= 1.0, "counted {lost}");
+        Ok(())
+    })
+}
+
+fn sigterm_drains_open_connections() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let mut client = mesh.connect("checkout", mesh.ledger(8080))?;
+    client.write_all(b"a")?;
+    let (mut server, _) = listener.accept()?;
+    server.set_read_timeout(Some(PATIENCE))?;
+    server.read_exact(&mut [0])?;
+    let process = mesh.process("machine-b").context("no agent")?;
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(i32::try_from(process)?),
+        nix::sys::signal::Signal::SIGTERM,
+    )?;
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    // The open one goes on to its end, new ones are refused.
+    client.write_all(b"b")?;
+    server.read_exact(&mut [0])?;
+    refused(&mesh, "checkout")?;
+    server.write_all(b"bye")?;
+    drop(server);
+    let mut rest = String::new();
+    client.read_to_string(&mut rest)?;
+    ensure!(rest == "bye", "got {rest:?}");
+    drop(client);
+    mesh.stop("machine-b");
+    let record = mesh.record("machine-b", |record| is(record, "close_reason", "complete"))?;
+    ensure!(is(&record, "decision", "allow"), "{record}");
+    Ok(())
+}
