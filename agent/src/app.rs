@@ -63,7 +63,10 @@ pub fn main(args: Args) -> ExitCode {
 ///
 /// # Errors
 /// If it has no identity and cannot get one, or cannot open or bind what it needs.
-pub async fn run(args: Args, stop: impl Future<Output = ()> + Send + 'static) -> anyhow::Result<()> {
+pub async fn run(
+    args: Args,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> anyhow::Result<()> {
     hauberk_tls::files::private_folder(&args.data).context("open the data folder")?;
     let _lock = lock(&args.data)?;
     let metrics = AgentMetrics::new().context("set up metrics")?;
@@ -146,7 +149,6 @@ pub async fn run(args: Args, stop: impl Future<Output = ()> + Send + 'static) ->
 
 async fn drain(context: &Context, patience: Duration) {
     let empty = async {
-        // Each accept loop that has ended gave its place back.
         while context.open_connections() > 0 {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -208,8 +210,11 @@ async fn tend_node(
                 Err(error) => {
                     let attempts = failure.map_or(1, |f| f.attempts.saturating_add(1));
                     failure = Some(Failure { at: hauberk_tls::now(), attempts });
-                    tracing::warn!(attempts, error = format!("{error:#}"),
-                        "the node certificate could not be renewed");
+                    tracing::warn!(
+                        attempts,
+                        error = format!("{error:#}"),
+                        "the node certificate could not be renewed"
+                    );
                 }
             },
         }

@@ -20,11 +20,7 @@ use tokio::sync::watch;
 pub(crate) use board::StatusBoard;
 pub(crate) use locals::Locals;
 
-use crate::{
-    context::Context,
-    identity::Identities,
-    policy::Snapshot,
-};
+use crate::{context::Context, identity::Identities, policy::Snapshot};
 use place::{HostCapture, NamespaceCapture};
 
 /// How often what is there is compared with what should be.
@@ -161,7 +157,11 @@ impl Captures {
         if self.board.set(&workload.key(), slot, problem.clone())
             && let Some(problem) = problem
         {
-            tracing::warn!(workload = workload.key(), problem, "not captured; its connections are not carried");
+            tracing::warn!(
+                workload = workload.key(),
+                problem,
+                "not captured; its connections are not carried"
+            );
         }
     }
 }

@@ -3,7 +3,10 @@
 use std::{
     io,
     net::{Ipv6Addr, SocketAddr},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -46,7 +49,17 @@ pub(crate) struct Context {
     pub(crate) stopping: CancellationToken,
     /// End the open ones.
     pub(crate) cut: CancellationToken,
+    open: AtomicUsize,
     snapshots: watch::Receiver<Arc<Snapshot>>,
+}
+
+/// Counts a connection as open for as long as it lives.
+pub(crate) struct Open(Arc<Context>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Context {
@@ -66,13 +79,20 @@ impl Context {
             handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
             stopping: CancellationToken::new(),
             cut: CancellationToken::new(),
+            open: AtomicUsize::new(0),
             snapshots,
         }
     }
 
     /// Connections open now.
     pub(crate) fn open_connections(&self) -> usize {
-        MAX_CONNECTIONS.saturating_sub(self.connections.available_permits())
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// Notes one more.
+    pub(crate) fn opened(self: &Arc<Self>) -> Open {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        Open(self.clone())
     }
 
     /// Subscribes first, so that no change slips in between a decision and its watching; then waits

@@ -153,9 +153,7 @@ impl Watching<'_> {
         self.proofs_sent += 1;
         let frame = prove(&credential, &self.exporter, self.is_source, self.proofs_sent)
             .map_err(|error| error.to_string())?;
-        relay
-            .queue(FrameType::Reauthenticate, &frame.encode())
-            .map_err(|error| error.to_string())
+        relay.queue(FrameType::Reauthenticate, &frame.encode()).map_err(|error| error.to_string())
     }
 
     fn take_proof(&mut self, frame: &Reauthenticate) -> Result<(), String> {

@@ -81,12 +81,8 @@ pub(crate) async fn serve_mesh(
         }
     };
     report.destination(&local.workload.identity, Some(&local.workload));
-    let checked = authorize::check(
-        &snapshot,
-        session.peer.id(),
-        &local.workload.identity,
-        wanted.port(),
-    );
+    let checked =
+        authorize::check(&snapshot, session.peer.id(), &local.workload.identity, wanted.port());
     let permit = match checked {
         Ok(permit) => permit,
         Err(denial) => {
@@ -118,8 +114,7 @@ pub(crate) async fn serve_mesh(
         return;
     }
     report.opened();
-    let forward =
-        Forward { context, local: &local, application, session, snapshots, counters };
+    let forward = Forward { context, local: &local, application, session, snapshots, counters };
     forward.run(permit, &mut report).await;
 }
 
@@ -140,7 +135,11 @@ async fn handshake(
             Session::new(TlsStream::Server(stream), None, &context.trust.load(), false)
         }
     };
-    context.metrics.observe_handshake(Side::Destination, Outcome::from(&session), started.elapsed());
+    context.metrics.observe_handshake(
+        Side::Destination,
+        Outcome::from(&session),
+        started.elapsed(),
+    );
     session
 }
 
@@ -174,10 +173,7 @@ fn find_local(
         ));
     };
     let local = locals.get(&workload.key()).ok_or_else(|| {
-        without_policy(
-            Reason::UnknownDestination,
-            format!("{} does not live here", workload.key()),
-        )
+        without_policy(Reason::UnknownDestination, format!("{} does not live here", workload.key()))
     })?;
     let TlsStream::Server(stream) = &session.stream else {
         return Err(authorize::not_ready("the session is not an incoming one"));
@@ -218,8 +214,7 @@ pub(crate) async fn serve_plaintext(
     context.metrics.connection_captured(Direction::Inbound);
     let from = canonical(from);
     let wanted = original_destination(&stream).map(canonical).ok();
-    let mut report =
-        Report::new(context, Side::Destination, connection_id(), Some(from), wanted);
+    let mut report = Report::new(context, Side::Destination, connection_id(), Some(from), wanted);
     let (_snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
     let local = wanted.and_then(|wanted| match snapshot.find(wanted) {
@@ -236,7 +231,8 @@ pub(crate) async fn serve_plaintext(
     match (local, wanted) {
         (Some(local), Some(wanted)) if local.workload.mode == Mode::Audit => {
             let counters = report.audited(&denial);
-            passthrough::inbound(context, &local, stream, from, wanted, counters, &mut report).await;
+            passthrough::inbound(context, &local, stream, from, wanted, counters, &mut report)
+                .await;
         }
         (Some(_) | None, _) => {
             report.denied(&denial, None);

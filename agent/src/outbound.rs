@@ -26,7 +26,12 @@ use crate::{
 };
 
 /// Carries one captured connection to its end.
-pub(crate) async fn serve(context: &Context, local: &Local, application: TcpStream, from: SocketAddr) {
+pub(crate) async fn serve(
+    context: &Context,
+    local: &Local,
+    application: TcpStream,
+    from: SocketAddr,
+) {
     context.metrics.connection_captured(Direction::Outbound);
     let id = connection_id();
     let wanted = original_destination(&application).map(canonical).ok();
@@ -67,7 +72,8 @@ async fn carry(
             return match local.workload.mode {
                 Mode::Audit if snapshot.revision > 0 => {
                     let counters = report.audited(&denial);
-                    passthrough::outbound(context, local, application, wanted, counters, report).await;
+                    passthrough::outbound(context, local, application, wanted, counters, report)
+                        .await;
                     None
                 }
                 Mode::Audit | Mode::Enforce => {

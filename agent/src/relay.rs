@@ -168,9 +168,7 @@ impl Relay {
         self.reset_application();
         if self.queue(FrameType::Reset, &[cause.byte()]).is_ok() {
             let send = std::future::poll_fn(|cx| match self.up.poll_out(cx, &mut self.session) {
-                Poll::Ready(Ok(())) => {
-                    Pin::new(&mut self.session).poll_flush(cx).map(|_| ())
-                }
+                Poll::Ready(Ok(())) => Pin::new(&mut self.session).poll_flush(cx).map(|_| ()),
                 Poll::Ready(Err(_)) => Poll::Ready(()),
                 Poll::Pending => Poll::Pending,
             });
@@ -243,9 +241,7 @@ impl Relay {
                     return Poll::Ready(Some(End::ApplicationFailed(error)));
                 }
                 Poll::Pending => {
-                    return self
-                        .poll_flush(cx)
-                        .map(|failed| failed.map(End::SessionFailed));
+                    return self.poll_flush(cx).map(|failed| failed.map(End::SessionFailed));
                 }
             }
         }
@@ -275,8 +271,7 @@ impl Relay {
                     give_buffer(buffer);
                     return Poll::Ready(Ok(0));
                 }
-                let header =
-                    Header::encode(FrameType::Data, length).map_err(io::Error::other)?;
+                let header = Header::encode(FrameType::Data, length).map_err(io::Error::other)?;
                 for (to, from) in buffer.iter_mut().zip(header) {
                     *to = from;
                 }
@@ -417,8 +412,8 @@ impl Relay {
             }
             FrameType::Fin if !self.down.ended => {
                 self.down.ended = true;
-                let closed = socket2::SockRef::from(&self.application)
-                    .shutdown(std::net::Shutdown::Write);
+                let closed =
+                    socket2::SockRef::from(&self.application).shutdown(std::net::Shutdown::Write);
                 match closed {
                     Ok(()) => None,
                     // It has closed both ways already: its last read said so.

@@ -5,9 +5,7 @@ use std::{io, time::Duration};
 
 use hauberk_core::{
     policy::Reason,
-    session::{
-        ALPN, FrameError, FrameType, HEADER_LENGTH, Header, MAX_CONTROL, Open, Refusal,
-    },
+    session::{ALPN, FrameError, FrameType, HEADER_LENGTH, Header, MAX_CONTROL, Open, Refusal},
     svid::VerifiedSvid,
 };
 use hauberk_telemetry::record::TlsInfo;

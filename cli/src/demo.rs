@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, bail};
 use hauberk_linux::packets::{CaptureOptions, Interface, PacketCapture, PcapFile};
 
-use crate::lab::{Lab, become_root, ipv4};
+use crate::lab::{Lab, become_root, interrupted, ipv4, listen_for_interrupts};
 
 /// How the demonstration runs.
 #[derive(clap::Args)]
@@ -95,6 +95,7 @@ spec:
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     become_root()?;
+    listen_for_interrupts()?;
     step("making two machines and three services: network namespaces on a bridge");
     let program = std::env::current_exe().context("find this program")?;
     let mut lab = Lab::new(vec![OsString::from(program)])?;
@@ -129,6 +130,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     step("checkout asks the ledger, which the ledger's owner allows");
     let answer = lab.get("checkout", ledger, "/").with_context(|| logs(&lab))?;
     println!("    GET http://{ledger}/ -> {}", answer.trim());
+    interrupted()?;
     step("web asks the ledger, which nobody allows");
     match lab.get("web", ledger, "/") {
         Ok(answer) => bail!("web got an answer, and should not have: {answer}"),
@@ -174,7 +176,8 @@ fn serve_ledger(lab: &Lab, address: SocketAddr) -> anyhow::Result<()> {
                 while reader.read_line(&mut line).is_ok_and(|count| count > 2) {
                     line.clear();
                 }
-                let peer = stream.peer_addr().map_or_else(|_| "?".to_owned(), |p| p.ip().to_string());
+                let peer =
+                    stream.peer_addr().map_or_else(|_| "?".to_owned(), |p| p.ip().to_string());
                 let body = format!("{PAYLOAD} (the ledger sees you as {peer})\n");
                 // The caller may have gone.
                 drop(write!(
@@ -216,7 +219,11 @@ fn prove_wire(capture: PacketCapture) -> anyhow::Result<()> {
     let first = handshakes.first().context("the wire saw no TLS handshake between the agents")?;
     let client = first.client.as_ref().context("the wire saw no ClientHello")?;
     let server = first.server.as_ref().context("the wire saw no ServerHello")?;
-    println!("    {} frames, {} TLS handshakes between agents", captured.frames(), handshakes.len());
+    println!(
+        "    {} frames, {} TLS handshakes between agents",
+        captured.frames(),
+        handshakes.len()
+    );
     println!(
         "    ClientHello offers X25519MLKEM768: {}; ServerHello takes TLS 1.3: {}, X25519MLKEM768: {}",
         yes(client.groups.contains(&X25519MLKEM768)),
@@ -254,7 +261,11 @@ fn keep(lab: &Lab, ledger: SocketAddr) -> anyhow::Result<()> {
     println!("    metrics:  {} curl -s http://127.0.0.1:9465/metrics", enter("machine-b")?);
     println!("    policy:   edit {}/ledger.yaml", lab.manifests().display());
     println!("    ask:      export HAUBERK_SOCKET={}", lab.socket().display());
-    println!("              hauberk status; hauberk denied -f; hauberk why shop/web payments/ledger:8080");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok(runtime.block_on(tokio::signal::ctrl_c())?)
+    println!(
+        "              hauberk status; hauberk denied -f; hauberk why shop/web payments/ledger:8080"
+    );
+    while interrupted().is_ok() {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
 }

@@ -9,8 +9,10 @@ use std::{
     fs::{self, File},
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -41,6 +43,43 @@ pub struct Lab {
 /// A child process. Stops with its handle.
 pub struct Running {
     child: Child,
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// From now on SIGINT and SIGTERM do not end the process at once: [`interrupted`] tells of them, so
+/// that what was made is taken down.
+///
+/// # Errors
+/// If the signals cannot be listened for.
+pub fn listen_for_interrupts() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let (mut interrupt, mut terminate) = {
+        let _context = runtime.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        });
+        INTERRUPTED.store(true, Ordering::Relaxed);
+    });
+    Ok(())
+}
+
+/// An error once a signal has come.
+///
+/// # Errors
+/// That one.
+pub fn interrupted() -> anyhow::Result<()> {
+    if INTERRUPTED.load(Ordering::Relaxed) {
+        bail!("interrupted; nothing is left behind");
+    }
+    Ok(())
 }
 
 /// What a namespace number's addresses are.
@@ -172,7 +211,8 @@ impl Lab {
         command: &mut Command,
     ) -> anyhow::Result<Running> {
         let log = File::options().create(true).append(true).open(self.log(log))?;
-        command.stdin(Stdio::piped()).stdout(log.try_clone()?).stderr(log);
+        // A group of its own: Ctrl-C at the terminal is ours, the children stop with us.
+        command.stdin(Stdio::piped()).stdout(log.try_clone()?).stderr(log).process_group(0);
         let child = self.namespace(namespace)?.run(|| command.spawn())?;
         Ok(Running { child: child.with_context(|| format!("start {command:?}"))? })
     }
@@ -341,6 +381,7 @@ impl Lab {
     ) -> anyhow::Result<()> {
         let deadline = Instant::now() + patience;
         loop {
+            interrupted()?;
             match ready(self) {
                 Ok(()) => return Ok(()),
                 Err(error) if Instant::now() > deadline => {
@@ -387,10 +428,11 @@ impl Drop for Running {
         // Our own programs stop when their standard input ends; others get the signal.
         drop(self.child.stdin.take());
         if let Ok(id) = i32::try_from(self.child.id()) {
-            drop(nix::sys::signal::kill(
+            // It may have ended already.
+            let _gone = nix::sys::signal::kill(
                 nix::unistd::Pid::from_raw(id),
                 nix::sys::signal::Signal::SIGTERM,
-            ));
+            );
         }
         let deadline = Instant::now() + STOP_PATIENCE;
         while Instant::now() < deadline {

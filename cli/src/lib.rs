@@ -166,7 +166,12 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Action::Denied(args) => operator::denied(&args),
         Action::Check(args) => operator::check(&args),
         Action::Completions { shell } => {
-            clap_complete::generate(shell, &mut Command::command(), "hauberk", &mut std::io::stdout());
+            clap_complete::generate(
+                shell,
+                &mut Command::command(),
+                "hauberk",
+                &mut std::io::stdout(),
+            );
             Ok(ExitCode::SUCCESS)
         }
     };

@@ -22,7 +22,8 @@ pub(crate) fn create_token(
     ttl: Duration,
 ) -> anyhow::Result<ExitCode> {
     let request = v1::CreateTokenRequest { node, ttl_seconds: ttl.as_secs() };
-    let answer = ask(&asking.socket, |mut client| async move { client.create_token(request).await })?;
+    let answer =
+        ask(&asking.socket, |mut client| async move { client.create_token(request).await })?;
     let expires = time(answer.expires_at_unix_ms);
     match asking.output {
         Output::Json => println!("{}", json!({"token": answer.token, "expires_at": expires})),
@@ -250,14 +251,17 @@ struct Finding {
 
 pub(crate) fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let status = get_status(&args.asking.socket)?;
-    let findings = findings(&status, args.expiry_warn, Timestamp::from(std::time::SystemTime::now()));
+    let findings =
+        findings(&status, args.expiry_warn, Timestamp::from(std::time::SystemTime::now()));
     match args.asking.output {
         Output::Json => println!(
             "{}",
-            json!(findings
-                .iter()
-                .map(|finding| json!({"problem": finding.problem, "hint": finding.hint}))
-                .collect::<Vec<_>>())
+            json!(
+                findings
+                    .iter()
+                    .map(|finding| json!({"problem": finding.problem, "hint": finding.hint}))
+                    .collect::<Vec<_>>()
+            )
         ),
         Output::Text if findings.is_empty() => println!("nothing is wrong"),
         Output::Text => {
@@ -273,7 +277,10 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
     let mut findings = Vec::new();
     let mut find = |problem: String, hint| findings.push(Finding { problem, hint });
     for error in &status.manifest_errors {
-        find(format!("manifest: {error}"), "correct it; until then the last good state is in force");
+        find(
+            format!("manifest: {error}"),
+            "correct it; until then the last good state is in force",
+        );
     }
     for warning in &status.warnings {
         find(warning.clone(), "a name may be misspelt, or a Workload manifest missing");
@@ -286,7 +293,10 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
             );
         } else if !node.connected {
             find(
-                format!("node {} is away; it enforces revision {}", node.name, node.enforced_revision),
+                format!(
+                    "node {} is away; it enforces revision {}",
+                    node.name, node.enforced_revision
+                ),
                 "is its agent running, and does it reach the control plane?",
             );
         } else if node.enforced_revision != status.revision {
@@ -302,7 +312,10 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
     for workload in &status.workloads {
         if !workload.captured {
             find(
-                format!("{} on {} is not captured: {}", workload.workload, workload.node, workload.problem),
+                format!(
+                    "{} on {} is not captured: {}",
+                    workload.workload, workload.node, workload.problem
+                ),
                 "its connections are refused or not carried until it is",
             );
         } else if workload.not_after_unix_ms <= now.unix_millis() {

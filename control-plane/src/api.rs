@@ -8,6 +8,7 @@ mod workload_identity;
 use std::{sync::Arc, time::Duration};
 
 use hauberk_telemetry::ControlPlaneMetrics;
+use tokio_util::sync::CancellationToken;
 
 pub(crate) use enrollment::Enrollment;
 pub(crate) use operator::Operator;
@@ -26,6 +27,8 @@ pub(crate) struct Shared {
     pub(crate) advertised: String,
     pub(crate) workload_lifetime: Duration,
     pub(crate) node_lifetime: Duration,
+    /// Streams without an end of their own end with this.
+    pub(crate) stopping: CancellationToken,
 }
 
 impl Shared {

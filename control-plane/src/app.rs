@@ -3,7 +3,10 @@
 use std::{future::Future, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use hauberk_core::{identity::{SpiffeId, TrustDomain}, time::Timestamp};
+use hauberk_core::{
+    identity::{SpiffeId, TrustDomain},
+    time::Timestamp,
+};
 use hauberk_proto::v1::{
     enrollment_server::EnrollmentServer, operator_server::OperatorServer,
     state_server::StateServer, workload_identity_server::WorkloadIdentityServer,
@@ -80,7 +83,10 @@ fn init_logs(format: LogFormat) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// If anything cannot be opened or bound, before anything is served.
-pub async fn run(args: Args, stop: impl Future<Output = ()> + Send + 'static) -> anyhow::Result<()> {
+pub async fn run(
+    args: Args,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> anyhow::Result<()> {
     let advertised = args.advertised().map_err(anyhow::Error::msg)?;
     private_folder(&args.data).context("open the data folder")?;
     let store = Arc::new(Store::open(&args.data.join("store.redb"))?);
@@ -109,6 +115,7 @@ pub async fn run(args: Args, stop: impl Future<Output = ()> + Send + 'static) ->
     let operators = serve::operator_connections(&operator_path)
         .with_context(|| format!("listen on {}", operator_path.display()))?;
 
+    let stopping = CancellationToken::new();
     let shared = Arc::new(Shared {
         authority,
         store,
@@ -118,19 +125,14 @@ pub async fn run(args: Args, stop: impl Future<Output = ()> + Send + 'static) ->
         advertised,
         workload_lifetime: args.workload_certificate_lifetime,
         node_lifetime: args.node_certificate_lifetime,
+        stopping: stopping.clone(),
     });
     let health = Health::new(&["store", "certificate_authority"]);
     health.set("store", HealthState::Ready);
     health.set("certificate_authority", HealthState::Ready);
 
-    let stopping = CancellationToken::new();
     tokio::spawn(publisher.watch());
-    tokio::spawn(tend_ca(
-        shared.clone(),
-        own,
-        health.clone(),
-        args.node_certificate_lifetime,
-    ));
+    tokio::spawn(tend_ca(shared.clone(), own, health.clone(), args.node_certificate_lifetime));
     let registries = vec![
         metrics.registry().clone(),
         hauberk_telemetry::metrics::process_registry().context("set up process metrics")?,
@@ -228,7 +230,8 @@ fn renew_own(
     // Joining machines pin the root by its hash, so it has to be there to be hashed.
     chain.push(authority.root().clone());
     let credential = Credential::new(chain, &key, hauberk_tls::now())?;
-    slot.store(credential).map_err(|_| anyhow::anyhow!("the own certificate is of another identity"))
+    slot.store(credential)
+        .map_err(|_| anyhow::anyhow!("the own certificate is of another identity"))
 }
 
 /// Keeps the intermediate and the own certificate young, and says so in metrics.
@@ -252,7 +255,10 @@ async fn tend_ca(
         match outcome {
             Ok(()) => health.set("certificate_authority", HealthState::Ready),
             Err(error) => {
-                tracing::error!(error = format!("{error:#}"), "the CA could not renew its own certificates");
+                tracing::error!(
+                    error = format!("{error:#}"),
+                    "the CA could not renew its own certificates"
+                );
                 health.set("certificate_authority", HealthState::NotReady(format!("{error:#}")));
             }
         }

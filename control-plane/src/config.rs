@@ -103,15 +103,16 @@ impl Args {
     /// If none is given and the listening address stands for all addresses.
     pub fn advertised(&self) -> Result<String, String> {
         match &self.advertise {
-            Some(address) if address.rsplit_once(':').is_some_and(|(host, port)| {
-                !host.is_empty() && port.parse::<u16>().is_ok()
-            }) =>
+            Some(address)
+                if address.rsplit_once(':').is_some_and(|(host, port)| {
+                    !host.is_empty() && port.parse::<u16>().is_ok()
+                }) =>
             {
                 Ok(address.clone())
             }
-            Some(address) => {
-                Err(format!("--advertise {address:?} is not host:port, such as cp.example.org:8443"))
-            }
+            Some(address) => Err(format!(
+                "--advertise {address:?} is not host:port, such as cp.example.org:8443"
+            )),
             None if self.listen.ip().is_unspecified() => Err(format!(
                 "--listen {} stands for every address, so join tokens cannot name one; \
                  add --advertise HOST:PORT with the address that machines reach",

@@ -61,14 +61,10 @@ impl Fleet {
     }
 
     pub(crate) fn add_denials(&self, denials: v1::Denials) {
-        let records = denials
-            .records
-            .into_iter()
-            .map(|record| v1::DeniedEvent { record, suppressed: 0 });
-        let rest = (denials.suppressed > 0).then(|| v1::DeniedEvent {
-            record: String::new(),
-            suppressed: denials.suppressed,
-        });
+        let records =
+            denials.records.into_iter().map(|record| v1::DeniedEvent { record, suppressed: 0 });
+        let rest = (denials.suppressed > 0)
+            .then(|| v1::DeniedEvent { record: String::new(), suppressed: denials.suppressed });
         let mut kept = lock(&self.denials);
         for event in records.chain(rest) {
             if kept.len() == KEPT_DENIALS {

@@ -75,8 +75,7 @@ pub(crate) fn tls_connections(
                 match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await {
                     Ok(Ok(stream)) => {
                         let tls = stream.get_ref().1;
-                        let peer =
-                            peer_of(tls, &trust.load(), false, hauberk_tls::now()).ok();
+                        let peer = peer_of(tls, &trust.load(), false, hauberk_tls::now()).ok();
                         let connection = Connection { peer, address };
                         // The server may be stopping.
                         drop(sender.send(Ok(AgentStream { stream, connection })).await);

@@ -40,12 +40,7 @@ macro_rules! from_redb {
     )+};
 }
 
-from_redb!(
-    redb::TransactionError,
-    redb::TableError,
-    redb::StorageError,
-    redb::CommitError
-);
+from_redb!(redb::TransactionError, redb::TableError, redb::StorageError, redb::CommitError);
 
 /// A join token that has not been used.
 #[derive(Debug, Serialize, Deserialize)]
@@ -189,10 +184,8 @@ impl Store {
         let write = self.database.begin_write()?;
         {
             let mut nodes = write.open_table(NODES)?;
-            let node = nodes
-                .get(name)?
-                .map(|bytes| decode::<Node>("node", bytes.value()))
-                .transpose()?;
+            let node =
+                nodes.get(name)?.map(|bytes| decode::<Node>("node", bytes.value())).transpose()?;
             if let Some(mut node) = node {
                 node.next_serial = Some(serial.to_owned());
                 node.not_after_unix_ms = not_after_unix_ms;
@@ -205,11 +198,7 @@ impl Store {
 
     /// Whether a node may still use the certificate with this serial; the first use of a renewed
     /// one ends the old one.
-    pub(crate) fn check_serial(
-        &self,
-        name: &str,
-        serial: &str,
-    ) -> Result<SerialCheck, StoreError> {
+    pub(crate) fn check_serial(&self, name: &str, serial: &str) -> Result<SerialCheck, StoreError> {
         let Some(mut node) = self.node(name)? else { return Ok(SerialCheck::UnknownNode) };
         if node.next_serial.as_deref() == Some(serial) {
             node.current_serial = serial.to_owned();

@@ -78,7 +78,10 @@ pub fn parse(source: &str, text: &str) -> Result<Vec<Located<Object>>, Vec<Manif
         }]
     };
     if text.len() > MAX_TEXT {
-        return Err(whole(format!("the file has {} bytes", text.len()), "split it: 1 MiB is the most"));
+        return Err(whole(
+            format!("the file has {} bytes", text.len()),
+            "split it: 1 MiB is the most",
+        ));
     }
     let documents = tree::documents(source, text).map_err(|error| vec![error])?;
     if documents.len() > MAX_OBJECTS {

@@ -302,9 +302,7 @@ impl Refusal {
             RefusalCause::Denied(reason) => reason.as_str(),
             RefusalCause::Unreachable => UNREACHABLE,
         };
-        for text in
-            [word, &self.policy, &self.rule, &self.owner, &self.nearest_miss, &self.mend]
-        {
+        for text in [word, &self.policy, &self.rule, &self.owner, &self.nearest_miss, &self.mend] {
             put_text(&mut body, text);
         }
         body
@@ -422,8 +420,7 @@ fn put_text(body: &mut Vec<u8>, text: &str) {
     while !text.is_char_boundary(end) {
         end -= 1;
     }
-    let clean: String =
-        text.get(..end).unwrap_or("").chars().filter(|c| !c.is_control()).collect();
+    let clean: String = text.get(..end).unwrap_or("").chars().filter(|c| !c.is_control()).collect();
     put_bytes(body, clean.as_bytes());
 }
 

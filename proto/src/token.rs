@@ -56,10 +56,10 @@ impl FromStr for JoinToken {
         if version != VERSION {
             return Err(TokenError("it is of an unknown version"));
         }
-        let decode = |part: &str, error| URL_SAFE_NO_PAD.decode(part).map_err(|_| TokenError(error));
-        let bytes32 = |part: &str, error| {
-            decode(part, error)?.try_into().map_err(|_| TokenError(error))
-        };
+        let decode =
+            |part: &str, error| URL_SAFE_NO_PAD.decode(part).map_err(|_| TokenError(error));
+        let bytes32 =
+            |part: &str, error| decode(part, error)?.try_into().map_err(|_| TokenError(error));
         let control_plane = String::from_utf8(decode(address, "its address is damaged")?)
             .ok()
             .filter(|text| text.contains(':'))

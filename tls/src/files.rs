@@ -11,9 +11,13 @@ use std::{
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     #[error("{action} {}", path.display())]
+    /// The system refused it.
     Io {
+        /// What was tried.
         action: &'static str,
+        /// On what.
         path: PathBuf,
+        /// What the system says.
         #[source]
         source: io::Error,
     },
@@ -21,12 +25,28 @@ pub enum FileError {
         "{0} has mode {mode:04o}, so others than its owner may use it; run: chmod {wanted:04o} {0}",
         path.display()
     )]
-    LooseMode { path: PathBuf, mode: u32, wanted: u32 },
+    /// Others than the owner may use it.
+    LooseMode {
+        /// The file or folder.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+        /// The mode it should have.
+        wanted: u32,
+    },
     #[error(
         "{0} belongs to user {owner}, not to {us}, who runs this; run: chown {us} {0}",
         path.display()
     )]
-    ForeignOwner { path: PathBuf, owner: u32, us: u32 },
+    /// It is somebody else's.
+    ForeignOwner {
+        /// The file or folder.
+        path: PathBuf,
+        /// Its owner.
+        owner: u32,
+        /// Who we are.
+        us: u32,
+    },
 }
 
 fn io_error<'a>(
@@ -37,6 +57,9 @@ fn io_error<'a>(
 }
 
 /// Makes the folder with mode 0700, or demands that it has it.
+///
+/// # Errors
+/// If the system refuses it, or others could use it.
 pub fn private_folder(path: &Path) -> Result<(), FileError> {
     match fs::DirBuilder::new().recursive(true).mode(0o700).create(path) {
         Ok(()) => demand_private(path, 0o700),
@@ -45,6 +68,9 @@ pub fn private_folder(path: &Path) -> Result<(), FileError> {
 }
 
 /// Reads a file, `None` if it is missing; refuses one that others may read.
+///
+/// # Errors
+/// If the system refuses it, or others could use it.
 pub fn read_private(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
     match fs::read(path) {
         Ok(bytes) => demand_private(path, 0o600).map(|()| Some(bytes)),
@@ -54,6 +80,9 @@ pub fn read_private(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
 }
 
 /// Writes a file with mode 0600 so that a crash, a full disk or a power cut leaves the old one.
+///
+/// # Errors
+/// If the system refuses it, or others could use it.
 pub fn write_private(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
     let temporary = path.with_extension("new");
     let write = || {

@@ -13,7 +13,9 @@ mod reauthenticate;
 mod trust;
 mod verify;
 
-pub use config::{client_config, join_client_config, provider, server_config, shared_server_config};
+pub use config::{
+    client_config, join_client_config, provider, server_config, shared_server_config,
+};
 pub use credential::{ByServerName, Credential, CredentialError, CredentialSlot};
 pub use failure::{HandshakeFailure, reason_of};
 pub use keys::{KeyError, PrivateKey, signing_request};

@@ -69,11 +69,8 @@ pub fn prove(
 ) -> Result<Reauthenticate, ReauthenticateError> {
     let chain: Vec<Vec<u8>> = credential.chain().iter().map(|der| der.to_vec()).collect();
     let message = Reauthenticate::signed_message(exporter, from_source, sequence, &chain);
-    let signer = credential
-        .certified()
-        .key
-        .choose_scheme(SCHEMES)
-        .ok_or(ReauthenticateError::NoScheme)?;
+    let signer =
+        credential.certified().key.choose_scheme(SCHEMES).ok_or(ReauthenticateError::NoScheme)?;
     let signature = signer.sign(&message).map_err(ReauthenticateError::Tls)?;
     Ok(Reauthenticate { sequence, scheme: u16::from(signer.scheme()), signature, chain })
 }
@@ -112,8 +109,7 @@ pub fn verify_proof(
     }
     let message =
         Reauthenticate::signed_message(exporter, from_source, frame.sequence, &frame.chain);
-    let certificate =
-        EndEntityCert::try_from(leaf).map_err(|_| ReauthenticateError::Signature)?;
+    let certificate = EndEntityCert::try_from(leaf).map_err(|_| ReauthenticateError::Signature)?;
     let holds = provider()
         .signature_verification_algorithms
         .mapping

@@ -260,8 +260,7 @@ impl ServerVerifier {
     ) -> Result<(), VerifyError> {
         match &self.0 {
             ServerTrust::Bundle(trust) => {
-                let peer =
-                    verify(leaf, intermediates, &trust.load(), PeerRole::Server, now)?;
+                let peer = verify(leaf, intermediates, &trust.load(), PeerRole::Server, now)?;
                 if peer.id().server_name() == server_name.to_str() {
                     Ok(())
                 } else {
@@ -286,9 +285,8 @@ fn check_pinned(
         .ok_or(VerifyError::PinMismatch)?;
     let facts = hauberk_core::svid::check_leaf(leaf, timestamp(now)).map_err(VerifyError::Svid)?;
     let trust_domain: TrustDomain = facts.id().trust_domain().clone();
-    let bundle =
-        TrustBundle::new(trust_domain, vec![root.clone().into_owned()], timestamp(now))
-            .map_err(|_| VerifyError::PinMismatch)?;
+    let bundle = TrustBundle::new(trust_domain, vec![root.clone().into_owned()], timestamp(now))
+        .map_err(|_| VerifyError::PinMismatch)?;
     let peer = verify(leaf, intermediates, &bundle, PeerRole::Server, now)?;
     match peer.id().kind() {
         IdentityKind::ControlPlane => Ok(()),

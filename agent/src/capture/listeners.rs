@@ -50,9 +50,10 @@ where
             match accepted {
                 Ok((stream, from)) => {
                     let served = serve(context.clone(), stream, from);
+                    let open = context.opened();
                     tokio::spawn(async move {
                         served.await;
-                        drop(permit);
+                        drop((open, permit));
                     });
                 }
                 Err(error) => {

@@ -9,7 +9,10 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use hauberk_core::{policy::{ProcessSelector, resolve::MeshWorkload}, session};
+use hauberk_core::{
+    policy::{ProcessSelector, resolve::MeshWorkload},
+    session,
+};
 use hauberk_linux::{
     Netns, NetnsWorker,
     capture::{self, HostRules, HostWorkload, NamespaceRules, ProcessMatch},
@@ -53,7 +56,7 @@ impl NamespaceCapture {
     ) -> anyhow::Result<Self> {
         let netns = Netns::open(path)
             .with_context(|| format!("open the network namespace {}", path.display()))?;
-        let worker = Arc::new(NetnsWorker::start(&netns, &workload.name.to_string())?);
+        let worker = Arc::new(NetnsWorker::start(&netns, workload.name.as_ref())?);
         // The rules first: from here on nothing of the workload is unprotected, and what comes
         // before the listeners are up is refused.
         let rules = NamespaceRules {
@@ -133,14 +136,18 @@ impl NamespaceCapture {
             let listeners = self.worker.call(|| bind_all(&loopbacks(), OUTBOUND_PORT))??;
             for listener in listeners {
                 let (locals, key) = (self.locals.clone(), workload.key());
-                self.outbound.push(accept(&self.context, listener, move |context, stream, from| {
-                    let local = locals.get(&key);
-                    async move {
-                        if let Some(local) = local {
-                            outbound::serve(&context, &local, stream, from).await;
+                self.outbound.push(accept(
+                    &self.context,
+                    listener,
+                    move |context, stream, from| {
+                        let local = locals.get(&key);
+                        async move {
+                            if let Some(local) = local {
+                                outbound::serve(&context, &local, stream, from).await;
+                            }
                         }
-                    }
-                })?);
+                    },
+                )?);
             }
         }
         Ok(())

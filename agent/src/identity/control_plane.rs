@@ -83,10 +83,8 @@ impl ControlPlane {
     }
 
     async fn dial(&self) -> io::Result<TlsStream<TcpStream>> {
-        let mut last = io::Error::new(
-            io::ErrorKind::NotFound,
-            format!("{} has no address", self.address),
-        );
+        let mut last =
+            io::Error::new(io::ErrorKind::NotFound, format!("{} has no address", self.address));
         for address in lookup_host(&self.address).await? {
             match self.dial_address(address).await {
                 Ok(stream) => return Ok(stream),
@@ -96,7 +94,10 @@ impl ControlPlane {
         Err(last)
     }
 
-    async fn dial_address(&self, address: std::net::SocketAddr) -> io::Result<TlsStream<TcpStream>> {
+    async fn dial_address(
+        &self,
+        address: std::net::SocketAddr,
+    ) -> io::Result<TlsStream<TcpStream>> {
         let socket = hauberk_linux::socket::outbound_socket(address)?;
         let socket = tokio::net::TcpSocket::from_std_stream(socket.into());
         let stream = socket.connect(address).await?;

@@ -77,19 +77,13 @@ impl Kept {
     }
 }
 
-fn certificates(
-    list: &[String],
-    path: &Path,
-) -> Result<Vec<CertificateDer<'static>>, KeptError> {
+fn certificates(list: &[String], path: &Path) -> Result<Vec<CertificateDer<'static>>, KeptError> {
     list.iter()
         .map(|text| STANDARD.decode(text).map(CertificateDer::from))
         .collect::<Result<_, _>>()
         .map_err(|source| damaged(path, source))
 }
 
-fn damaged(
-    path: &Path,
-    source: impl std::error::Error + Send + Sync + 'static,
-) -> KeptError {
+fn damaged(path: &Path, source: impl std::error::Error + Send + Sync + 'static) -> KeptError {
     KeptError::Damaged { path: path.to_owned(), source: Box::new(source) }
 }

@@ -35,9 +35,10 @@ pub(crate) async fn open_node(
     address: Option<&str>,
 ) -> anyhow::Result<Node> {
     let path = data.join("node.json");
-    let kept = match Kept::load(&path).map_err(anyhow::Error::from).and_then(|kept| {
-        kept.map(|kept| from_kept(&kept, &path, address)).transpose()
-    }) {
+    let kept = match Kept::load(&path)
+        .map_err(anyhow::Error::from)
+        .and_then(|kept| kept.map(|kept| from_kept(&kept, &path, address)).transpose())
+    {
         Ok(Some(node)) => {
             if token.is_some() {
                 tracing::info!(node = node.name, "already joined, the join token is not needed");
@@ -60,24 +61,20 @@ pub(crate) async fn open_node(
         });
     };
     if let Some(error) = kept {
-        tracing::warn!(error = format!("{error:#}"), "the node's identity cannot be used, joining anew");
+        tracing::warn!(
+            error = format!("{error:#}"),
+            "the node's identity cannot be used, joining anew"
+        );
     }
     join(token, &path, address).await
 }
 
-async fn join(
-    token: &JoinToken,
-    path: &Path,
-    address: Option<&str>,
-) -> anyhow::Result<Node> {
+async fn join(token: &JoinToken, path: &Path, address: Option<&str>) -> anyhow::Result<Node> {
     let address = address.unwrap_or(&token.control_plane).to_owned();
     let (key, request) = signing_request()?;
     let control_plane = ControlPlane::pinned(address.clone(), token.root_sha256)?;
     let answer = EnrollmentClient::new(control_plane.channel())
-        .join(v1::JoinRequest {
-            token_secret: token.secret.to_vec(),
-            certificate_request: request,
-        })
+        .join(v1::JoinRequest { token_secret: token.secret.to_vec(), certificate_request: request })
         .await
         .map_err(|status| explain(&status))
         .with_context(|| format!("join through the control plane at {address}"))?

@@ -77,8 +77,7 @@ impl Identities {
             return Ok(identity.clone());
         }
         let slot = CredentialSlot::new(workload.identity.clone());
-        let client_tls =
-            Arc::new(client_config(slot.clone(), self.trust.clone(), session::ALPN)?);
+        let client_tls = Arc::new(client_config(slot.clone(), self.trust.clone(), session::ALPN)?);
         let (sender, installed) = watch::channel(0);
         let rotation = Rotation {
             key: key.clone(),
@@ -148,7 +147,10 @@ impl Rotation {
                     tokio::time::sleep(pause).await;
                 }
                 Step::Expired => {
-                    tracing::warn!(workload = self.key, "the certificate expired before it was renewed");
+                    tracing::warn!(
+                        workload = self.key,
+                        "the certificate expired before it was renewed"
+                    );
                     self.slot.clear();
                 }
                 Step::RenewNow => match self.renew().await {
@@ -159,8 +161,12 @@ impl Rotation {
                     Err(error) => {
                         let attempts = failure.map_or(1, |f| f.attempts.saturating_add(1));
                         failure = Some(Failure { at: hauberk_tls::now(), attempts });
-                        tracing::warn!(workload = self.key, attempts, error = format!("{error:#}"),
-                            "a certificate could not be renewed");
+                        tracing::warn!(
+                            workload = self.key,
+                            attempts,
+                            error = format!("{error:#}"),
+                            "a certificate could not be renewed"
+                        );
                     }
                 },
             }
@@ -182,18 +188,18 @@ impl Rotation {
             self.install(credential)
         });
         if let Err(error) = loaded {
-            tracing::info!(workload = self.key, error = format!("{error:#}"),
-                "the kept certificate is not used, asking for another");
+            tracing::info!(
+                workload = self.key,
+                error = format!("{error:#}"),
+                "the kept certificate is not used, asking for another"
+            );
         }
     }
 
     async fn renew(&self) -> anyhow::Result<()> {
         let (key, request) = signing_request()?;
         let answer = WorkloadIdentityClient::new(self.control_plane.channel())
-            .issue(v1::IssueRequest {
-                workload: self.key.clone(),
-                certificate_request: request,
-            })
+            .issue(v1::IssueRequest { workload: self.key.clone(), certificate_request: request })
             .await
             .map_err(|status| explain(&status));
         self.metrics.certificate_renewal(RenewalStep::Call, Outcome::from(&answer));
@@ -226,8 +232,11 @@ impl Rotation {
         if let Err(error) =
             Kept::new(key, &answer.certificate_chain, &answer.trust_bundle).save(&self.path)
         {
-            tracing::warn!(workload = self.key, error = format!("{:#}", anyhow::Error::from(error)),
-                "the certificate is in use but could not be kept for a restart");
+            tracing::warn!(
+                workload = self.key,
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "the certificate is in use but could not be kept for a restart"
+            );
         }
         Ok(())
     }

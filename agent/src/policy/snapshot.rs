@@ -53,8 +53,6 @@ pub(crate) enum Found<'a> {
 pub(crate) enum SnapshotError {
     #[error("resource {key}: {source}")]
     Convert { key: String, source: ConvertError },
-    #[error("two resources have the key {0}")]
-    Duplicate(String),
     #[error("the state's hash is not the one announced")]
     Hash,
     #[error("{address} is claimed by {first} and {second}")]
@@ -109,8 +107,7 @@ impl Snapshot {
                     first: self.workloads.get(other).map(|w| w.key()).unwrap_or_default(),
                     second: workload.key(),
                 };
-                let whole =
-                    matches!(workload.process, ProcessSelector::NetworkNamespace { .. });
+                let whole = matches!(workload.process, ProcessSelector::NetworkNamespace { .. });
                 match (self.by_address.get_mut(address), whole) {
                     (None, true) => {
                         self.by_address.insert(*address, Address::Whole(place));

@@ -15,9 +15,7 @@ use hauberk_proto::{
     v1::{self, agent_report::Kind, state_client::StateClient},
 };
 use hauberk_telemetry::{
-    Health, RecordSink, State as HealthState,
-    metrics::AgentMetrics,
-    record::Denial,
+    Health, RecordSink, State as HealthState, metrics::AgentMetrics, record::Denial,
 };
 use hauberk_tls::files::{read_private, write_private};
 use prost::Message;
@@ -54,15 +52,22 @@ impl Enforcer {
         let path = data.join("state.bin");
         let snapshot = match load(&path) {
             Ok(Some(snapshot)) => {
-                tracing::info!(revision = snapshot.revision, "enforcing the last good state from disk");
-                metrics.policy_enforced(snapshot.revision, SystemTime::now(), Duration::ZERO);
+                tracing::info!(
+                    revision = snapshot.revision,
+                    "enforcing the last good state from disk"
+                );
+                let received = std::fs::metadata(&path).and_then(|file| file.modified());
+                metrics
+                    .policy_restored(snapshot.revision, received.unwrap_or(SystemTime::UNIX_EPOCH));
                 health.set(POLICY_CHECK, HealthState::Ready);
                 snapshot
             }
             Ok(None) => Snapshot::default(),
             Err(error) => {
-                tracing::error!(error = format!("{error:#}"),
-                    "the state on disk is not used; nothing is allowed until the control plane sends it anew");
+                tracing::error!(
+                    error = format!("{error:#}"),
+                    "the state on disk is not used; nothing is allowed until the control plane sends it anew"
+                );
                 Snapshot::default()
             }
         };
@@ -85,8 +90,7 @@ impl Enforcer {
                 self.path.display()
             );
         }
-        let mut resources =
-            if update.full { BTreeMap::new() } else { current.resources.clone() };
+        let mut resources = if update.full { BTreeMap::new() } else { current.resources.clone() };
         for key in &update.removals {
             resources.remove(key);
         }
@@ -101,8 +105,11 @@ impl Enforcer {
         // On disk first: after a crash nothing older comes back. A full disk must not keep a
         // revocation from being enforced now, though.
         if let Err(error) = self.save(&next) {
-            tracing::error!(error = format!("{error:#}"), revision = next.revision,
-                "the new state is enforced but could not be kept for a restart");
+            tracing::error!(
+                error = format!("{error:#}"),
+                revision = next.revision,
+                "the new state is enforced but could not be kept for a restart"
+            );
         }
         self.sender.send_replace(next.clone());
         let made = u64::try_from(update.made_at_unix_ms).unwrap_or(0);
@@ -167,8 +174,10 @@ impl Subscription {
                 // Ended for a reason of our own: connect anew at once.
                 Ok(()) => pause = FIRST_RETRY,
                 Err(error) => {
-                    tracing::warn!(error = format!("{error:#}"),
-                        "no control plane; what is in force stays in force");
+                    tracing::warn!(
+                        error = format!("{error:#}"),
+                        "no control plane; what is in force stays in force"
+                    );
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(LONGEST_RETRY);
                 }
@@ -189,7 +198,9 @@ impl Subscription {
             .max_decoding_message_size(256 * 1024 * 1024)
             .subscribe(ReceiverStream::new(outgoing))
             .await
-            .map_err(|status| anyhow::anyhow!("{}: {}", self.control_plane.address(), status.message()))?
+            .map_err(|status| {
+                anyhow::anyhow!("{}: {}", self.control_plane.address(), status.message())
+            })?
             .into_inner();
         self.metrics.control_plane_connected();
         tracing::info!(address = self.control_plane.address(), "connected to the control plane");

@@ -56,8 +56,7 @@ impl operator_server::Operator for Operator {
         getrandom::fill(&mut secret)
             .map_err(|_| Status::unavailable("the system gives no random numbers"))?;
         let expires = hauberk_tls::now().saturating_add(lifetime);
-        let record =
-            Token { node: message.node.clone(), expires_unix_ms: expires.unix_millis() };
+        let record = Token { node: message.node.clone(), expires_unix_ms: expires.unix_millis() };
         shared.store.add_token(&sha256(&secret), &record).map_err(internal)?;
         tracing::info!(target: "hauberk.audit", node = message.node, expires = %expires, "a join token was made");
         let token = JoinToken {
@@ -100,9 +99,11 @@ impl operator_server::Operator for Operator {
             return Ok(Response::new(Box::pin(past)));
         }
         let coming = BroadcastStream::new(followed).map(|event| {
-            Ok(event.unwrap_or_else(|tokio_stream::wrappers::errors::BroadcastStreamRecvError::Lagged(missed)| {
-                v1::DeniedEvent { record: String::new(), suppressed: missed }
-            }))
+            Ok(event.unwrap_or_else(
+                |tokio_stream::wrappers::errors::BroadcastStreamRecvError::Lagged(missed)| {
+                    v1::DeniedEvent { record: String::new(), suppressed: missed }
+                },
+            ))
         });
         Ok(Response::new(Box::pin(past.chain(coming))))
     }
@@ -244,7 +245,9 @@ fn notes(
         };
         let node = workload.node.as_str();
         match agents.get(node) {
-            None => notes.push(format!("the agent of {node}, where the {role} runs, has not connected")),
+            None => {
+                notes.push(format!("the agent of {node}, where the {role} runs, has not connected"))
+            }
             Some(agent) if agent.streams == 0 => {
                 notes.push(format!(
                     "the agent of {node}, where the {role} runs, is away; it enforces revision {}",

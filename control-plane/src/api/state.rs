@@ -40,6 +40,9 @@ impl state_server::State for State {
             let outcome = tokio::select! {
                 outcome = read_reports(&shared, &node, reports) => outcome,
                 outcome = send_updates(&shared, &updates) => outcome,
+                () = shared.stopping.cancelled() => {
+                    Err(Status::unavailable("the control plane is stopping"))
+                }
                 () = tokio::time::sleep(life) => Err(Status::unauthenticated(
                     "the node certificate of this connection has expired; connect anew",
                 )),
@@ -133,8 +136,12 @@ async fn read_reports(
                 });
             }
             Some(Kind::Refused(refused)) => {
-                tracing::error!(node, revision = refused.revision, reason = refused.reason,
-                    "an agent refuses a revision and enforces what it had");
+                tracing::error!(
+                    node,
+                    revision = refused.revision,
+                    reason = refused.reason,
+                    "an agent refuses a revision and enforces what it had"
+                );
                 shared.fleet.update(node, now, |agent| {
                     agent.refused =
                         Some(format!("revision {}: {}", refused.revision, refused.reason));
@@ -155,7 +162,9 @@ async fn read_reports(
                 shared.fleet.update(node, now, |agent| agent.status = status);
             }
             None => {
-                return Err(Status::invalid_argument("report.kind: is missing or of an unknown kind"));
+                return Err(Status::invalid_argument(
+                    "report.kind: is missing or of an unknown kind",
+                ));
             }
         }
     }

@@ -26,12 +26,10 @@ impl workload_identity_server::WorkloadIdentity for WorkloadIdentity {
         let message = request.into_inner();
         let key = workload_key(&message.workload)?;
         let published = shared.publisher.current();
-        let registered = published.workload(&message.workload).map(|workload| {
-            RegisteredWorkload {
-                key: registered_key(workload),
-                node: workload.node.to_string(),
-                identity: workload.identity.clone(),
-            }
+        let registered = published.workload(&message.workload).map(|workload| RegisteredWorkload {
+            key: registered_key(workload),
+            node: workload.node.to_string(),
+            identity: workload.identity.clone(),
         });
         let id = admit(&caller.node, &key, registered.as_ref(), NodeStanding::Good).map_err(
             |refusal| {
@@ -68,7 +66,9 @@ fn workload_key(text: &str) -> Result<WorkloadKey, Status> {
     let name = name.parse().map_err(|_| invalid())?;
     Ok(match first {
         "machine" => WorkloadKey::Machine { name },
-        namespace => WorkloadKey::Pod { namespace: namespace.parse().map_err(|_| invalid())?, name },
+        namespace => {
+            WorkloadKey::Pod { namespace: namespace.parse().map_err(|_| invalid())?, name }
+        }
     })
 }
 

@@ -45,7 +45,9 @@ pub(crate) enum CaError {
     Damaged(PathBuf, #[source] hauberk_core::svid::SvidError),
     #[error("{0} is missing beside the other files of the CA; restore the folder from a backup")]
     Missing(PathBuf),
-    #[error("the CA in {folder} is of trust domain {kept}, not {wanted}; use --trust-domain {kept}")]
+    #[error(
+        "the CA in {folder} is of trust domain {kept}, not {wanted}; use --trust-domain {kept}"
+    )]
     OtherTrustDomain { folder: String, kept: String, wanted: String },
     #[error("the certificate request does not carry a usable public key")]
     Request(#[source] rcgen::Error),
@@ -151,8 +153,7 @@ impl Authority {
     ) -> Result<Issued, CaError> {
         let intermediate = self.intermediate.load();
         let template = Template { id, lifetime, now, at_most: intermediate.not_after };
-        let (leaf, serial, not_after) =
-            issuer::sign_leaf(&template, key, &intermediate.issuer)?;
+        let (leaf, serial, not_after) = issuer::sign_leaf(&template, key, &intermediate.issuer)?;
         Ok(Issued { chain: vec![leaf, intermediate.certificate.clone()], serial, not_after })
     }
 }
@@ -179,9 +180,8 @@ fn make_intermediate(
     now: Timestamp,
 ) -> Result<Intermediate, CaError> {
     let root_key_path = folder.join("root.key.der");
-    let root_key = read_private(&root_key_path)?
-        .map(Zeroizing::new)
-        .ok_or(CaError::Missing(root_key_path))?;
+    let root_key =
+        read_private(&root_key_path)?.map(Zeroizing::new).ok_or(CaError::Missing(root_key_path))?;
     let root_issuer = Issuer::from_ca_cert_der(root, load_key(&root_key)?)?;
     let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
     let parameters =
@@ -243,9 +243,8 @@ fn ca_parameters(
     parameters.distinguished_name.push(DnType::CommonName, name);
     parameters.is_ca = IsCa::Ca(BasicConstraints::Constrained(path_length));
     parameters.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    parameters.subject_alt_names = vec![SanType::URI(
-        SpiffeId::of_trust_domain(trust_domain).as_str().try_into()?,
-    )];
+    parameters.subject_alt_names =
+        vec![SanType::URI(SpiffeId::of_trust_domain(trust_domain).as_str().try_into()?)];
     parameters.serial_number = Some(issuer::random_serial()?);
     parameters.use_authority_key_identifier_extension = true;
     (parameters.not_before, parameters.not_after) = issuer::validity(now, lifetime, None)?;

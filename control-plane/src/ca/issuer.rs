@@ -4,9 +4,8 @@ use std::time::Duration;
 
 use hauberk_core::{identity::SpiffeId, time::Timestamp};
 use rcgen::{
-    CertificateParams, CertificateSigningRequestParams, DistinguishedName,
-    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKey, PublicKeyData,
-    SanType, SerialNumber,
+    CertificateParams, CertificateSigningRequestParams, DistinguishedName, ExtendedKeyUsagePurpose,
+    IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKey, PublicKeyData, SanType, SerialNumber,
 };
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
 use time::OffsetDateTime;
@@ -44,7 +43,8 @@ pub(super) fn requested_key(request: &[u8]) -> Result<PublicKey, CaError> {
     }
     let der = CertificateSigningRequestDer::from(request);
     let key = CertificateSigningRequestParams::from_der(&der).map_err(CaError::Request)?.public_key;
-    let accepted = [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519];
+    let accepted =
+        [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519];
     if accepted.contains(&key.algorithm()) { Ok(key) } else { Err(CaError::WeakKey) }
 }
 

@@ -118,7 +118,7 @@ impl Publisher {
         let (changed, mut changes) = tokio::sync::mpsc::channel::<()>(1);
         let watcher = notify::recommended_watcher(move |_event| {
             // A full channel already says that something changed.
-            drop(changed.try_send(()));
+            let _full = changed.try_send(());
         });
         let mut watcher = match watcher {
             Ok(watcher) => Some(watcher),
@@ -203,10 +203,8 @@ impl Publisher {
         if lines.is_empty() {
             tracing::info!("the manifests are accepted again");
         }
-        self.metrics.manifests_read(
-            u64::try_from(lines.len()).unwrap_or(u64::MAX),
-            SystemTime::now(),
-        );
+        self.metrics
+            .manifests_read(u64::try_from(lines.len()).unwrap_or(u64::MAX), SystemTime::now());
         *errors = lines;
     }
 
@@ -259,8 +257,13 @@ impl Publisher {
             return Ok(());
         }
         if before.revision != revision {
-            tracing::info!(revision, workloads = resolved.workloads.len(), policies, guardrails,
-                "published a revision");
+            tracing::info!(
+                revision,
+                workloads = resolved.workloads.len(),
+                policies,
+                guardrails,
+                "published a revision"
+            );
         }
         let postures: Vec<_> =
             resolved.workloads.iter().map(|w| (w.identity.clone(), w.mode)).collect();

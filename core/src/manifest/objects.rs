@@ -108,9 +108,9 @@ fn access_policy(metadata: Option<Metadata>, spec: &mut Fields<'_>) -> Option<Ac
     let rules = spec.required("rules").and_then(|field| rules(&field));
     let tests = match spec.optional("tests") {
         None => Some(Vec::new()),
-        Some(field) => field.list().and_then(|list| {
-            all(list, |field| policy_test(&field).map(|test| (field, test)))
-        }),
+        Some(field) => field
+            .list()
+            .and_then(|list| all(list, |field| policy_test(&field).map(|test| (field, test)))),
     };
     let metadata = metadata?;
     let (rules, tests) = (rules?, tests?);
@@ -348,10 +348,9 @@ fn hold_test(policy: &AccessPolicy, field: &Field<'_>, test: &PolicyTest) -> Opt
 
 fn covers(rule: &PeerSelector, caller: &PeerSelector) -> bool {
     match (rule, caller) {
-        (
-            PeerSelector::AnyIn { namespace },
-            PeerSelector::ServiceAccount { namespace: of, .. },
-        ) => namespace == of,
+        (PeerSelector::AnyIn { namespace }, PeerSelector::ServiceAccount { namespace: of, .. }) => {
+            namespace == of
+        }
         (PeerSelector::AnyIn { namespace }, PeerSelector::SpiffeId(id)) => {
             matches!(id.kind(), IdentityKind::Workload { namespace: of, .. } if of == namespace.as_str())
         }
@@ -398,9 +397,8 @@ fn guardrail_target(field: &Field<'_>) -> Option<GuardrailTarget> {
 }
 
 fn machine(metadata: Option<Metadata>, spec: &mut Fields<'_>) -> Option<Machine> {
-    let addresses = spec
-        .optional("addresses")
-        .map_or(Some(BTreeSet::new()), |field| addresses(&field));
+    let addresses =
+        spec.optional("addresses").map_or(Some(BTreeSet::new()), |field| addresses(&field));
     let process = match spec.optional("process") {
         None => {
             for name in ["ports", "mode"] {
@@ -428,9 +426,8 @@ fn workload(metadata: Option<Metadata>, spec: &mut Fields<'_>) -> Option<Workloa
     let machine = spec.required("machine").and_then(|field| name_or_object(&field));
     let service_account = spec.required("serviceAccount").and_then(|field| name_or_object(&field));
     let given = spec.optional("addresses");
-    let process = spec
-        .required("process")
-        .and_then(|field| process(&field, spec, Some(given.as_ref())));
+    let process =
+        spec.required("process").and_then(|field| process(&field, spec, Some(given.as_ref())));
     let metadata = metadata?;
     Some(Workload {
         namespace: metadata.namespace?,
@@ -489,7 +486,9 @@ fn user(field: &Field<'_>) -> Option<String> {
     if let Some(id) = field.number() {
         return match u32::try_from(id) {
             Ok(id) => Some(id.to_string()),
-            Err(_) => field.wrong(format_args!("{id} is not a user"), "write a user's name or number"),
+            Err(_) => {
+                field.wrong(format_args!("{id} is not a user"), "write a user's name or number")
+            }
         };
     }
     let text = field.text()?;

@@ -54,7 +54,11 @@ impl<'a> Field<'a> {
     }
 
     /// Notes an error here. `None`, so that it can be returned.
-    pub(super) fn wrong<T>(&self, problem: impl fmt::Display, mend: impl fmt::Display) -> Option<T> {
+    pub(super) fn wrong<T>(
+        &self,
+        problem: impl fmt::Display,
+        mend: impl fmt::Display,
+    ) -> Option<T> {
         self.errors.borrow_mut().push(ManifestError {
             source: self.source.clone(),
             line: self.node.line,
@@ -111,13 +115,16 @@ impl<'a> Field<'a> {
     pub(super) fn text(&self) -> Option<&'a str> {
         match &self.node.value {
             Value::Text(text) if !text.trim().is_empty() => Some(text),
-            other => self.wrong(format_args!("{} is not text", other.describe()), "write some text"),
+            other => {
+                self.wrong(format_args!("{} is not text", other.describe()), "write some text")
+            }
         }
     }
 
     pub(super) fn parsed<T: FromStr<Err: fmt::Display>>(&self, mend: &str) -> Option<T> {
         let text = self.text()?;
-        text.parse().map_or_else(|error: T::Err| self.wrong(format_args!("{text:?}: {error}"), mend), Some)
+        text.parse()
+            .map_or_else(|error: T::Err| self.wrong(format_args!("{text:?}: {error}"), mend), Some)
     }
 
     pub(super) fn word<T: Copy>(&self, words: &[(&str, T)]) -> Option<T> {

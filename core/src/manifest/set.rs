@@ -96,7 +96,11 @@ impl Check {
                 match &workload.process.selector {
                     ProcessSelector::NetworkNamespace { name, addresses } => {
                         for address in addresses {
-                            self.address(object, *address, format!("namespace {name} of {machine}"));
+                            self.address(
+                                object,
+                                *address,
+                                format!("namespace {name} of {machine}"),
+                            );
                         }
                     }
                     ProcessSelector::User(_) | ProcessSelector::Cgroup(_) => {
@@ -135,7 +139,8 @@ impl Check {
         let here = format!("{}:{}", object.source, object.line);
         match self.addresses.get(&address) {
             Some((other, first)) if *other != place => {
-                let problem = format!("{address} is the address of the {other} already, at {first}");
+                let problem =
+                    format!("{address} is the address of the {other} already, at {first}");
                 self.wrong(object, "spec.addresses", problem, "give each its own address");
             }
             Some(_) => {}
@@ -150,7 +155,9 @@ impl Check {
             self.wrong(
                 object,
                 "spec.ports",
-                format!("port {port} of machine {machine} is served by another workload, at {first}"),
+                format!(
+                    "port {port} of machine {machine} is served by another workload, at {first}"
+                ),
                 "let one workload of a machine serve a port",
             );
         }

@@ -89,9 +89,9 @@ fn node(raw: Spanned<Raw>) -> Node {
         Raw::Number(value) => Value::Number(value),
         Raw::Text(text) => Value::Text(text),
         Raw::List(items) => Value::List(items.into_iter().map(node).collect()),
-        Raw::Map(entries) => Value::Map(
-            entries.into_iter().map(|(key, value)| (node(key), node(value))).collect(),
-        ),
+        Raw::Map(entries) => {
+            Value::Map(entries.into_iter().map(|(key, value)| (node(key), node(value))).collect())
+        }
     };
     Node { line, column, value }
 }

@@ -282,10 +282,7 @@ fn mesh_machine(
     }))
 }
 
-fn machine_id(
-    trust_domain: &TrustDomain,
-    name: &ResourceName,
-) -> Result<SpiffeId, ResolveError> {
+fn machine_id(trust_domain: &TrustDomain, name: &ResourceName) -> Result<SpiffeId, ResolveError> {
     SpiffeId::machine(trust_domain, name.as_str())
         .map_err(|source| ResolveError { object: format!("Machine {name}"), source })
 }
@@ -404,10 +401,9 @@ pub fn bind_peer(
         ),
         PeerSelector::Machine { name } => PeerMatch::Exact(machine_id(trust_domain, name)?),
         PeerSelector::SpiffeId(id) => PeerMatch::Exact(id.clone()),
-        PeerSelector::AnyIn { namespace } => PeerMatch::AnyIn {
-            trust_domain: trust_domain.clone(),
-            namespace: namespace.clone(),
-        },
+        PeerSelector::AnyIn { namespace } => {
+            PeerMatch::AnyIn { trust_domain: trust_domain.clone(), namespace: namespace.clone() }
+        }
     })
 }
 
@@ -416,10 +412,9 @@ fn bind_guardrail(
     trust_domain: &TrustDomain,
 ) -> Result<ResolvedGuardrail, ResolveError> {
     let destination = match &guardrail.target {
-        GuardrailTarget::Namespace(namespace) => PeerMatch::AnyIn {
-            trust_domain: trust_domain.clone(),
-            namespace: namespace.clone(),
-        },
+        GuardrailTarget::Namespace(namespace) => {
+            PeerMatch::AnyIn { trust_domain: trust_domain.clone(), namespace: namespace.clone() }
+        }
         GuardrailTarget::ServiceAccount { namespace, name } => bind_peer(
             &PeerSelector::ServiceAccount { namespace: namespace.clone(), name: name.clone() },
             trust_domain,

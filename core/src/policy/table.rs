@@ -227,10 +227,9 @@ fn difference(rule: &ResolvedRule, request: Request<'_>) -> Option<Difference> {
         (true, false, _) => Some(Difference::Port {
             allowed: rule.ports.iter().copied().take(NEAREST_MISS_PORTS).collect(),
         }),
-        (false, true, _) => rule
-            .peers
-            .first()
-            .map(|peer| Difference::Caller { allowed: peer.to_string() }),
+        (false, true, _) => {
+            rule.peers.first().map(|peer| Difference::Caller { allowed: peer.to_string() })
+        }
     }
 }
 

@@ -18,7 +18,9 @@ use crate::error::{Error, Result};
 /// - TCP that comes in goes to `plaintext_port`, but for `mesh_port`, which is reached directly.
 ///   That holds for the agent's other ports as well: dialled from outside, they show up at
 ///   `plaintext_port` as their own original destination.
-/// - UDP, ICMP and connections opened before the rules are left alone.
+/// - UDP, ICMP and connections opened before the rules are left alone. So is an opening packet
+///   that was already past the rules' place when they came, waiting for an answer to ARP, say:
+///   the rules belong in place before the workload's first packet.
 ///
 /// Where nobody listens on those ports, connections are refused: the rules stay when the agent
 /// dies. A process with `CAP_NET_ADMIN` in the namespace can mark its packets and pass.

@@ -165,6 +165,11 @@ fn connections_older_than_the_rules_and_udp_are_left_alone() {
 fn an_attempt_that_began_before_the_rules_does_not_slip_through() {
     let network = Network::new();
     let family = families()[0];
+    // The neighbour is known: an opening that waits for the answer to an ARP request has passed
+    // all rules already, and would arrive with the other machine's drop rule gone.
+    let known = listen(&network.remote, family.any, 81);
+    connect(&network.workload, family.remote, 81).unwrap();
+    drop(known);
     // Connection tracking runs and holds the attempt before our rules are there.
     network.in_workload(|| {
         command("nft 'table inet other { chain c { type nat hook output priority 0; }; }'")

@@ -34,7 +34,7 @@ fn payload_is_seen_in_both_directions_and_written_to_a_pcap_file() {
     assert_eq!(captured.handshakes(80).len(), 2);
     assert!(captured.handshakes(80).iter().all(|seen| seen.client.is_none()));
 
-    let read = Command::new("tcpdump").arg("-nr").arg(&file).output().unwrap();
+    let read = Command::new("tcpdump").args(["-Z", "root", "-nr"]).arg(&file).output().unwrap();
     std::fs::remove_file(&file).unwrap();
     let lines = String::from_utf8(read.stdout).unwrap();
     assert!(read.status.success());

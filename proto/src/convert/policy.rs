@@ -73,9 +73,9 @@ pub fn guardrail_message(guardrail: &ResolvedGuardrail) -> v1::Guardrail {
         destination: Some(peer_message(&guardrail.destination)),
         ports: Some(match &guardrail.ports {
             GuardrailPorts::All => Ports::AllPorts(v1::AllPorts {}),
-            GuardrailPorts::Only(ports) => {
-                Ports::OnlyPorts(v1::Ports { ports: ports.iter().copied().map(u32::from).collect() })
-            }
+            GuardrailPorts::Only(ports) => Ports::OnlyPorts(v1::Ports {
+                ports: ports.iter().copied().map(u32::from).collect(),
+            }),
         }),
         denies: Some(match &guardrail.denies {
             ResolvedPeers::From(list) => Denies::DenyFrom(peers(list)),
@@ -158,10 +158,9 @@ fn peer(field: &str, message: v1::Peer) -> Result<PeerMatch, ConvertError> {
     Ok(match message.kind.ok_or(ConvertError::missing(field))? {
         Kind::SpiffeId(text) => PeerMatch::Exact(spiffe_id(field, &text)?),
         Kind::AnyIn(any) => PeerMatch::AnyIn {
-            trust_domain: any
-                .trust_domain
-                .parse()
-                .map_err(|error| ConvertError::new(field, format!("{}: {error}", any.trust_domain)))?,
+            trust_domain: any.trust_domain.parse().map_err(|error| {
+                ConvertError::new(field, format!("{}: {error}", any.trust_domain))
+            })?,
             namespace: name(field, &any.namespace)?,
         },
     })

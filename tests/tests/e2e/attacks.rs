@@ -2,11 +2,11 @@
 
 use std::{
     io::{ErrorKind, Read, Write},
-    net::SocketAddr,
+    net::{SocketAddr, TcpStream},
     time::Duration,
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use hauberk_cli::lab::{ipv4, ipv6};
 use hauberk_linux::packets::{CaptureOptions, PacketCapture};
 use hauberk_tests::mesh::{LEDGER, Mesh, is};
@@ -25,15 +25,25 @@ crate::trials!(
     a_workload_cannot_use_anothers_address,
 );
 
+/// Whoever comes in clear gets no byte, as fast or as slow as the refusal comes.
+fn no_answer(stream: anyhow::Result<TcpStream>) -> anyhow::Result<()> {
+    let Ok(mut stream) = stream else { return Ok(()) };
+    if stream.write_all(b"GET / HTTP/1.0\r\n\r\n").is_err() {
+        return Ok(());
+    }
+    match stream.read(&mut [0]) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => bail!("it was left waiting"),
+        Err(_) | Ok(0) => Ok(()),
+        Ok(_) => bail!("it was answered"),
+    }
+}
+
 fn plaintext_to_a_protected_port_is_refused_and_counted() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     for (count, address) in [ipv4(LEDGER), ipv6(LEDGER)].into_iter().enumerate() {
         let target = SocketAddr::new(address, 8080);
         let listener = mesh.listen("ledger", target)?;
-        let mut intruder = mesh.connect("outside", target)?;
-        drop(intruder.write_all(b"let me in"));
-        let error = intruder.read(&mut [0]).expect_err("a reset");
-        ensure!(error.kind() == ErrorKind::ConnectionReset, "got {error}");
+        no_answer(mesh.connect("outside", target))?;
         listener.set_nonblocking(true)?;
         ensure!(listener.accept().is_err(), "the application saw the intruder");
         let record = mesh.record("machine-b", |record| {
@@ -41,8 +51,11 @@ fn plaintext_to_a_protected_port_is_refused_and_counted() -> anyhow::Result<()> 
                 && record["original_dst"].as_str() == Some(&target.to_string())
         })?;
         ensure!(is(&record, "decision", "deny"), "{record}");
-        let counted =
-            mesh.metric("machine-b", "hauberk_connections_denied_total", &["reason=\"plaintext\""])?;
+        let counted = mesh.metric(
+            "machine-b",
+            "hauberk_connections_denied_total",
+            &["reason=\"plaintext\""],
+        )?;
         ensure!((counted - (count as f64 + 1.0)).abs() < f64::EPSILON, "counted {counted}");
     }
     Ok(())
@@ -53,14 +66,12 @@ fn the_listeners_of_the_agent_cannot_be_dialled_around() -> anyhow::Result<()> {
     let listener = mesh.listen("ledger", mesh.ledger(8080))?;
     listener.set_nonblocking(true)?;
     for port in [15_001, 15_006] {
-        let mut intruder = mesh.connect("outside", mesh.ledger(port))?;
-        drop(intruder.write_all(b"GET / HTTP/1.0\r\n\r\n"));
-        ensure!(!matches!(intruder.read(&mut [0]), Ok(count) if count > 0), "port {port} answered");
+        no_answer(mesh.connect("outside", mesh.ledger(port)))
+            .with_context(|| format!("port {port}"))?;
     }
     // From inside, straight to the agent's own listener.
     let inside = SocketAddr::from(([127, 0, 0, 1], 15_001));
-    let mut workload = mesh.connect("web", inside)?;
-    ensure!(!matches!(workload.read(&mut [0]), Ok(count) if count > 0), "the listener answered");
+    no_answer(mesh.connect("web", inside))?;
     ensure!(listener.accept().is_err(), "somebody came through");
     Ok(())
 }
@@ -120,27 +131,62 @@ fn expired_and_malformed_certificates_are_refused_each_with_its_reason() -> anyh
     // With the mesh's own CA key: what a broken or stolen issuer could make.
     let forger = Forger::with_the_key_of(&mesh)?;
     let cases: [(&str, &str, Change, &str); 8] = [
-        ("expired", "spiffe://example.org/ns/shop/sa/checkout", |p| {
-            p.not_after = time::OffsetDateTime::now_utc() - time::Duration::minutes(1);
-        }, "expired_cert"),
-        ("not yet valid", "spiffe://example.org/ns/shop/sa/checkout", |p| {
-            p.not_before = time::OffsetDateTime::now_utc() + time::Duration::minutes(9);
-        }, "expired_cert"),
-        ("flagged as CA", "spiffe://example.org/ns/shop/sa/checkout", |p| {
-            p.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        }, "bad_svid"),
-        ("two URIs", "spiffe://example.org/ns/shop/sa/checkout", |p| {
-            let second = "spiffe://example.org/ns/shop/sa/web".try_into().unwrap();
-            p.subject_alt_names.push(SanType::URI(second));
-        }, "bad_svid"),
+        (
+            "expired",
+            "spiffe://example.org/ns/shop/sa/checkout",
+            |p| {
+                p.not_after = time::OffsetDateTime::now_utc() - time::Duration::minutes(1);
+            },
+            "expired_cert",
+        ),
+        (
+            "not yet valid",
+            "spiffe://example.org/ns/shop/sa/checkout",
+            |p| {
+                p.not_before = time::OffsetDateTime::now_utc() + time::Duration::minutes(9);
+            },
+            "expired_cert",
+        ),
+        (
+            "flagged as CA",
+            "spiffe://example.org/ns/shop/sa/checkout",
+            |p| {
+                p.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+            },
+            "bad_svid",
+        ),
+        (
+            "two URIs",
+            "spiffe://example.org/ns/shop/sa/checkout",
+            |p| {
+                let second = "spiffe://example.org/ns/shop/sa/web".try_into().unwrap();
+                p.subject_alt_names.push(SanType::URI(second));
+            },
+            "bad_svid",
+        ),
         ("root path", "spiffe://example.org", |_| {}, "bad_svid"),
-        ("may sign certificates", "spiffe://example.org/ns/shop/sa/checkout", |p| {
-            p.key_usages.push(KeyUsagePurpose::KeyCertSign);
-        }, "bad_svid"),
-        ("not for clients", "spiffe://example.org/ns/shop/sa/checkout", |p| {
-            p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        }, "bad_svid"),
-        ("other trust domain", "spiffe://elsewhere.org/ns/shop/sa/checkout", |_| {}, "untrusted_root"),
+        (
+            "may sign certificates",
+            "spiffe://example.org/ns/shop/sa/checkout",
+            |p| {
+                p.key_usages.push(KeyUsagePurpose::KeyCertSign);
+            },
+            "bad_svid",
+        ),
+        (
+            "not for clients",
+            "spiffe://example.org/ns/shop/sa/checkout",
+            |p| {
+                p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+            },
+            "bad_svid",
+        ),
+        (
+            "other trust domain",
+            "spiffe://elsewhere.org/ns/shop/sa/checkout",
+            |_| {},
+            "untrusted_root",
+        ),
     ];
     for (number, (name, id, change, reason)) in cases.into_iter().enumerate() {
         let leaf = forger.leaf(id, change)?;

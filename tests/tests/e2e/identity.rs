@@ -202,7 +202,10 @@ fn ten_renewals_under_load_cost_no_connection() -> anyhow::Result<()> {
         })?;
         thread::sleep(Duration::from_millis(50));
         // machine-a has two workloads, machine-b one.
-        if number % 20 == 0 && renewals("machine-b")? > RENEWALS && renewals("machine-a")? > 2.0 * RENEWALS {
+        if number % 20 == 0
+            && renewals("machine-b")? > RENEWALS
+            && renewals("machine-a")? > 2.0 * RENEWALS
+        {
             break;
         }
         ensure!(started.elapsed() < Duration::from_secs(150), "the certificates are not renewed");
@@ -213,7 +216,15 @@ fn ten_renewals_under_load_cost_no_connection() -> anyhow::Result<()> {
 fn join(mesh: &Mesh, token: &str, data: &str) -> anyhow::Result<Output> {
     let mut command = mesh.hauberk()?;
     command
-        .args(["agent", "--stop-with-stdin", "--metrics", "127.0.0.1:0", "--join-token", token, "--data"])
+        .args([
+            "agent",
+            "--stop-with-stdin",
+            "--metrics",
+            "127.0.0.1:0",
+            "--join-token",
+            token,
+            "--data",
+        ])
         .arg(mesh.folder().join(data))
         .stdin(std::process::Stdio::null());
     mesh.output("outside", &mut command)
@@ -285,8 +296,10 @@ impl Stolen {
     }
 
     fn connect(mesh: &Mesh, tls: Arc<rustls::ClientConfig>) -> anyhow::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let address = SocketAddr::new(hauberk_cli::lab::ipv4(hauberk_cli::lab::CONTROL_PLANE), 8443);
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let address =
+            SocketAddr::new(hauberk_cli::lab::ipv4(hauberk_cli::lab::CONTROL_PLANE), 8443);
         let stream = mesh.connect("machine-a", address)?;
         stream.set_nonblocking(true)?;
         let name = SpiffeId::control_plane(&"example.org".parse()?).server_name();
@@ -300,7 +313,9 @@ impl Stolen {
                 async move { stream }
             });
             anyhow::Ok(
-                Endpoint::from_static("https://control-plane").connect_with_connector(connector).await?,
+                Endpoint::from_static("https://control-plane")
+                    .connect_with_connector(connector)
+                    .await?,
             )
         })?;
         Ok(Self { channel, runtime })
@@ -383,7 +398,8 @@ fn a_call_without_certificate_is_refused() -> anyhow::Result<()> {
     let status = nobody.issue("shop/web", signing_request()?.1).expect_err("anybody is served");
     ensure!(status.code() == tonic::Code::Unauthenticated, "{status}");
     let mut client = EnrollmentClient::new(nobody.channel.clone());
-    let guess = JoinRequest { token_secret: vec![7; 32], certificate_request: signing_request()?.1 };
+    let guess =
+        JoinRequest { token_secret: vec![7; 32], certificate_request: signing_request()?.1 };
     let status = nobody.runtime.block_on(client.join(guess)).expect_err("a guess was good");
     ensure!(status.code() == tonic::Code::PermissionDenied, "{status}");
     Ok(())
@@ -400,7 +416,14 @@ fn loose_file_modes_are_refused() -> anyhow::Result<()> {
     let data = mesh.folder().join("control-plane");
     let mut command = mesh.hauberk()?;
     command
-        .args(["control-plane", "--trust-domain", "example.org", "--listen", "127.0.0.1:0", "--data"])
+        .args([
+            "control-plane",
+            "--trust-domain",
+            "example.org",
+            "--listen",
+            "127.0.0.1:0",
+            "--data",
+        ])
         .arg(&data)
         .arg("--manifests")
         .arg(mesh.manifests());

@@ -1,11 +1,6 @@
 //! Real programs through the mesh, unmodified.
 
-use std::{
-    fs,
-    os::unix::process::CommandExt,
-    process::Command,
-    time::Duration,
-};
+use std::{fs, os::unix::process::CommandExt, process::Command, time::Duration};
 
 use anyhow::{Context, ensure};
 use hauberk_tests::mesh::{Mesh, PATIENCE};
@@ -45,9 +40,11 @@ fn nginx_serves_curl_and_wrk() -> anyhow::Result<()> {
     )?;
     reachable(&mesh, 80)?;
     let url = format!("http://{}/", mesh.ledger(80).ip());
-    let body = mesh.run("checkout", Command::new("curl").args(["-sS", "--max-time", "10", &url]))?;
+    let body =
+        mesh.run("checkout", Command::new("curl").args(["-sS", "--max-time", "10", &url]))?;
     ensure!(body == "served by nginx", "got {body:?}");
-    let denied = mesh.output("web", Command::new("curl").args(["-sS", "--max-time", "10", &url]))?;
+    let denied =
+        mesh.output("web", Command::new("curl").args(["-sS", "--max-time", "10", &url]))?;
     ensure!(!denied.status.success(), "web was served");
     let wrk = mesh.run("checkout", Command::new("wrk").args(["-t1", "-c16", "-d3s", &url]))?;
     ensure!(wrk.contains("Requests/sec") && !wrk.contains("Socket errors"), "{wrk}");
@@ -71,7 +68,11 @@ fn postgresql_serves_psql_and_pgbench() -> anyhow::Result<()> {
         .context("this test needs real root, to run PostgreSQL as its own user")?;
     let postgres = |program: &str| {
         let mut command = Command::new(binaries.join(program));
-        command.uid(user.uid.as_raw()).gid(user.gid.as_raw()).current_dir("/tmp").env("LC_ALL", "C");
+        command
+            .uid(user.uid.as_raw())
+            .gid(user.gid.as_raw())
+            .current_dir("/tmp")
+            .env("LC_ALL", "C");
         command
     };
     let cluster = data.join("cluster");
@@ -92,7 +93,9 @@ fn postgresql_serves_psql_and_pgbench() -> anyhow::Result<()> {
         command.args(["-h", &host, "-U", "postgres", "-d", "postgres", "-Atc", sql]);
         command
     };
-    mesh.wait("PostgreSQL", PATIENCE, |mesh| mesh.run("checkout", &mut psql("select 1")).map(drop))?;
+    mesh.wait("PostgreSQL", PATIENCE, |mesh| {
+        mesh.run("checkout", &mut psql("select 1")).map(drop)
+    })?;
     let seen = mesh.run("checkout", &mut psql("select host(inet_client_addr())"))?;
     ensure!(seen.trim() == "10.77.0.12", "PostgreSQL sees {seen:?}");
     let pgbench = |arguments: &[&str]| {
@@ -137,7 +140,8 @@ fn redis_serves_redis_benchmark() -> anyhow::Result<()> {
             .args(["-h", &host, "-n", "5000", "-c", "20", "-t", "set,get", "--csv"]),
     )?;
     ensure!(report.contains("\"SET\"") && report.contains("\"GET\""), "{report}");
-    let denied = mesh.output("web", Command::new("redis-cli").args(["-h", &host, "-t", "5", "ping"]))?;
+    let denied =
+        mesh.output("web", Command::new("redis-cli").args(["-h", &host, "-t", "5", "ping"]))?;
     ensure!(!String::from_utf8_lossy(&denied.stdout).contains("PONG"), "web was served");
     Ok(())
 }
@@ -184,16 +188,17 @@ fn users_and_cgroups_of_a_host_are_captured() -> anyhow::Result<()> {
     for path in [mesh.folder().to_owned(), page.clone()] {
         fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     }
-    let _store = mesh.spawn(
-        "machine-b",
-        "store",
-        Command::new("python3")
-            .args(["-m", "http.server", "7070", "--bind", "0.0.0.0", "--directory"])
-            .arg(&page)
-            .uid(4343)
-            .gid(4343),
-    )
-    .context("this test needs real root, to run programs as other users")?;
+    let _store = mesh
+        .spawn(
+            "machine-b",
+            "store",
+            Command::new("python3")
+                .args(["-m", "http.server", "7070", "--bind", "0.0.0.0", "--directory"])
+                .arg(&page)
+                .uid(4343)
+                .gid(4343),
+        )
+        .context("this test needs real root, to run programs as other users")?;
     let url = "http://10.77.0.3:7070/";
     let curl = |user: u32| {
         let mut command = Command::new("curl");
@@ -214,7 +219,8 @@ fn users_and_cgroups_of_a_host_are_captured() -> anyhow::Result<()> {
         record["src"]["workload"] == "batch" && record["decision"] == "allow"
     })?;
     ensure!(record["src"]["spiffe_id"] == "spiffe://example.org/ns/jobs/sa/batch", "{record}");
-    let plain = mesh.metric("machine-b", "hauberk_connections_denied_total", &["reason=\"plaintext\""])?;
+    let plain =
+        mesh.metric("machine-b", "hauberk_connections_denied_total", &["reason=\"plaintext\""])?;
     ensure!(plain >= 3.0, "counted {plain} plaintext connections");
     Ok(())
 }

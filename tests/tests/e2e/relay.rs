@@ -124,7 +124,8 @@ fn a_reset_is_carried_as_a_reset() -> anyhow::Result<()> {
         let error = sees.read(&mut [0]).expect_err("a reset, not an end of file");
         ensure!(error.kind() == ErrorKind::ConnectionReset, "got {error}");
     }
-    let record = mesh.record("machine-a", |record| is(record, "close_reason", "application_reset"))?;
+    let record =
+        mesh.record("machine-a", |record| is(record, "close_reason", "application_reset"))?;
     ensure!(is(&record, "decision", "allow"), "{record}");
     Ok(())
 }
@@ -254,8 +255,11 @@ fn an_idle_connection_outlives_the_keep_alive() -> anyhow::Result<()> {
 fn a_refused_application_port_looks_refused() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     // Allowed, but nobody listens.
-    let mut client = mesh.connect("checkout", mesh.ledger(8080))?;
-    let error = client.read(&mut [0]).expect_err("a reset");
+    let outcome = match mesh.connect("checkout", mesh.ledger(8080)) {
+        Ok(mut client) => client.read(&mut [0]),
+        Err(error) => Err(error.downcast::<std::io::Error>()?),
+    };
+    let error = outcome.expect_err("a reset");
     ensure!(error.kind() == ErrorKind::ConnectionReset, "got {error}");
     let record = mesh.record("machine-a", |record| is(record, "close_reason", "unreachable"))?;
     ensure!(is(&record, "decision", "allow"), "{record}");

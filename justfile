@@ -1,0 +1,15 @@
+# What CI runs.
+check:
+    ./test
+
+# Formatting, lints and the tests that need nothing installed.
+quick:
+    ./test quick
+
+# Two machines, three services, an allowed and a denied connection.
+demo:
+    cargo run --release -p hauberk-cli -- demo
+
+# The generated code of the wire format.
+generate:
+    cargo run -p hauberk-proto-generate
