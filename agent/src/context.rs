@@ -163,6 +163,17 @@ impl Place {
         }
     }
 
+    /// The same from another port of the caller's address: for a connection that came in clear and is
+    /// let through, whose own port would lead it back to us.
+    pub(crate) async fn dial_as_address(
+        &self,
+        source: SocketAddr,
+        destination: SocketAddr,
+    ) -> io::Result<TcpStream> {
+        let socket = self.socket(move || socket::transparent_socket_other_port(source)).await?;
+        connect(socket, destination).await
+    }
+
     async fn socket(
         &self,
         make: impl FnOnce() -> io::Result<socket2::Socket> + Send + 'static,

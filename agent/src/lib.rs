@@ -1,7 +1,7 @@
 //! The per-node agent: captures the TCP connections of its workloads, carries them to other agents in
 //! mutual TLS, and lets through what the policy allows.
 //!
-//! The way of one connection: [`outbound`] on the caller's node, [`inbound`] on the destination's.
+//! The way of one connection: `outbound.rs` on the caller's node, `inbound.rs` on the destination's.
 
 pub mod app;
 pub mod config;

@@ -38,7 +38,7 @@ pub(crate) async fn inbound(
     counters: EdgeCounters,
     report: &mut Report<'_>,
 ) {
-    match local.place.dial_as(from, wanted).await {
+    match local.place.dial_as_address(from, wanted).await {
         Ok(application) => copy(context, application, caller, &counters, report).await,
         Err(error) => {
             report.closed("unreachable", Some(error.to_string()));

@@ -62,7 +62,6 @@ pub(super) fn read(reader: &mut Reader, document: &Node) -> Option<Object> {
     // What the control plane writes into custom resources; a file may carry it along.
     let _status = fields.optional("status");
     fields.finish();
-    version?;
     let (kind, metadata, spec) = (kind?, metadata?, spec?);
     let namespaced = matches!(kind, Kind::AccessPolicy | Kind::Workload);
     let metadata = read_metadata(&metadata, namespaced);
@@ -74,6 +73,7 @@ pub(super) fn read(reader: &mut Reader, document: &Node) -> Option<Object> {
         Kind::Workload => workload(metadata, &mut spec).map(Object::Workload),
     };
     spec.finish();
+    version?;
     object
 }
 

@@ -44,17 +44,20 @@ impl Value {
 
 /// The documents of a file, without empty ones.
 pub(super) fn documents(source: &str, text: &str) -> Result<Vec<Node>, ManifestError> {
-    let raw: Vec<Spanned<Raw>> = serde_saphyr::from_multiple(text).map_err(|error| {
-        let place = error.location();
-        ManifestError {
-            source: source.to_owned(),
-            line: place.map_or(1, |place| number(place.line())),
-            column: place.map_or(1, |place| number(place.column())),
-            path: String::new(),
-            problem: shorten(error.to_string().lines().next().unwrap_or("not readable")),
-            mend: "correct the YAML at this place".to_owned(),
-        }
-    })?;
+    // In YAML 1.1 n, y, on and off are booleans; here they are the names that they look like.
+    let options = serde_saphyr::options! { strict_booleans: true };
+    let raw: Vec<Spanned<Raw>> =
+        serde_saphyr::from_multiple_with_options(text, options).map_err(|error| {
+            let place = error.location();
+            ManifestError {
+                source: source.to_owned(),
+                line: place.map_or(1, |place| number(place.line())),
+                column: place.map_or(1, |place| number(place.column())),
+                path: String::new(),
+                problem: shorten(error.to_string().lines().next().unwrap_or("not readable")),
+                mend: "correct the YAML at this place".to_owned(),
+            }
+        })?;
     Ok(raw.into_iter().map(node).filter(|node| !matches!(node.value, Value::Null)).collect())
 }
 

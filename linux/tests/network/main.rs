@@ -2,7 +2,7 @@
 //!
 //! They need to be root, or root of a user namespace:
 //! `unshare -Ur cargo test -p hauberk-linux -- --skip needs_root`. Those left out in the second
-//! case switch to another user or make a cgroup. `nft` and `ip` are used to look at the result.
+//! case switch to another user, make a cgroup or run tcpdump. `nft` and `ip` are used to look at the result.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::as_conversions)]
 
 mod drift;

@@ -172,7 +172,11 @@ fn an_attempt_that_began_before_the_rules_does_not_slip_through() {
     drop(known);
     // Connection tracking runs and holds the attempt before our rules are there.
     network.in_workload(|| {
-        command("nft 'table inet other { chain c { type nat hook output priority 0; }; }'")
+        // It does so only once a rule needs it.
+        command(
+            "nft 'table inet other { chain c { type nat hook output priority 0; \
+             tcp dport 1 redirect to :2; }; }'",
+        )
     });
     network.in_remote(|| {
         command(

@@ -34,12 +34,42 @@ fn payload_is_seen_in_both_directions_and_written_to_a_pcap_file() {
     assert_eq!(captured.handshakes(80).len(), 2);
     assert!(captured.handshakes(80).iter().all(|seen| seen.client.is_none()));
 
-    let read = Command::new("tcpdump").args(["-Z", "root", "-nr"]).arg(&file).output().unwrap();
+    let written = std::fs::read(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(records(&written), captured.frames());
+}
+
+/// tcpdump gives up its groups first, which a user namespace forbids.
+#[test]
+fn needs_root_tcpdump_reads_the_file() {
+    let network = Network::new();
+    let file = std::env::temp_dir().join(format!("hauberk-{}.pcap", network.workload.inode()));
+    let options = CaptureOptions { file: PcapFile::At(file.clone()), ..Default::default() };
+    let capture = network.in_workload(|| PacketCapture::start(&options)).unwrap();
+    let server = listen(&network.remote, families()[0].any, 80);
+    let mut client = connect(&network.workload, families()[0].remote, 80).unwrap();
+    assert_joined(&mut client, &mut accept(&server).0);
+    let captured = capture.stop().unwrap();
+
+    let read = Command::new("tcpdump").arg("-nr").arg(&file).output().unwrap();
     std::fs::remove_file(&file).unwrap();
     let lines = String::from_utf8(read.stdout).unwrap();
     assert!(read.status.success());
     assert_eq!(lines.lines().count() as u64, captured.frames());
     assert!(lines.contains("10.9.0.1.80: Flags [S]"));
+}
+
+/// The number of records in a pcap file, which must end with one.
+fn records(file: &[u8]) -> u64 {
+    assert_eq!(file[..4], 0xa1b2_c3d4_u32.to_ne_bytes());
+    let mut rest = &file[24..];
+    let mut count = 0;
+    while !rest.is_empty() {
+        let length = u32::from_ne_bytes(rest[8..12].try_into().unwrap());
+        rest = &rest[16 + length as usize..];
+        count += 1;
+    }
+    count
 }
 
 /// Reads so many bytes away.

@@ -19,6 +19,7 @@ crate::trials!(
     a_rule_that_ends_cuts_its_connections,
     a_manifest_with_errors_leaves_the_last_good_state_in_force,
     why_status_denied_and_check_tell_the_same,
+    an_audited_workload_lets_through_and_tells_what_it_would_deny,
 );
 
 /// The application's view of a denial: a reset, and not one byte. It may show in connecting already,
@@ -250,4 +251,24 @@ fn why_status_denied_and_check_tell_the_same() -> anyhow::Result<()> {
         ensure!(text.contains("mend: in AccessPolicy payments/ledger"), "{text:?}");
         Ok(())
     })
+}
+
+fn an_audited_workload_lets_through_and_tells_what_it_would_deny() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let before = mesh.wait_revision(0)?;
+    let workloads = std::fs::read_to_string(mesh.manifests().join("workloads.yaml"))?;
+    let (others, ledger) = workloads.rsplit_once("  ports: ").context("the ledger stands last")?;
+    mesh.write_manifest("workloads.yaml", &format!("{others}  mode: Audit\n  ports: {ledger}"))?;
+    mesh.wait_revision(before)?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    // Over the mesh without permission, and in clear from outside: both pass, both are told.
+    let cases = [("web", "no_matching_rule"), ("outside", "plaintext")];
+    for (from, reason) in cases {
+        let mut ends = open(&mesh, &listener, from)?;
+        still_carries(&mut ends)?;
+        drop(ends);
+        let record = mesh.record("machine-b", |record| is(record, "reason", reason))?;
+        ensure!(is(&record, "decision", "would_deny"), "{record}");
+    }
+    Ok(())
 }

@@ -1,0 +1,116 @@
+//! The frames between agents: what is written reads back, and nothing else is taken.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::net::SocketAddr;
+
+use hauberk_core::{
+    policy::Reason,
+    session::{
+        FrameError, FrameType, Header, MAX_CONTROL, Open, Reauthenticate, Refusal, RefusalCause,
+        ResetCause,
+    },
+};
+use proptest::prelude::*;
+
+#[test]
+fn a_length_over_the_limit_of_its_type_is_refused_on_the_header_alone() {
+    let cases = [(1_u8, MAX_CONTROL), (3, MAX_CONTROL), (7, MAX_CONTROL), (2, 0), (5, 0), (6, 1)];
+    for (frame_type, limit) in cases {
+        let header = |length: usize| {
+            let [_, a, b, c] = u32::try_from(length).unwrap().to_be_bytes();
+            Header::decode([frame_type, a, b, c])
+        };
+        assert!(header(limit).is_ok(), "type {frame_type}");
+        assert!(matches!(header(limit + 1), Err(FrameError::TooLong { .. })), "type {frame_type}");
+    }
+}
+
+#[test]
+fn unknown_types_and_empty_data_are_refused() {
+    for byte in [0_u8, 8, 255] {
+        assert_eq!(Header::decode([byte, 0, 0, 0]), Err(FrameError::UnknownType(byte)));
+    }
+    assert_eq!(Header::decode([4, 0, 0, 0]), Err(FrameError::EmptyData));
+    assert_eq!(ResetCause::from_byte(0), Err(FrameError::UnknownResetCause(0)));
+}
+
+#[test]
+fn a_refusal_with_an_unknown_reason_is_refused() {
+    let mut body = Refusal {
+        cause: RefusalCause::Denied(Reason::Lock),
+        policy: String::new(),
+        rule: String::new(),
+        owner: String::new(),
+        nearest_miss: String::new(),
+        mend: String::new(),
+    }
+    .encode();
+    body[2..6].copy_from_slice(b"luck");
+    assert_eq!(Refusal::decode(&body), Err(FrameError::UnknownReason("luck".to_owned())));
+}
+
+fn address() -> impl Strategy<Value = SocketAddr> {
+    any::<(std::net::IpAddr, u16)>().prop_map(SocketAddr::from)
+}
+
+proptest! {
+    #[test]
+    fn open_reads_back(
+        connection_id: [u8; 16],
+        original_destination in address(),
+        source_address in address(),
+    ) {
+        let open = Open { connection_id, original_destination, source_address };
+        prop_assert_eq!(Open::decode(&open.encode()), Ok(open.clone()));
+        let mut longer = open.encode();
+        longer.push(0);
+        prop_assert_eq!(Open::decode(&longer), Err(FrameError::Trailing("open", 1)));
+    }
+
+    #[test]
+    fn a_refusal_reads_back_without_control_characters(
+        text in "\\PC{0,200}",
+        dirty in any::<String>(),
+        place in 0..Reason::ALL.len(),
+    ) {
+        let refusal = Refusal {
+            cause: RefusalCause::Denied(Reason::ALL[place]),
+            policy: text.clone(),
+            rule: String::new(),
+            owner: text.clone(),
+            nearest_miss: text,
+            mend: dirty,
+        };
+        let read = Refusal::decode(&refusal.encode()).unwrap();
+        prop_assert_eq!(&read.policy, &refusal.policy);
+        prop_assert_eq!(read.cause, refusal.cause);
+        prop_assert!(!read.mend.chars().any(char::is_control));
+    }
+
+    #[test]
+    fn a_proof_reads_back(
+        sequence: u32,
+        scheme: u16,
+        signature in prop::collection::vec(any::<u8>(), 0..80),
+        chain in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..600), 1..5),
+    ) {
+        let proof = Reauthenticate { sequence, scheme, signature, chain };
+        prop_assert_eq!(Reauthenticate::decode(&proof.encode()), Ok(proof));
+    }
+
+    #[test]
+    fn no_bytes_make_a_decoder_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        let _open = Open::decode(&bytes);
+        let _refusal = Refusal::decode(&bytes);
+        let _proof = Reauthenticate::decode(&bytes);
+        if let Some(header) = bytes.first_chunk() {
+            let _header = Header::decode(*header);
+        }
+    }
+
+    #[test]
+    fn headers_read_back(length in 1_usize..(1 << 24)) {
+        let header = Header::encode(FrameType::Data, length).unwrap();
+        prop_assert_eq!(Header::decode(header), Ok(Header { frame_type: FrameType::Data, length }));
+    }
+}
