@@ -4,10 +4,15 @@
 //! Pure: the text comes in, the objects go out. Nothing is defaulted that would allow anything, and
 //! nothing unknown is skipped.
 
+mod access_policy;
+mod guardrail;
+mod host;
 mod objects;
+mod peers;
 mod reader;
 mod set;
 mod tree;
+mod words;
 
 use std::fmt;
 
@@ -15,6 +20,7 @@ pub use set::check_set;
 
 use crate::policy::Object;
 use reader::Reader;
+use tree::Place;
 
 /// A manifest longer than this is refused: nobody reviews it.
 const MAX_TEXT: usize = 1024 * 1024;
@@ -67,34 +73,21 @@ impl std::error::Error for ManifestError {}
 /// # Errors
 /// Every mistake in the file. No object of it is usable then.
 pub fn parse(source: &str, text: &str) -> Result<Vec<Located<Object>>, Vec<ManifestError>> {
-    let whole = |problem: String, mend: &str| {
-        vec![ManifestError {
-            source: source.to_owned(),
-            line: 1,
-            column: 1,
-            path: String::new(),
-            problem,
-            mend: mend.to_owned(),
-        }]
-    };
+    let reader = Reader::new(source);
     if text.len() > MAX_TEXT {
-        return Err(whole(
-            format!("the file has {} bytes", text.len()),
-            "split it: 1 MiB is the most",
-        ));
+        let start = Place { line: 1, column: 1 };
+        reader.note(
+            start,
+            "",
+            format_args!("the file has {} bytes", text.len()),
+            format_args!("split it: {MAX_TEXT} is the most"),
+        );
+        return Err(reader.into_errors());
     }
-    let documents = tree::documents(source, text).map_err(|error| vec![error])?;
-    if documents.len() > MAX_OBJECTS {
-        return Err(whole(
-            format!("the file has {} objects", documents.len()),
-            "split it: 10000 is the most",
-        ));
-    }
-    let mut reader = Reader::new(source);
-    let mut objects = Vec::with_capacity(documents.len());
-    for document in &documents {
-        if let Some(object) = objects::read(&mut reader, document) {
-            objects.push(Located { source: source.to_owned(), line: document.line, value: object });
+    let mut objects = Vec::new();
+    for document in tree::documents(text, &reader) {
+        if let Some(value) = objects::read(&reader, &document) {
+            objects.push(Located { source: source.to_owned(), line: document.place.line, value });
         }
     }
     let errors = reader.into_errors();

@@ -1,42 +1,150 @@
 //! What only shows when all manifests are seen together.
 
-use std::{collections::HashMap, hash::Hash, net::IpAddr};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    hash::Hash,
+    net::IpAddr,
+};
 
 use super::{Located, ManifestError};
-use crate::policy::{Object, ProcessSelector};
+use crate::{
+    identity::ResourceName,
+    policy::{Object, Process, ProcessSelector},
+};
 
-/// Checks all objects of a mesh against each other.
+/// Checks all objects of a mesh against each other: each name once, each process one identity,
+/// each address and port one process, no Workload without its Machine.
+///
+/// Two workloads with one network namespace are one process twice, whatever ports they serve.
 ///
 /// # Errors
-/// Every clash, at the later of the two objects, naming the earlier one's place.
+/// Every clash, at the later of the two objects, naming the earlier one's file and line.
 pub fn check_set(objects: &[Located<Object>]) -> Result<(), Vec<ManifestError>> {
     let mut check = Check::default();
-    for object in objects {
-        check.name(object);
-    }
-    for object in objects {
+    // Names first, so that a Workload may stand before its Machine. What stands twice is told
+    // once: its addresses and ports would clash as well.
+    let firsts: Vec<&Located<Object>> =
+        objects.iter().filter(|object| check.name(object)).collect();
+    for object in firsts {
         check.place(object);
     }
     if check.errors.is_empty() { Ok(()) } else { Err(check.errors) }
 }
 
 #[derive(Default)]
-struct Check {
+struct Check<'a> {
     errors: Vec<ManifestError>,
+    /// By kind and name; the value of each is where the first stands.
     names: HashMap<(&'static str, String), String>,
-    processes: HashMap<(String, ProcessKey), String>,
+    processes: HashMap<(&'a ResourceName, ProcessKey<'a>), String>,
+    ports: HashMap<(&'a ResourceName, u16), String>,
+    /// Also whose it is.
     addresses: HashMap<IpAddr, (String, String)>,
-    ports: HashMap<(String, u16), String>,
 }
 
+/// A selector without what does not tell processes apart.
 #[derive(PartialEq, Eq, Hash)]
-enum ProcessKey {
-    User(String),
-    Cgroup(String),
-    Namespace(String),
+enum ProcessKey<'a> {
+    User(&'a str),
+    Cgroup(&'a str),
+    NetworkNamespace(&'a str),
 }
 
-impl Check {
+impl<'a> Check<'a> {
+    /// Whether the object is the first of its kind and name.
+    fn name(&mut self, object: &'a Located<Object>) -> bool {
+        let (kind, name) = match &object.value {
+            Object::AccessPolicy(policy) => ("AccessPolicy", policy.name.to_string()),
+            Object::Guardrail(guardrail) => ("Guardrail", guardrail.name.to_string()),
+            Object::Machine(machine) => ("Machine", machine.name.to_string()),
+            Object::Workload(workload) => {
+                ("Workload", format!("{}/{}", workload.namespace, workload.name))
+            }
+        };
+        let first = claim(&mut self.names, (kind, name.clone()), object);
+        if let Some(first) = &first {
+            let problem = format!("{kind} {name} stands twice, first at {first}");
+            self.wrong(object, "metadata.name", problem, "rename or remove one of the two");
+        }
+        first.is_none()
+    }
+
+    fn place(&mut self, object: &'a Located<Object>) {
+        match &object.value {
+            Object::AccessPolicy(_) | Object::Guardrail(_) => {}
+            Object::Machine(machine) => {
+                for address in &machine.addresses {
+                    self.address(object, *address, format!("machine {}", machine.name));
+                }
+                if let Some(process) = &machine.workload {
+                    self.process(object, &machine.name, process);
+                }
+            }
+            Object::Workload(workload) => {
+                let machine = &workload.machine;
+                if !self.names.contains_key(&("Machine", machine.to_string())) {
+                    let problem = format!("there is no Machine {machine}");
+                    self.wrong(object, "spec.machine", problem, "declare it, or correct the name");
+                }
+                self.process(object, machine, &workload.process);
+            }
+        }
+    }
+
+    fn process(
+        &mut self,
+        object: &'a Located<Object>,
+        machine: &'a ResourceName,
+        process: &'a Process,
+    ) {
+        let (key, what) = match &process.selector {
+            ProcessSelector::User(user) => (ProcessKey::User(user), format!("user {user}")),
+            ProcessSelector::Cgroup(path) => (ProcessKey::Cgroup(path), format!("cgroup {path}")),
+            ProcessSelector::NetworkNamespace { name, .. } => {
+                (ProcessKey::NetworkNamespace(name), format!("network namespace {name}"))
+            }
+        };
+        if let Some(first) = claim(&mut self.processes, (machine, key), object) {
+            let problem = format!("{what} of machine {machine} is a workload already, at {first}");
+            let mend = "give each workload a process of its own: it can have one identity only";
+            self.wrong(object, "spec.process", problem, mend);
+            return;
+        }
+        match &process.selector {
+            ProcessSelector::NetworkNamespace { name, addresses } => {
+                let whose = format!("network namespace {name} of machine {machine}");
+                for address in addresses {
+                    self.address(object, *address, whose.clone());
+                }
+            }
+            // Processes of the host share its addresses, and so its ports.
+            ProcessSelector::User(_) | ProcessSelector::Cgroup(_) => {
+                for port in &process.ports {
+                    if let Some(first) = claim(&mut self.ports, (machine, *port), object) {
+                        let problem = format!(
+                            "port {port} of machine {machine} is served already, at {first}"
+                        );
+                        let mend = "let one workload of a machine serve each port";
+                        self.wrong(object, "spec.ports", problem, mend);
+                    }
+                }
+            }
+        }
+    }
+
+    fn address(&mut self, object: &Located<Object>, address: IpAddr, whose: String) {
+        match self.addresses.entry(address) {
+            Entry::Vacant(entry) => {
+                entry.insert((position(object), whose));
+            }
+            Entry::Occupied(entry) => {
+                let (first, owner) = entry.get();
+                let problem = format!("{address} is an address of {owner} already, at {first}");
+                self.wrong(object, "spec.addresses", problem, "give each addresses of its own");
+            }
+        }
+    }
+
     fn wrong(&mut self, at: &Located<Object>, path: &str, problem: String, mend: &str) {
         self.errors.push(ManifestError {
             source: at.source.clone(),
@@ -47,135 +155,23 @@ impl Check {
             mend: mend.to_owned(),
         });
     }
-
-    fn name(&mut self, object: &Located<Object>) {
-        let (kind, name) = match &object.value {
-            Object::AccessPolicy(policy) => ("AccessPolicy", policy.name.to_string()),
-            Object::Guardrail(guardrail) => ("Guardrail", guardrail.name.to_string()),
-            Object::Machine(machine) => ("Machine", machine.name.to_string()),
-            Object::Workload(workload) => {
-                ("Workload", format!("{}/{}", workload.namespace, workload.name))
-            }
-        };
-        if let Some(first) = claim(&mut self.names, (kind, name.clone()), object) {
-            self.wrong(
-                object,
-                "metadata.name",
-                format!("{kind} {name} stands at {first} too"),
-                "give it another name, or remove one of the two",
-            );
-        }
-    }
-
-    fn place(&mut self, object: &Located<Object>) {
-        match &object.value {
-            Object::AccessPolicy(_) | Object::Guardrail(_) => {}
-            Object::Machine(machine) => {
-                let machine_name = machine.name.to_string();
-                for address in &machine.addresses {
-                    self.address(object, *address, format!("host of {machine_name}"));
-                }
-                if let Some(process) = &machine.workload {
-                    self.process(object, &machine_name, &process.selector);
-                    for port in &process.ports {
-                        self.port(object, &machine_name, *port);
-                    }
-                }
-            }
-            Object::Workload(workload) => {
-                let machine = workload.machine.to_string();
-                if !self.names.contains_key(&("Machine", machine.clone())) {
-                    self.wrong(
-                        object,
-                        "spec.machine",
-                        format!("there is no Machine {machine}"),
-                        "declare the Machine, or correct the name",
-                    );
-                }
-                self.process(object, &machine, &workload.process.selector);
-                match &workload.process.selector {
-                    ProcessSelector::NetworkNamespace { name, addresses } => {
-                        for address in addresses {
-                            self.address(
-                                object,
-                                *address,
-                                format!("namespace {name} of {machine}"),
-                            );
-                        }
-                    }
-                    ProcessSelector::User(_) | ProcessSelector::Cgroup(_) => {
-                        for port in &workload.process.ports {
-                            self.port(object, &machine, *port);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    fn process(&mut self, object: &Located<Object>, machine: &str, selector: &ProcessSelector) {
-        let (key, text) = match selector {
-            ProcessSelector::User(user) => {
-                (ProcessKey::User(user.clone()), format!("the user {user}"))
-            }
-            ProcessSelector::Cgroup(path) => {
-                (ProcessKey::Cgroup(path.clone()), format!("the cgroup {path}"))
-            }
-            ProcessSelector::NetworkNamespace { name, .. } => {
-                (ProcessKey::Namespace(name.clone()), format!("the network namespace {name}"))
-            }
-        };
-        if let Some(first) = claim(&mut self.processes, (machine.to_owned(), key), object) {
-            self.wrong(
-                object,
-                "spec.process",
-                format!("{text} of machine {machine} is another workload already, at {first}"),
-                "let each workload be a process of its own",
-            );
-        }
-    }
-
-    fn address(&mut self, object: &Located<Object>, address: IpAddr, place: String) {
-        let here = format!("{}:{}", object.source, object.line);
-        match self.addresses.get(&address) {
-            Some((other, first)) if *other != place => {
-                let problem =
-                    format!("{address} is the address of the {other} already, at {first}");
-                self.wrong(object, "spec.addresses", problem, "give each its own address");
-            }
-            Some(_) => {}
-            None => {
-                self.addresses.insert(address, (place, here));
-            }
-        }
-    }
-
-    fn port(&mut self, object: &Located<Object>, machine: &str, port: u16) {
-        if let Some(first) = claim(&mut self.ports, (machine.to_owned(), port), object) {
-            self.wrong(
-                object,
-                "spec.ports",
-                format!(
-                    "port {port} of machine {machine} is served by another workload, at {first}"
-                ),
-                "let one workload of a machine serve a port",
-            );
-        }
-    }
 }
 
-/// Claims a key; gives back who had it before.
+/// Claims a key; gives where the object stands that claimed it before.
 fn claim<K: Hash + Eq>(
     claims: &mut HashMap<K, String>,
     key: K,
     object: &Located<Object>,
 ) -> Option<String> {
-    let here = format!("{}:{}", object.source, object.line);
     match claims.entry(key) {
-        std::collections::hash_map::Entry::Occupied(entry) => Some(entry.get().clone()),
-        std::collections::hash_map::Entry::Vacant(entry) => {
-            entry.insert(here);
+        Entry::Occupied(entry) => Some(entry.get().clone()),
+        Entry::Vacant(entry) => {
+            entry.insert(position(object));
             None
         }
     }
+}
+
+fn position(object: &Located<Object>) -> String {
+    format!("{}:{}", object.source, object.line)
 }
