@@ -6,6 +6,10 @@ check:
 quick:
     ./test quick
 
+# The tests alone, without the other checks.
+test:
+    cargo test --locked --workspace
+
 # Two machines, three services, an allowed and a denied connection.
 demo:
     cargo run --release -p hauberk-cli -- demo

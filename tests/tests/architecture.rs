@@ -10,6 +10,10 @@ use std::{
 
 use serde_json::Value;
 
+/// The crates that programs are made of; each is in the folder of its name.
+const OURS: [&str; 8] =
+    ["core", "proto", "tls", "telemetry", "linux", "agent", "control-plane", "cli"];
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
 }
@@ -36,30 +40,79 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
         .collect()
 }
 
-#[test]
-fn our_crates_depend_on_each_other_only_along_the_arrows() {
-    let arrows: [(&str, &[&str]); 8] = [
-        ("core", &[]),
-        ("linux", &[]),
-        ("telemetry", &[]),
-        ("proto", &["core"]),
-        ("tls", &["core"]),
-        ("agent", &["core", "linux", "proto", "telemetry", "tls"]),
-        ("control-plane", &["core", "proto", "telemetry", "tls"]),
-        ("cli", &["agent", "control-plane", "core", "linux", "proto", "telemetry"]),
-    ];
+/// What a crate of ours may see of the others, and why no more.
+fn sees_only(name: &str, allowed: &[&str], reason: &str) {
     let all = dependencies();
-    for (name, allowed) in arrows {
-        let allowed: BTreeSet<String> =
-            allowed.iter().map(|name| format!("hauberk-{name}")).collect();
-        let ours: BTreeSet<String> = all[&format!("hauberk-{name}")]
-            .iter()
-            .filter(|dependency| dependency.starts_with("hauberk-"))
-            .cloned()
-            .collect();
-        let stray: Vec<_> = ours.difference(&allowed).collect();
-        assert!(stray.is_empty(), "hauberk-{name} must not see {stray:?}; see ARCHITECTURE.md");
+    let stray: Vec<&str> = all[name]
+        .iter()
+        .filter_map(|dependency| dependency.strip_prefix("hauberk-"))
+        .filter(|dependency| !allowed.contains(dependency))
+        .collect();
+    assert!(stray.is_empty(), "{name} must not see {stray:?}: {reason}; see ARCHITECTURE.md");
+}
+
+#[test]
+fn the_core_sees_no_crate_of_ours() {
+    sees_only("hauberk-core", &[], "decisions are the bottom, so that everybody can share them");
+}
+
+#[test]
+fn the_wire_format_sees_only_the_core() {
+    sees_only("hauberk-proto", &["core"], "it translates for the core and acts on nothing");
+}
+
+#[test]
+fn tls_sees_only_the_core() {
+    sees_only("hauberk-tls", &["core"], "it proves who a peer is and knows no wire format");
+}
+
+#[test]
+fn telemetry_sees_no_crate_of_ours() {
+    sees_only("hauberk-telemetry", &[], "it tells what it is given and decides nothing");
+}
+
+#[test]
+fn linux_sees_no_crate_of_ours() {
+    sees_only("hauberk-linux", &[], "the kernel's networking knows neither TLS nor policy");
+}
+
+#[test]
+fn the_agent_does_not_see_the_control_plane() {
+    let allowed = ["core", "linux", "proto", "telemetry", "tls"];
+    sees_only("hauberk-agent", &allowed, "the two programs meet on the wire only");
+}
+
+#[test]
+fn the_control_plane_does_not_see_the_agent() {
+    let allowed = ["core", "proto", "telemetry", "tls"];
+    let reason = "the two programs meet on the wire only, and it touches no kernel networking";
+    sees_only("hauberk-control-plane", &allowed, reason);
+}
+
+#[test]
+fn nothing_but_the_tests_sees_the_command() {
+    let allowed = ["agent", "control-plane", "core", "linux", "proto", "telemetry"];
+    sees_only("hauberk-cli", &allowed, "it runs the programs and leaves TLS to them");
+    for (name, dependencies) in dependencies() {
+        let may = name == "hauberk-tests";
+        assert!(
+            may || !dependencies.contains("hauberk-cli"),
+            "{name} must not see hauberk-cli: the command is the top"
+        );
     }
+}
+
+#[test]
+fn every_crate_has_its_arrows_here() {
+    let known: BTreeSet<String> = OURS
+        .iter()
+        .chain(&["proto-generate", "tests"])
+        .map(|name| format!("hauberk-{name}"))
+        .collect();
+    let all: BTreeSet<String> = dependencies().into_keys().collect();
+    assert_eq!(all, known, "a crate came or went: say here what it may see");
+    let generator = "it writes the wire format's code and needs none of it";
+    sees_only("hauberk-proto-generate", &[], generator);
 }
 
 #[test]
@@ -96,21 +149,23 @@ fn sources(folder: &Path) -> Vec<(PathBuf, String)> {
     found
 }
 
-/// Where a text may stand, and nowhere else in our programs.
+/// A text stands in exactly these files of our programs.
 fn only_in(needle: &str, allowed: &[&str], reason: &str) {
     let root = root();
-    let mut seen = false;
-    for name in ["core", "proto", "tls", "telemetry", "linux", "agent", "control-plane", "cli"] {
+    let mut seen = BTreeSet::new();
+    for name in OURS {
         for (path, text) in sources(&root.join(name).join("src")) {
             if !text.contains(needle) {
                 continue;
             }
             let path = path.strip_prefix(&root).unwrap().display().to_string();
             assert!(allowed.contains(&path.as_str()), "{needle} stands in {path}: {reason}");
-            seen = true;
+            seen.insert(path);
         }
     }
-    assert!(seen || allowed.is_empty(), "{needle} stands nowhere: is the name still right?");
+    for path in allowed {
+        assert!(seen.contains(*path), "{needle} no longer stands in {path}: is the name right?");
+    }
 }
 
 #[test]
@@ -120,11 +175,14 @@ fn only_the_verifier_vouches_for_a_chain() {
         &["core/src/svid.rs", "tls/src/verify.rs"],
         "a proven identity comes only out of a verified chain",
     );
+    let core = fs::read_to_string(root().join("core/src/svid.rs")).unwrap();
+    let stands = core.matches("assert_signature_path_checked").count();
+    assert_eq!(stands, 1, "core/src/svid.rs defines it, and must not call it");
 }
 
 #[test]
 fn only_the_decision_makes_a_permit() {
-    only_in("Ok(Permit {", &["agent/src/authorize.rs"], "nothing is forwarded without a decision");
+    only_in("Permit {", &["agent/src/authorize.rs"], "nothing is forwarded without a decision");
 }
 
 #[test]
@@ -144,6 +202,23 @@ fn the_core_reads_no_clock() {
 }
 
 #[test]
-fn unsafe_code_stands_in_one_file_at_most() {
-    only_in("allow(unsafe_code", &["linux/src/sys.rs"], "everything else is safe Rust");
+fn unsafe_code_stands_in_one_file() {
+    let reason = "everything else is safe Rust";
+    for needle in ["unsafe {", "allow(unsafe_code"] {
+        only_in(needle, &["linux/src/sys.rs"], reason);
+    }
+    for needle in ["unsafe fn", "unsafe impl", "unsafe extern", "expect(unsafe_code"] {
+        only_in(needle, &[], reason);
+    }
+}
+
+#[test]
+fn every_crate_keeps_the_lints_of_the_workspace() {
+    for name in OURS.iter().chain(&["proto/generate", "tests"]) {
+        let manifest = fs::read_to_string(root().join(name).join("Cargo.toml")).unwrap();
+        assert!(
+            manifest.contains("[lints]\nworkspace = true"),
+            "{name}/Cargo.toml drops the workspace's lints, which forbid unsafe code"
+        );
+    }
 }
