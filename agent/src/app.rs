@@ -40,12 +40,13 @@ pub fn main(args: Args) -> ExitCode {
     })
     .context("set up logs")
     .and_then(|()| {
+        hauberk_telemetry::process::raise_file_limit();
         tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build()
             .context("start the runtime")?
             .block_on(async {
-                let stop = hauberk_telemetry::stop::signal(args.stop_with_stdin)
+                let stop = hauberk_telemetry::process::stop_signal(args.stop_with_stdin)
                     .context("listen for signals")?;
                 run(args, stop).await
             })
@@ -124,19 +125,21 @@ pub async fn run(
         health.clone(),
         context.cut.clone().cancelled_owned(),
     ));
-    let captures = tokio::spawn(captures.run(args.remove_rules_on_stop));
+    let captures = tokio::spawn(captures.run());
     let subscription = tokio::spawn(subscription.run());
     let tending = tokio::spawn(tend_node(node, health, metrics, renewed));
     stop.await;
 
     tracing::info!(open = context.open_connections(), "stopping, draining open connections");
     context.stopping.cancel();
-    // The captures end on their own now.
-    drop(captures.await);
+    let captured = captures.await.context("stop capturing")?;
     drain(&context, args.drain).await;
     context.cut.cancel();
     // A moment for the resets to leave.
     drain(&context, Duration::from_secs(1)).await;
+    if args.remove_rules_on_stop {
+        captured.remove_rules();
+    }
     subscription.abort();
     tending.abort();
     server.abort();

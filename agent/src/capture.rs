@@ -11,7 +11,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use hauberk_core::policy::{ProcessSelector, resolve::MeshWorkload};
@@ -26,6 +26,10 @@ use place::{HostCapture, NamespaceCapture};
 /// How often what is there is compared with what should be.
 const RECONCILE: Duration = Duration::from_secs(2);
 
+/// How long the rules of a workload that is gone stay, for the resets of its connections. These are
+/// cut at once.
+const LEAVING: Duration = Duration::from_secs(2);
+
 /// Reconciles until the agent stops.
 pub(crate) struct Captures {
     pub(crate) context: Arc<Context>,
@@ -37,52 +41,80 @@ pub(crate) struct Captures {
 
 /// What is captured now.
 #[derive(Default)]
-struct Current {
+pub(crate) struct Captured {
     namespaces: BTreeMap<String, NamespaceCapture>,
     host: Option<HostCapture>,
+    /// Those whose workload is gone, since when. The resets of their connections pass through the
+    /// rules: without them the kernel would no longer translate the addresses, and the
+    /// applications would wait for ever.
+    leaving: BTreeMap<String, (NamespaceCapture, Instant)>,
+    host_leaving: Option<Instant>,
 }
 
-impl Captures {
-    /// Runs until the agent stops taking connections. With `remove_rules` it then gives the
-    /// workloads their plain network back; without, they stay cut off from it.
-    pub(crate) async fn run(mut self, remove_rules: bool) {
-        let mut current = Current::default();
-        let mut known = false;
-        loop {
-            let snapshot = self.snapshots.borrow_and_update().clone();
-            if snapshot.revision > 0 {
-                self.reconcile(&snapshot, &mut current, known).await;
-                known = true;
-            }
-            tokio::select! {
-                () = self.context.stopping.cancelled() => break,
-                changed = self.snapshots.changed() => if changed.is_err() { break },
-                () = tokio::time::sleep(RECONCILE) => {}
-            }
+impl Captured {
+    /// Gives the workloads their plain network back.
+    pub(crate) fn remove_rules(&self) {
+        let leaving = self.leaving.values().map(|(capture, _)| capture);
+        for capture in self.namespaces.values().chain(leaving) {
+            capture.remove_rules();
         }
-        if remove_rules {
-            for capture in current.namespaces.values() {
-                capture.remove_rules();
-            }
-            if let Some(host) = &current.host {
-                host.remove_rules();
-            }
+        if let Some(host) = &self.host {
+            host.remove_rules();
         }
     }
 
-    async fn reconcile(&mut self, snapshot: &Snapshot, current: &mut Current, known: bool) {
-        let node = self.context.node.clone();
-        let wanted: Vec<Arc<MeshWorkload>> = snapshot.on_node(&node).cloned().collect();
-        let keys: BTreeSet<String> = wanted.iter().map(|workload| workload.key()).collect();
-        // Gone from the registry: its rules go too, or it would stay cut off for ever.
-        current.namespaces.retain(|key, capture| {
-            let stays = keys.contains(key);
+    /// Workloads that are gone from the registry leave; those whose time is over have left.
+    fn retain(&mut self, keys: &BTreeSet<String>) {
+        let gone: Vec<String> =
+            self.namespaces.keys().filter(|key| !keys.contains(*key)).cloned().collect();
+        for key in gone {
+            if let Some(capture) = self.namespaces.remove(&key) {
+                self.leaving.insert(key, (capture, Instant::now()));
+            }
+        }
+        let back: Vec<String> =
+            self.leaving.keys().filter(|key| keys.contains(*key)).cloned().collect();
+        for key in back {
+            if let Some((capture, _)) = self.leaving.remove(&key) {
+                self.namespaces.insert(key, capture);
+            }
+        }
+        self.leaving.retain(|key, (capture, since)| {
+            let stays = since.elapsed() < LEAVING;
             if !stays {
                 capture.remove_rules();
                 tracing::info!(workload = key, "no longer captured");
             }
             stays
         });
+    }
+}
+
+impl Captures {
+    /// Runs until the agent stops taking connections. What is captured then stays so: its rules are
+    /// needed while connections drain.
+    pub(crate) async fn run(mut self) -> Captured {
+        let mut current = Captured::default();
+        let mut known = false;
+        loop {
+            let snapshot = self.snapshots.borrow_and_update().clone();
+            if snapshot.revision > 0 {
+                self.reconcile(&snapshot, &mut current, known);
+                known = true;
+            }
+            tokio::select! {
+                () = self.context.stopping.cancelled() => return current,
+                changed = self.snapshots.changed() => if changed.is_err() { return current },
+                () = tokio::time::sleep(RECONCILE) => {}
+            }
+        }
+    }
+
+    fn reconcile(&mut self, snapshot: &Snapshot, current: &mut Captured, known: bool) {
+        let node = self.context.node.clone();
+        let wanted: Vec<Arc<MeshWorkload>> = snapshot.on_node(&node).cloned().collect();
+        let keys: BTreeSet<String> = wanted.iter().map(|workload| workload.key()).collect();
+        current.retain(&keys);
         self.identities.retain(|key| keys.contains(key));
         self.board.retain(&keys);
 
@@ -104,7 +136,7 @@ impl Captures {
         self.context.metrics.set_workloads(enrolled, unenrolled);
     }
 
-    fn namespace(&mut self, workload: &Arc<MeshWorkload>, name: &str, current: &mut Current) {
+    fn namespace(&mut self, workload: &Arc<MeshWorkload>, name: &str, current: &mut Captured) {
         let key = workload.key();
         let path = self.netns_dir.join(name);
         let outcome = match current.namespaces.get_mut(&key) {
@@ -125,13 +157,19 @@ impl Captures {
         self.note(workload, outcome);
     }
 
-    fn host(&mut self, workloads: &[Arc<MeshWorkload>], current: &mut Current) {
+    fn host(&mut self, workloads: &[Arc<MeshWorkload>], current: &mut Captured) {
         if workloads.is_empty() {
-            if let Some(host) = current.host.take() {
+            let Some(host) = &mut current.host else { return };
+            let since = *current.host_leaving.get_or_insert_with(Instant::now);
+            if since.elapsed() < LEAVING {
+                host.update(&self.context, &[], &mut self.identities);
+            } else {
                 host.remove_rules();
+                current.host = None;
             }
             return;
         }
+        current.host_leaving = None;
         let host = match &mut current.host {
             Some(host) => host,
             None => match HostCapture::start(&self.context) {

@@ -16,23 +16,17 @@ use hauberk_telemetry::{RecordSink, metrics::AgentMetrics};
 use hauberk_tls::TrustSlot;
 use tokio::{
     net::{TcpSocket, TcpStream},
-    sync::{Semaphore, watch},
+    sync::watch,
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{identity::LocalIdentity, policy::Snapshot};
+use crate::{handshakes::Handshakes, identity::LocalIdentity, policy::Snapshot};
 
 /// A connection that comes before the agent can decide waits this long, rather than being refused.
 const READY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long dialling another agent, or the application, may take.
 pub(crate) const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Connections at once: over it the kernel's queue holds them back.
-const MAX_CONNECTIONS: usize = 65_536;
-
-/// Handshakes under way at once, so that a flood of them costs bounded memory and processor.
-const MAX_HANDSHAKES: usize = 1_024;
 
 /// The port on which agents talk to each other.
 pub(crate) const MESH_PORT: u16 = 15_008;
@@ -43,8 +37,7 @@ pub(crate) struct Context {
     pub(crate) trust: Arc<TrustSlot>,
     pub(crate) metrics: AgentMetrics,
     pub(crate) records: RecordSink,
-    pub(crate) connections: Arc<Semaphore>,
-    pub(crate) handshakes: Arc<Semaphore>,
+    pub(crate) handshakes: Handshakes,
     /// Take no more connections.
     pub(crate) stopping: CancellationToken,
     /// End the open ones.
@@ -75,8 +68,7 @@ impl Context {
             trust,
             metrics,
             records,
-            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-            handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
+            handshakes: Handshakes::default(),
             stopping: CancellationToken::new(),
             cut: CancellationToken::new(),
             open: AtomicUsize::new(0),

@@ -12,9 +12,10 @@ use hauberk_telemetry::{
     Side,
     metrics::{Direction, Outcome},
 };
-use rustls::ServerConfig;
+use hauberk_tls::HandshakeFailure;
+use rustls::{ServerConfig, server::Acceptor};
 use tokio::net::TcpStream;
-use tokio_rustls::{TlsAcceptor, TlsStream};
+use tokio_rustls::{LazyConfigAcceptor, TlsStream};
 
 use crate::{
     authorize::{self, without_policy},
@@ -39,8 +40,7 @@ pub(crate) async fn serve_mesh(
         Report::new(context, Side::Destination, connection_id(), Some(canonical(from)), None);
     // Best effort: the connection works without them.
     drop(tune_accepted(&stream));
-    locals.wait_for_certificate().await;
-    let mut session = match handshake(context, tls, stream).await {
+    let mut session = match handshake(context, locals, tls, stream, canonical(from)).await {
         Ok(session) => session,
         Err(error) => {
             let (reason, detail) = match &error {
@@ -120,15 +120,26 @@ pub(crate) async fn serve_mesh(
 
 async fn handshake(
     context: &Context,
+    locals: &Locals,
     tls: Arc<ServerConfig>,
     stream: TcpStream,
+    from: SocketAddr,
 ) -> Result<Session, SessionError> {
     // Held through the handshake only.
-    let _turn = context.handshakes.acquire().await;
+    let Ok(_turn) = context.handshakes.turn(from.ip()).await else {
+        return Err(SessionError::Refused(HandshakeFailure {
+            reason: Reason::RateLimited,
+            by_peer: false,
+            detail: format!("too many handshakes of {} wait already", from.ip()),
+        }));
+    };
     let started = Instant::now();
-    let accepted =
-        tokio::time::timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(tls).accept(stream)).await;
-    let session = match accepted {
+    let accepting = async {
+        let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+        locals.wait_for_certificate(hello.client_hello().server_name()).await;
+        hello.into_stream(tls).await
+    };
+    let session = match tokio::time::timeout(HANDSHAKE_TIMEOUT, accepting).await {
         Err(_) => Err(SessionError::TimedOut),
         Ok(Err(error)) => Err(error.into()),
         Ok(Ok(stream)) => {

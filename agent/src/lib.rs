@@ -10,6 +10,7 @@ mod authorize;
 mod capture;
 mod context;
 mod forward;
+mod handshakes;
 mod identity;
 mod inbound;
 mod outbound;

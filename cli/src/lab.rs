@@ -1,7 +1,7 @@
 //! A laboratory on one machine: network namespaces joined by a bridge stand for machines and
-//! workloads, and the real programs run in them as children. Everything goes when the lab does, even
-//! if its process is killed: namespaces live only as long as somebody holds them, and the children
-//! stop when their standard input ends.
+//! workloads, and the real programs run in them as children. Everything goes when the lab does. If its
+//! process is killed, the namespaces still go, as nobody holds them any more, and the children, as their
+//! standard input ends; only its folder under the temporary one stays.
 
 use std::{
     collections::BTreeMap,

@@ -377,13 +377,19 @@ async fn connect(socket: &Path) -> anyhow::Result<Channel> {
             async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
         }))
         .await
-        .with_context(|| {
-            format!(
-                "no control plane answers on {}; run this on its machine, as its user, or give \
-                 --socket",
-                socket.display()
+        // tonic's own texts say the same thing twice.
+        .map_err(|error| {
+            anyhow::anyhow!(
+                "no control plane answers on {} ({}); run this on its machine, as its user, or \
+                 give --socket",
+                socket.display(),
+                innermost(&error)
             )
         })
+}
+
+fn innermost(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), innermost)
 }
 
 fn table(headers: &[&str]) -> Table {

@@ -49,12 +49,13 @@ pub const OPERATOR_SOCKET: &str = "operator.sock";
 #[must_use]
 pub fn main(args: Args) -> ExitCode {
     let outcome = init_logs(args.log_format).and_then(|()| {
+        hauberk_telemetry::process::raise_file_limit();
         tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build()
             .context("start the runtime")?
             .block_on(async {
-                let stop = hauberk_telemetry::stop::signal(args.stop_with_stdin)
+                let stop = hauberk_telemetry::process::stop_signal(args.stop_with_stdin)
                     .context("listen for signals")?;
                 run(args, stop).await
             })

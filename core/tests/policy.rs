@@ -62,6 +62,12 @@ fn ask(table: &DecisionTable, source: &SpiffeId, destination: &SpiffeId, port: u
     table.decide(Request { source, destination, port, now })
 }
 
+/// Every identity of the small world is registered.
+fn build(policies: Vec<ResolvedPolicy>, guardrails: Vec<ResolvedGuardrail>) -> DecisionTable {
+    let all = (0..10).flat_map(|namespace| (0..10).map(move |name| id(namespace, name)));
+    DecisionTable::build(policies, guardrails, all.map(|id| (id, Mode::Enforce)))
+}
+
 fn reason(verdict: &Verdict) -> Option<Reason> {
     match verdict {
         Verdict::Allow(_) => None,
@@ -75,13 +81,12 @@ fn each_denial_has_its_own_reason_and_a_mend() {
     let mut ended = rule("ended", &[70], vec![PeerMatch::Exact(id(1, 1))]);
     ended.not_after = Some(Timestamp::from_unix_millis(NOW));
     let rules = vec![rule("web", &[80], vec![PeerMatch::Exact(id(1, 1))]), ended];
-    let table = DecisionTable::build(
+    let table = build(
         vec![policy("p", destination.clone(), rules), policy("q", id(9, 9), vec![])],
         vec![guardrail(
             PeerMatch::Exact(id(9, 9)),
             ResolvedPeers::From(vec![PeerMatch::Exact(id(6, 6))]),
         )],
-        [],
     );
     let cases = [
         ("no policy", id(1, 1), id(5, 5), 80, Reason::NoPolicy),
@@ -105,17 +110,41 @@ fn each_denial_has_its_own_reason_and_a_mend() {
 fn audit_lets_through_only_if_every_policy_of_the_destination_says_so() {
     let mut audited = policy("p", id(0, 0), vec![]);
     audited.mode = Mode::Audit;
-    let only = DecisionTable::build(vec![audited.clone()], vec![], []);
+    let only = build(vec![audited.clone()], vec![]);
     assert!(matches!(ask(&only, &id(1, 1), &id(0, 0), 80), Verdict::WouldDeny(_)));
     let enforced = policy("q", id(0, 0), vec![]);
-    let both = DecisionTable::build(vec![audited.clone(), enforced], vec![], []);
+    let both = build(vec![audited.clone(), enforced], vec![]);
     assert!(matches!(ask(&both, &id(1, 1), &id(0, 0), 80), Verdict::Deny(_)));
     let any = guardrail(
         PeerMatch::Exact(id(0, 0)),
         ResolvedPeers::UnlessFrom(vec![PeerMatch::Exact(id(2, 2))]),
     );
-    let guarded = DecisionTable::build(vec![audited], vec![any], []);
+    let guarded = build(vec![audited], vec![any]);
     assert!(matches!(ask(&guarded, &id(1, 1), &id(0, 0), 80), Verdict::Deny(_)));
+}
+
+#[test]
+fn an_identity_that_is_not_registered_is_denied_whatever_a_rule_says() {
+    let peers = || {
+        vec![
+            PeerMatch::Exact(id(1, 1)),
+            PeerMatch::AnyIn {
+                trust_domain: "example.org".parse().unwrap(),
+                namespace: "n1".parse().unwrap(),
+            },
+            PeerMatch::Exact("spiffe://partner.example/ns/x/sa/y".parse().unwrap()),
+        ]
+    };
+    let policies = vec![policy("p", id(0, 0), vec![rule("web", &[80], peers())])];
+    let table = DecisionTable::build(policies, vec![], [(id(0, 0), Mode::Enforce)]);
+    let Verdict::Deny(denial) = ask(&table, &id(1, 1), &id(0, 0), 80) else {
+        panic!("not denied");
+    };
+    assert_eq!(denial.reason, Reason::NoMatchingRule);
+    assert!(denial.mend.contains("no registered workload is"), "{}", denial.mend);
+    // Another trust domain keeps its own registry.
+    let partner = "spiffe://partner.example/ns/x/sa/y".parse().unwrap();
+    assert_eq!(reason(&ask(&table, &partner, &id(0, 0), 80)), None);
 }
 
 fn peers() -> impl Strategy<Value = PeerMatch> {
@@ -201,18 +230,16 @@ fn allowed_by_reading(policies: &[ResolvedPolicy], guardrails: &[ResolvedGuardra
 proptest! {
     #[test]
     fn the_index_says_what_the_lists_say(policies in policies(), guardrails in guardrails()) {
-        let table = DecisionTable::build(policies.clone(), guardrails.clone(), []);
+        let table = build(policies.clone(), guardrails.clone());
         prop_assert_eq!(allowed(&table), allowed_by_reading(&policies, &guardrails));
     }
 
     #[test]
     fn the_order_never_matters(policies in policies(), guardrails in guardrails()) {
-        let forward = DecisionTable::build(policies.clone(), guardrails.clone(), []);
-        let backward = DecisionTable::build(
+        let forward = build(policies.clone(), guardrails.clone());
+        let backward = build(
             policies.into_iter().rev().collect(),
-            guardrails.into_iter().rev().collect(),
-            [],
-        );
+            guardrails.into_iter().rev().collect());
         for (source, destination, port) in questions() {
             prop_assert_eq!(
                 reason(&ask(&forward, &source, &destination, port)),
@@ -227,8 +254,8 @@ proptest! {
         before in guardrails(),
         added in guardrails(),
     ) {
-        let less = DecisionTable::build(policies.clone(), before.clone(), []);
-        let more = DecisionTable::build(policies, before.into_iter().chain(added).collect(), []);
+        let less = build(policies.clone(), before.clone());
+        let more = build(policies, before.into_iter().chain(added).collect());
         for (less, more) in allowed(&less).into_iter().zip(allowed(&more)) {
             prop_assert!(less || !more);
         }
@@ -236,9 +263,9 @@ proptest! {
 
     #[test]
     fn removing_a_policy_never_widens(policies in policies(), guardrails in guardrails()) {
-        let all = DecisionTable::build(policies.clone(), guardrails.clone(), []);
+        let all = build(policies.clone(), guardrails.clone());
         let fewer = policies.into_iter().skip(1).collect();
-        let fewer = DecisionTable::build(fewer, guardrails, []);
+        let fewer = build(fewer, guardrails);
         for (all, fewer) in allowed(&all).into_iter().zip(allowed(&fewer)) {
             prop_assert!(all || !fewer);
         }

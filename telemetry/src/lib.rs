@@ -11,9 +11,9 @@ pub mod fields;
 pub mod health;
 pub mod log;
 pub mod metrics;
+pub mod process;
 pub mod record;
 pub mod server;
-pub mod stop;
 
 pub use health::{Health, State};
 pub use log::{LogFormat, LogOptions};

@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use hauberk_linux::socket::{ListenOptions, listen};
 use tokio::{
     net::{TcpListener, TcpStream},
+    sync::Semaphore,
     task::JoinHandle,
 };
 
@@ -14,6 +15,10 @@ use crate::context::Context;
 
 /// The pause after a failed accept, so that being out of descriptors does not spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+
+/// Connections of one listener at once; over it the kernel's queue holds them back. Each listener has
+/// its own, so that a flood of incoming ones leaves the outgoing ones alone.
+const MAX_CONNECTIONS: usize = 32_768;
 
 /// A listener's task; ends with its owner.
 pub(super) struct Accepting(JoinHandle<()>);
@@ -40,9 +45,10 @@ where
 {
     let listener = TcpListener::from_std(listener).context("register a listener")?;
     let context = context.clone();
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     Ok(Accepting(tokio::spawn(async move {
         loop {
-            let Ok(permit) = context.connections.clone().acquire_owned().await else { return };
+            let Ok(place) = places.clone().acquire_owned().await else { return };
             let accepted = tokio::select! {
                 () = context.stopping.cancelled() => return,
                 accepted = listener.accept() => accepted,
@@ -53,7 +59,7 @@ where
                     let open = context.opened();
                     tokio::spawn(async move {
                         served.await;
-                        drop((open, permit));
+                        drop((open, place));
                     });
                 }
                 Err(error) => {

@@ -26,13 +26,17 @@ impl Locals {
         ));
     }
 
-    /// A caller that comes before the first certificate waits for it, rather than being refused.
-    pub(crate) async fn wait_for_certificate(&self) {
-        let locals: Vec<Arc<Local>> = self.by_key.load().values().cloned().collect();
-        for local in locals {
-            if local.identity.slot.load().is_none() {
-                local.has_certificate().await;
-            }
+    /// A caller that comes before the first certificate of the one it wants waits for that, rather
+    /// than being refused; for nobody else's.
+    pub(crate) async fn wait_for_certificate(&self, server_name: Option<&str>) {
+        let Some(slot) = server_name.and_then(|name| self.names.find(name)) else { return };
+        if slot.load().is_some() {
+            return;
+        }
+        let locals = self.by_key.load_full();
+        let wanted = locals.values().find(|local| Arc::ptr_eq(&local.identity.slot, &slot));
+        if let Some(local) = wanted {
+            local.has_certificate().await;
         }
     }
 }

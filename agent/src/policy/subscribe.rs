@@ -81,10 +81,11 @@ impl Enforcer {
     /// Puts an update in force, or says why not.
     fn apply(&self, update: v1::StateUpdate) -> anyhow::Result<Arc<Snapshot>> {
         let current = self.sender.borrow().clone();
-        if update.revision < current.revision {
+        let other = update.revision == current.revision && update.state_hash != current.state_hash;
+        if update.revision < current.revision || (other && current.revision > 0) {
             anyhow::bail!(
-                "revision {} is older than {}, which is in force; if the control plane was \
-                 restored from a backup, remove {} on this node and restart the agent",
+                "revision {} is not newer than {}, which is in force, and is another state; if the \
+                 control plane was restored from a backup, stop this agent, remove {} and start it",
                 update.revision,
                 current.revision,
                 self.path.display()

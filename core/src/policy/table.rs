@@ -43,7 +43,7 @@ pub struct DecisionTable {
 }
 
 impl DecisionTable {
-    /// Indexes policies, guardrails and the posture of workloads. The order of the arguments never
+    /// Indexes policies, guardrails and the posture of every registered workload. The order of the arguments never
     /// matters to a decision.
     #[must_use]
     pub fn build(
@@ -74,17 +74,33 @@ impl DecisionTable {
         let Some(destination) = self.destinations.get(request.destination) else {
             return Verdict::Deny(no_policy(request));
         };
-        if let Some(allowed) = destination.allowing(request) {
+        let registered = self.is_registered(request);
+        if registered && let Some(allowed) = destination.allowing(request) {
             return Verdict::Allow(allowed);
         }
-        let denial = destination.denial(request);
+        let denial = if registered {
+            destination.denial(request)
+        } else {
+            destination.unregistered(request)
+        };
         match destination.mode() {
             Mode::Enforce => Verdict::Deny(denial),
             Mode::Audit => Verdict::WouldDeny(denial),
         }
     }
 
-    /// How many destinations have a policy or a posture.
+    /// A name in a rule is a reference, and an unknown reference denies: who was taken out of the
+    /// registry is cut off at once, whatever certificate it still has. Of other trust domains there is
+    /// no registry here; there the certificate alone counts.
+    fn is_registered(&self, request: Request<'_>) -> bool {
+        request.source.trust_domain() != request.destination.trust_domain()
+            || self
+                .destinations
+                .get(request.source)
+                .is_some_and(|workload| workload.posture.is_some())
+    }
+
+    /// How many identities have a policy or a posture.
     #[must_use]
     pub fn destinations(&self) -> usize {
         self.destinations.len()
@@ -93,7 +109,7 @@ impl DecisionTable {
 
 #[derive(Debug, Default)]
 struct Destination {
-    /// The posture of the workload itself.
+    /// The posture of the workload itself; there is one exactly if it is registered.
     posture: Option<Mode>,
     policies: Vec<ResolvedPolicy>,
     by_caller: HashMap<SpiffeId, Vec<RuleIndex>>,
@@ -170,6 +186,21 @@ impl Destination {
                 owner: policy.owner.clone(),
                 until: rule.not_after,
             })
+    }
+
+    fn unregistered(&self, request: Request<'_>) -> Denial {
+        let policy = self.policies.first();
+        Denial {
+            reason: Reason::NoMatchingRule,
+            policy: policy.map(|policy| policy.policy.clone()),
+            owner: policy.map(|policy| policy.owner.clone()),
+            nearest_miss: None,
+            mend: format!(
+                "no registered workload is {}; register the caller with a Workload or Machine \
+                 manifest",
+                request.source
+            ),
+        }
     }
 
     fn denial(&self, request: Request<'_>) -> Denial {

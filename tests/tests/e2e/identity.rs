@@ -17,7 +17,7 @@ use hauberk_proto::v1::{
     IssueRequest, JoinRequest, RenewNodeRequest, enrollment_client::EnrollmentClient,
     workload_identity_client::WorkloadIdentityClient,
 };
-use hauberk_tests::mesh::Mesh;
+use hauberk_tests::mesh::{Mesh, is};
 use hauberk_tls::{
     Credential, CredentialSlot, PrivateKey, TrustBundle, TrustSlot, client_config, signing_request,
 };
@@ -28,6 +28,7 @@ use tonic::transport::{Channel, Endpoint};
 
 crate::trials!(
     ten_renewals_under_load_cost_no_connection,
+    a_connection_ends_with_its_certificate_if_that_is_not_renewed,
     a_join_token_is_good_once,
     an_expired_or_damaged_join_token_is_refused,
     a_node_gets_no_certificate_of_another_nodes_workload,
@@ -210,6 +211,29 @@ fn ten_renewals_under_load_cost_no_connection() -> anyhow::Result<()> {
         }
         ensure!(started.elapsed() < Duration::from_secs(150), "the certificates are not renewed");
     }
+    Ok(())
+}
+
+fn a_connection_ends_with_its_certificate_if_that_is_not_renewed() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start_with(&["--workload-certificate-lifetime", "10s"])?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let mut client = mesh.connect("checkout", mesh.ledger(8080))?;
+    client.write_all(b"x")?;
+    let (mut server, _) = listener.accept()?;
+    server.read_exact(&mut [0])?;
+    mesh.stop("control-plane");
+    let stopped = Instant::now();
+    client.set_read_timeout(Some(Duration::from_secs(20)))?;
+    let error = client.read(&mut [0]).expect_err("a reset");
+    ensure!(error.kind() == std::io::ErrorKind::ConnectionReset, "got {error}");
+    ensure!(stopped.elapsed() < Duration::from_secs(12), "cut after {:?}", stopped.elapsed());
+    let cut = |record: &serde_json::Value| is(record, "reason", "expired_cert");
+    let record = mesh.record("machine-a", cut).or_else(|_| mesh.record("machine-b", cut))?;
+    ensure!(is(&record, "decision", "allow"), "{record}");
+    // And no new one opens.
+    let mut late = mesh.connect("checkout", mesh.ledger(8080));
+    let answered = late.as_mut().is_ok_and(|late| matches!(late.read(&mut [0]), Ok(n) if n > 0));
+    ensure!(!answered, "a connection without a certificate was opened");
     Ok(())
 }
 

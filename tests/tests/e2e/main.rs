@@ -35,6 +35,7 @@ fn main() -> std::process::ExitCode {
         eprintln!("{error:#}");
         return std::process::ExitCode::FAILURE;
     }
+    raise_file_limit();
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(AT_ONCE);
     let trials = [
@@ -47,6 +48,13 @@ fn main() -> std::process::ExitCode {
     ]
     .concat_trials();
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// Some tests hold thousands of connections.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
 }
 
 trait ConcatTrials {

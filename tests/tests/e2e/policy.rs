@@ -15,6 +15,7 @@ crate::trials!(
     a_destination_without_policy_is_denied,
     an_address_outside_the_mesh_is_denied_from_inside,
     removing_a_rule_cuts_its_connections_and_no_others,
+    a_workload_that_is_taken_out_of_the_registry_is_cut_off_at_once,
     a_guardrail_beats_an_allow,
     a_rule_that_ends_cuts_its_connections,
     a_manifest_with_errors_leaves_the_last_good_state_in_force,
@@ -143,6 +144,34 @@ fn removing_a_rule_cuts_its_connections_and_no_others() -> anyhow::Result<()> {
         ensure!((cut - 1.0).abs() < f64::EPSILON, "{machine} counted {cut}");
     }
     expect_reset(mesh.connect("web", mesh.ledger(8080)))
+}
+
+fn a_workload_that_is_taken_out_of_the_registry_is_cut_off_at_once() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let before = mesh.wait_revision(0)?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let (mut client, mut server) = open(&mesh, &listener, "checkout")?;
+    // The rule that names it stays; its certificate is good for an hour.
+    let workloads = std::fs::read_to_string(mesh.manifests().join("workloads.yaml"))?;
+    let (web, rest) = workloads
+        .split_once(
+            "---\napiVersion: hauberk.dev/v1alpha1\nkind: Workload\nmetadata: {name: checkout",
+        )
+        .context("checkout")?;
+    let (_, ledger) = rest.split_once("---\n").context("ledger")?;
+    mesh.write_manifest("workloads.yaml", &format!("{web}---\n{ledger}"))?;
+    for end in [&mut client, &mut server] {
+        let error = end.read(&mut [0]).expect_err("a reset");
+        ensure!(error.kind() == ErrorKind::ConnectionReset, "got {error}");
+    }
+    mesh.wait_revision(before)?;
+    let record = mesh.record("machine-b", |record| is(record, "close_reason", "policy_revoked"))?;
+    let detail = record["detail"].as_str().unwrap_or_default();
+    ensure!(detail.contains("no registered workload is"), "{record}");
+    let why =
+        mesh.ask(&["why", "spiffe://example.org/ns/shop/sa/checkout", "payments/ledger:8080"])?;
+    ensure!(why.status.code() == Some(1), "{why:?}");
+    Ok(())
 }
 
 fn a_guardrail_beats_an_allow() -> anyhow::Result<()> {

@@ -18,6 +18,10 @@ crate::trials!(
     a_damaged_state_file_opens_nothing,
     a_full_disk_for_records_stops_no_connection,
     sigterm_drains_open_connections,
+    a_stop_that_removes_the_rules_resets_what_is_open_first,
+    the_usual_limit_on_open_files_is_raised,
+    a_control_plane_from_an_older_backup_rolls_nothing_back,
+    a_network_that_is_cut_and_comes_back_heals,
 );
 
 fn carries(mesh: &Mesh, listener: &TcpListener) -> anyhow::Result<()> {
@@ -202,5 +206,110 @@ fn sigterm_drains_open_connections() -> anyhow::Result<()> {
     mesh.stop("machine-b");
     let record = mesh.record("machine-b", |record| is(record, "close_reason", "complete"))?;
     ensure!(is(&record, "decision", "allow"), "{record}");
+    Ok(())
+}
+
+fn the_usual_limit_on_open_files_is_raised() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    mesh.stop("machine-b");
+    let mut shell = std::process::Command::new("sh");
+    let hauberk = mesh.hauberk()?;
+    shell
+        .args(["-c", "ulimit -S -n 64 && exec \"$@\"", "sh"])
+        .arg(hauberk.get_program())
+        .args(hauberk.get_args())
+        .args(["agent", "--stop-with-stdin", "--data"])
+        .arg(mesh.folder().join("machine-b"))
+        .arg("--netns-dir")
+        .arg(mesh.folder().join("netns"))
+        .arg("--records")
+        .arg(mesh.records("machine-b"));
+    let _agent = mesh.spawn("machine-b", "machine-b", &mut shell)?;
+    mesh.wait_ready().with_context(|| mesh.logs())?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let mut open = Vec::new();
+    for _ in 0..100 {
+        let mut client = mesh.connect("checkout", mesh.ledger(8080))?;
+        client.write_all(b"x")?;
+        let (mut server, _) = listener.accept()?;
+        server.read_exact(&mut [0])?;
+        open.push((client, server));
+    }
+    Ok(())
+}
+
+fn a_control_plane_from_an_older_backup_rolls_nothing_back() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let old = mesh.wait_revision(0)?;
+    mesh.stop("control-plane");
+    let store = mesh.folder().join("control-plane/store.redb");
+    let backup = fs::read(&store)?;
+    mesh.restart_control_plane()?;
+    // The backup has the workload web without permission; so has the next state, with one rule less.
+    let nothing = ledger_policy("").replace("  - name: checkout", "  - name: nobody");
+    mesh.write_manifest("ledger.yaml", &nothing.replace("name: checkout}", "name: web}"))?;
+    let new = mesh.wait_revision(old)?;
+    mesh.stop("control-plane");
+    fs::write(&store, backup)?;
+    mesh.write_manifest("ledger.yaml", &ledger_policy(""))?;
+    mesh.restart_control_plane()?;
+    mesh.wait("the refusal", PATIENCE, |mesh| {
+        let status = mesh.status()?;
+        let refused =
+            status.nodes.iter().all(|node| node.refused.contains("restored from a backup"));
+        ensure!(refused && status.revision < new, "{status:?}");
+        Ok(())
+    })?;
+    // What was taken away stays taken away.
+    let _listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    refused(&mesh, "checkout")
+}
+
+fn a_network_that_is_cut_and_comes_back_heals() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    carries(&mesh, &listener)?;
+    let link = |up: bool| -> anyhow::Result<()> {
+        for number in [1, 3, 21] {
+            let end = format!("veth{number}");
+            let state = if up { "up" } else { "down" };
+            let mut command = std::process::Command::new("ip");
+            command.args(["link", "set", &end, state]);
+            let done = mesh.wire().run(|| command.status())??;
+            ensure!(done.success(), "ip link set {end} {state}");
+        }
+        Ok(())
+    };
+    link(false)?;
+    listener.set_nonblocking(true)?;
+    let mut lost = mesh.connect("checkout", mesh.ledger(8080))?;
+    drop(lost.write_all(b"x"));
+    // Told in bounded time, not left hanging.
+    let error = lost.read(&mut [0]).expect_err("a reset");
+    ensure!(error.kind() == std::io::ErrorKind::ConnectionReset, "got {error}");
+    let record = mesh.record("machine-a", |record| is(record, "close_reason", "unreachable"))?;
+    ensure!(is(&record, "decision", "allow"), "{record}");
+    link(true)?;
+    mesh.wait("the network", PATIENCE, |mesh| carries(mesh, &listener))?;
+    mesh.wait_ready()
+}
+
+fn a_stop_that_removes_the_rules_resets_what_is_open_first() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    mesh.stop("machine-a");
+    mesh.start_agent("machine-a", &["--remove-rules-on-stop", "--drain", "1s"])?;
+    mesh.wait_ready()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let mut client = mesh.connect("checkout", mesh.ledger(8080))?;
+    client.write_all(b"a")?;
+    let (mut server, _) = listener.accept()?;
+    server.set_read_timeout(Some(PATIENCE))?;
+    server.read_exact(&mut [0])?;
+    mesh.stop("machine-a");
+    for end in [&mut client, &mut server] {
+        let error = end.read(&mut [0]).expect_err("a reset, and not silence");
+        ensure!(error.kind() == std::io::ErrorKind::ConnectionReset, "got {error}");
+    }
+    ensure!(!rules(&mesh, "checkout")?, "the rules are still there");
     Ok(())
 }

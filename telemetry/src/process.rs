@@ -1,4 +1,4 @@
-//! When to stop: signals, and for children the end of standard input.
+//! What both programs are as processes: when they stop, and how many files they may open.
 
 use std::{future::Future, io};
 
@@ -11,7 +11,7 @@ use tokio::signal::unix::{SignalKind, signal as listen};
 /// # Errors
 ///
 /// When the signals cannot be listened for.
-pub fn signal(with_stdin: bool) -> io::Result<impl Future<Output = ()> + Send + 'static> {
+pub fn stop_signal(with_stdin: bool) -> io::Result<impl Future<Output = ()> + Send + 'static> {
     let mut terminate = listen(SignalKind::terminate())?;
     let mut interrupt = listen(SignalKind::interrupt())?;
     Ok(async move {
@@ -28,4 +28,15 @@ async fn stdin_ended() {
     let mut ignored = [0; 64];
     // An error ends it as well: nobody is there any more.
     while matches!(stdin.read(&mut ignored).await, Ok(count) if count > 0) {}
+}
+
+/// Raises the soft limit on open files to the hard one. The usual soft limit of 1024 is for programs
+/// that use `select`; a relay needs two descriptors for each connection.
+pub fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit on open files could not be raised");
+    }
 }
