@@ -65,10 +65,48 @@ pub enum LogFormat {
     Json,
 }
 
+impl Args {
+    /// What the command line gives if nothing is named.
+    #[must_use]
+    pub fn defaults() -> Self {
+        Self {
+            data: "/var/lib/hauberk/agent".into(),
+            join_token: None,
+            control_plane: None,
+            metrics: SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 9465)),
+            records: "-".into(),
+            netns_dir: "/run/netns".into(),
+            drain: Duration::from_secs(10),
+            remove_rules_on_stop: false,
+            log_format: LogFormat::Text,
+            stop_with_stdin: false,
+        }
+    }
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     let explain = || {
         format!("{text:?} is not a duration; write a number with a unit, such as 90s, 10m or 1h")
     };
     let span: jiff::SignedDuration = text.parse().map_err(|_| explain())?;
     Duration::try_from(span).map_err(|_| explain())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn the_defaults_are_those_of_the_command_line() {
+        let parsed = Command::parse_from(["agent"]).args;
+        assert_eq!(format!("{parsed:?}"), format!("{:?}", Args::defaults()));
+    }
 }

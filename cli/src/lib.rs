@@ -4,6 +4,7 @@
 mod demo;
 pub mod lab;
 mod operator;
+mod up;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
@@ -21,6 +22,8 @@ struct Command {
 enum Action {
     /// Show the whole of it on this machine: an allowed and a denied connection. Needs no root.
     Demo(demo::Args),
+    /// Run control plane and agent in one process: a mesh of this machine, to which others may join.
+    Up(up::Args),
     /// Run the control plane.
     ControlPlane(hauberk_control_plane::config::Args),
     /// Run the agent of this node.
@@ -149,6 +152,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let command = Command::parse_from(arguments);
     let outcome = match command.action {
         Action::Demo(args) => demo::run(&args),
+        Action::Up(args) => up::run(&args),
         Action::ControlPlane(args) => return hauberk_control_plane::app::main(args),
         Action::Agent(AgentArgs { args, action: None }) => return hauberk_agent::app::main(args),
         Action::Agent(AgentArgs { args, action: Some(AgentAction::Cleanup) }) => {

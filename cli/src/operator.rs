@@ -368,7 +368,7 @@ where
     })
 }
 
-async fn connect(socket: &Path) -> anyhow::Result<Channel> {
+pub(crate) async fn connect(socket: &Path) -> anyhow::Result<Channel> {
     let path = socket.to_owned();
     Endpoint::from_static("http://operator.hauberk.internal")
         .connect_timeout(Duration::from_secs(5))

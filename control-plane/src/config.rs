@@ -97,6 +97,23 @@ fn lifetime(text: &str) -> Result<Duration, String> {
 }
 
 impl Args {
+    /// What the command line gives if only the trust domain is named.
+    #[must_use]
+    pub fn defaults(trust_domain: TrustDomain) -> Self {
+        Self {
+            trust_domain,
+            data: "/var/lib/hauberk/control-plane".into(),
+            manifests: "/etc/hauberk/manifests".into(),
+            listen: SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, 8443)),
+            advertise: None,
+            metrics: SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 9464)),
+            workload_certificate_lifetime: Duration::from_secs(3600),
+            node_certificate_lifetime: MAX_LIFETIME,
+            log_format: LogFormat::Text,
+            stop_with_stdin: false,
+        }
+    }
+
     /// The address that join tokens tell.
     ///
     /// # Errors
@@ -119,6 +136,35 @@ impl Args {
                 self.listen
             )),
             None => Ok(self.listen.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn the_defaults_are_those_of_the_command_line() {
+        let parsed = Command::parse_from(["control-plane", "--trust-domain", "example.org"]).args;
+        let defaults = Args::defaults("example.org".parse().unwrap());
+        assert_eq!(format!("{parsed:?}"), format!("{defaults:?}"));
+    }
+
+    #[test]
+    fn a_lifetime_outside_its_bounds_is_refused() {
+        for (text, good) in
+            [("9s", false), ("10s", true), ("24h", true), ("25h", false), ("x", false)]
+        {
+            assert_eq!(lifetime(text).is_ok(), good, "{text}");
         }
     }
 }

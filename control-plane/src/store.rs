@@ -1,7 +1,11 @@
 //! The embedded store: join tokens, nodes, the last good manifests and the last revision. One file,
 //! transactions synced to disk before anything is answered.
 
-use std::{os::unix::fs::PermissionsExt, path::Path};
+use std::{
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::{PoisonError, RwLock},
+};
 
 use hauberk_tls::files::FileError;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
@@ -89,53 +93,69 @@ pub(crate) enum SerialCheck {
 }
 
 pub(crate) struct Store {
-    database: Database,
+    path: PathBuf,
+    /// `None` while it could not be opened again after a failure of the disk.
+    database: RwLock<Option<Database>>,
 }
 
 impl Store {
     pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
         // Demands a private file if there is one.
         drop(hauberk_tls::files::read_private(path)?);
-        let shown = path.display().to_string();
-        let database = Database::create(path)
-            .map_err(|error| StoreError::Open(shown.clone(), Box::new(error.into())))?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(
-            |error| StoreError::Open(shown, Box::new(redb::StorageError::from(error).into())),
-        )?;
-        let write = database.begin_write()?;
-        write.open_table(TOKENS)?;
-        write.open_table(NODES)?;
-        write.open_table(MANIFESTS)?;
-        write.open_table(META)?;
-        write.commit()?;
-        Ok(Self { database })
+        let database = open_database(path)?;
+        Ok(Self { path: path.to_owned(), database: RwLock::new(Some(database)) })
+    }
+
+    /// Does some work on the database. After a failure of the disk, a full one for one, redb refuses
+    /// everything until it is opened anew: that is done here, so that the control plane heals by
+    /// itself as soon as the disk does.
+    fn attempt<T>(
+        &self,
+        work: impl Fn(&Database) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        if let Some(database) = &*self.database.read().unwrap_or_else(PoisonError::into_inner) {
+            match work(database) {
+                Err(StoreError::Use(error)) if matches!(*error, redb::Error::PreviousIo) => {}
+                outcome => return outcome,
+            }
+        }
+        let mut held = self.database.write().unwrap_or_else(PoisonError::into_inner);
+        // Closed first: the file is locked while it is open.
+        *held = None;
+        let database = held.insert(open_database(&self.path)?);
+        tracing::warn!("the store was opened anew after a failure of the disk");
+        work(database)
     }
 
     /// Keeps the trust domain of the first start; gives back the one that is kept.
     pub(crate) fn trust_domain(&self, wanted: &str) -> Result<String, StoreError> {
-        let write = self.database.begin_write()?;
-        let kept = {
-            let mut meta = write.open_table(META)?;
-            let kept = meta
-                .get("trust_domain")?
-                .map(|bytes| String::from_utf8_lossy(bytes.value()).into_owned());
-            match kept {
-                Some(kept) => kept,
-                None => {
-                    meta.insert("trust_domain", wanted.as_bytes())?;
-                    wanted.to_owned()
+        self.attempt(|database| {
+            let write = database.begin_write()?;
+            let kept = {
+                let mut meta = write.open_table(META)?;
+                let kept = meta
+                    .get("trust_domain")?
+                    .map(|bytes| String::from_utf8_lossy(bytes.value()).into_owned());
+                match kept {
+                    Some(kept) => kept,
+                    None => {
+                        meta.insert("trust_domain", wanted.as_bytes())?;
+                        wanted.to_owned()
+                    }
                 }
-            }
-        };
-        write.commit()?;
-        Ok(kept)
+            };
+            write.commit()?;
+            Ok(kept)
+        })
     }
 
     pub(crate) fn add_token(&self, hash: &[u8; 32], token: &Token) -> Result<(), StoreError> {
-        let write = self.database.begin_write()?;
-        write.open_table(TOKENS)?.insert(hash.as_slice(), encode(token).as_slice())?;
-        write.commit()?;
-        Ok(())
+        self.attempt(|database| {
+            let write = database.begin_write()?;
+            write.open_table(TOKENS)?.insert(hash.as_slice(), encode(token).as_slice())?;
+            write.commit()?;
+            Ok(())
+        })
     }
 
     /// Uses a token up, atomically: of two that come with it, one gets it. Expired ones of the past
@@ -145,33 +165,37 @@ impl Store {
         hash: &[u8; 32],
         now_unix_ms: i64,
     ) -> Result<Consumed, StoreError> {
-        let write = self.database.begin_write()?;
-        let outcome = {
-            let mut tokens = write.open_table(TOKENS)?;
-            let found = tokens
-                .remove(hash.as_slice())?
-                .map(|bytes| decode::<Token>("token", bytes.value()))
-                .transpose()?;
-            tokens.retain(|_, bytes| {
-                serde_json::from_slice::<Token>(bytes)
-                    .is_ok_and(|token| token.expires_unix_ms > now_unix_ms)
-            })?;
-            match found {
-                None => Consumed::Unknown,
-                Some(token) if token.expires_unix_ms <= now_unix_ms => Consumed::Expired,
-                Some(token) => Consumed::Good(token.node),
-            }
-        };
-        write.commit()?;
-        Ok(outcome)
+        self.attempt(|database| {
+            let write = database.begin_write()?;
+            let outcome = {
+                let mut tokens = write.open_table(TOKENS)?;
+                let found = tokens
+                    .remove(hash.as_slice())?
+                    .map(|bytes| decode::<Token>("token", bytes.value()))
+                    .transpose()?;
+                tokens.retain(|_, bytes| {
+                    serde_json::from_slice::<Token>(bytes)
+                        .is_ok_and(|token| token.expires_unix_ms > now_unix_ms)
+                })?;
+                match found {
+                    None => Consumed::Unknown,
+                    Some(token) if token.expires_unix_ms <= now_unix_ms => Consumed::Expired,
+                    Some(token) => Consumed::Good(token.node),
+                }
+            };
+            write.commit()?;
+            Ok(outcome)
+        })
     }
 
     /// A node has joined, for the first time or anew: only this certificate is good from now on.
     pub(crate) fn node_joined(&self, name: &str, node: &Node) -> Result<(), StoreError> {
-        let write = self.database.begin_write()?;
-        write.open_table(NODES)?.insert(name, encode(node).as_slice())?;
-        write.commit()?;
-        Ok(())
+        self.attempt(|database| {
+            let write = database.begin_write()?;
+            write.open_table(NODES)?.insert(name, encode(node).as_slice())?;
+            write.commit()?;
+            Ok(())
+        })
     }
 
     /// A node gets another certificate; the one it has stays good until the new one is used.
@@ -181,19 +205,23 @@ impl Store {
         serial: &str,
         not_after_unix_ms: i64,
     ) -> Result<(), StoreError> {
-        let write = self.database.begin_write()?;
-        {
-            let mut nodes = write.open_table(NODES)?;
-            let node =
-                nodes.get(name)?.map(|bytes| decode::<Node>("node", bytes.value())).transpose()?;
-            if let Some(mut node) = node {
-                node.next_serial = Some(serial.to_owned());
-                node.not_after_unix_ms = not_after_unix_ms;
-                nodes.insert(name, encode(&node).as_slice())?;
+        self.attempt(|database| {
+            let write = database.begin_write()?;
+            {
+                let mut nodes = write.open_table(NODES)?;
+                let node = nodes
+                    .get(name)?
+                    .map(|bytes| decode::<Node>("node", bytes.value()))
+                    .transpose()?;
+                if let Some(mut node) = node {
+                    node.next_serial = Some(serial.to_owned());
+                    node.not_after_unix_ms = not_after_unix_ms;
+                    nodes.insert(name, encode(&node).as_slice())?;
+                }
             }
-        }
-        write.commit()?;
-        Ok(())
+            write.commit()?;
+            Ok(())
+        })
     }
 
     /// Whether a node may still use the certificate with this serial; the first use of a renewed
@@ -210,48 +238,74 @@ impl Store {
     }
 
     pub(crate) fn node(&self, name: &str) -> Result<Option<Node>, StoreError> {
-        let read = self.database.begin_read()?;
-        let nodes = read.open_table(NODES)?;
-        nodes.get(name)?.map(|bytes| decode("node", bytes.value())).transpose()
+        self.attempt(|database| {
+            let read = database.begin_read()?;
+            let nodes = read.open_table(NODES)?;
+            nodes.get(name)?.map(|bytes| decode("node", bytes.value())).transpose()
+        })
     }
 
     pub(crate) fn save_manifests(&self, files: &[(String, String)]) -> Result<(), StoreError> {
-        let write = self.database.begin_write()?;
-        {
-            let mut manifests = write.open_table(MANIFESTS)?;
-            manifests.retain(|_, _| false)?;
-            for (name, text) in files {
-                manifests.insert(name.as_str(), text.as_str())?;
+        self.attempt(|database| {
+            let write = database.begin_write()?;
+            {
+                let mut manifests = write.open_table(MANIFESTS)?;
+                manifests.retain(|_, _| false)?;
+                for (name, text) in files {
+                    manifests.insert(name.as_str(), text.as_str())?;
+                }
             }
-        }
-        write.commit()?;
-        Ok(())
+            write.commit()?;
+            Ok(())
+        })
     }
 
     pub(crate) fn manifests(&self) -> Result<Vec<(String, String)>, StoreError> {
-        let read = self.database.begin_read()?;
-        let manifests = read.open_table(MANIFESTS)?;
-        let mut files = Vec::new();
-        for entry in manifests.iter()? {
-            let (name, text) = entry?;
-            files.push((name.value().to_owned(), text.value().to_owned()));
-        }
-        Ok(files)
+        self.attempt(|database| {
+            let read = database.begin_read()?;
+            let manifests = read.open_table(MANIFESTS)?;
+            let mut files = Vec::new();
+            for entry in manifests.iter()? {
+                let (name, text) = entry?;
+                files.push((name.value().to_owned(), text.value().to_owned()));
+            }
+            Ok(files)
+        })
     }
 
     pub(crate) fn revision(&self) -> Result<Revision, StoreError> {
-        let read = self.database.begin_read()?;
-        let meta = read.open_table(META)?;
-        meta.get("revision")?
-            .map_or(Ok(Revision::default()), |bytes| decode("revision", bytes.value()))
+        self.attempt(|database| {
+            let read = database.begin_read()?;
+            let meta = read.open_table(META)?;
+            meta.get("revision")?
+                .map_or(Ok(Revision::default()), |bytes| decode("revision", bytes.value()))
+        })
     }
 
     pub(crate) fn save_revision(&self, revision: &Revision) -> Result<(), StoreError> {
-        let write = self.database.begin_write()?;
-        write.open_table(META)?.insert("revision", encode(revision).as_slice())?;
-        write.commit()?;
-        Ok(())
+        self.attempt(|database| {
+            let write = database.begin_write()?;
+            write.open_table(META)?.insert("revision", encode(revision).as_slice())?;
+            write.commit()?;
+            Ok(())
+        })
     }
+}
+
+fn open_database(path: &Path) -> Result<Database, StoreError> {
+    let shown = path.display().to_string();
+    let database = Database::create(path)
+        .map_err(|error| StoreError::Open(shown.clone(), Box::new(error.into())))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(|error| {
+        StoreError::Open(shown, Box::new(redb::StorageError::from(error).into()))
+    })?;
+    let write = database.begin_write()?;
+    write.open_table(TOKENS)?;
+    write.open_table(NODES)?;
+    write.open_table(MANIFESTS)?;
+    write.open_table(META)?;
+    write.commit()?;
+    Ok(database)
 }
 
 fn encode<T: Serialize>(value: &T) -> Vec<u8> {

@@ -142,10 +142,11 @@ impl Publisher {
             let reloaded = tokio::task::spawn_blocking(move || publisher.reload()).await;
             match reloaded {
                 Ok(Ok(_)) => {}
-                Ok(Err(error)) => {
-                    tracing::error!(error = %chain(&error),
-                        "a new revision could not be stored, the last good state stays in force");
-                }
+                // People see it in the status as well, and it is tried again at the next look.
+                Ok(Err(error)) => self.set_errors(vec![format!(
+                    "the manifests are good but could not be stored: {}",
+                    chain(&error)
+                )]),
                 Err(error) => tracing::error!(%error, "reading the manifests failed"),
             }
         }
@@ -157,9 +158,6 @@ impl Publisher {
             Ok(folder) => {
                 let good = self.publish(&folder)?;
                 if good {
-                    if self.store.manifests()? != folder.files {
-                        self.store.save_manifests(&folder.files)?;
-                    }
                     self.set_errors(Vec::new());
                 }
                 Ok(good)
@@ -198,7 +196,7 @@ impl Publisher {
         }
         for line in &lines {
             tracing::error!(error = %line,
-                "the manifests are refused whole, the last good state stays in force");
+                "the manifests are not taken, the last good state stays in force");
         }
         if lines.is_empty() {
             tracing::info!("the manifests are accepted again");
@@ -217,6 +215,10 @@ impl Publisher {
                 return Ok(false);
             }
         };
+        // Kept before it is in force: a restart must not find something older as the last good.
+        if self.store.manifests()? != folder.files {
+            self.store.save_manifests(&folder.files)?;
+        }
         let mut machines: Vec<String> =
             declared.machines.iter().map(|machine| machine.name.to_string()).collect();
         machines.sort();

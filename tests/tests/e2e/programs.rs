@@ -9,7 +9,8 @@ crate::trials!(
     nginx_serves_curl_and_wrk,
     postgresql_serves_psql_and_pgbench,
     redis_serves_redis_benchmark,
-    users_and_cgroups_of_a_host_are_captured,
+    users_of_a_host_are_captured,
+    one_process_is_a_whole_mesh,
 );
 
 fn reachable(mesh: &Mesh, port: u16) -> anyhow::Result<()> {
@@ -176,7 +177,7 @@ spec:
     from: [{serviceAccount: {namespace: jobs, name: batch}}]
 ";
 
-fn users_and_cgroups_of_a_host_are_captured() -> anyhow::Result<()> {
+fn users_of_a_host_are_captured() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let before = mesh.wait_revision(0)?;
     mesh.write_manifest("hosts.yaml", HOSTS)?;
@@ -222,5 +223,80 @@ fn users_and_cgroups_of_a_host_are_captured() -> anyhow::Result<()> {
     let plain =
         mesh.metric("machine-b", "hauberk_connections_denied_total", &["reason=\"plaintext\""])?;
     ensure!(plain >= 3.0, "counted {plain} plaintext connections");
+    Ok(())
+}
+
+const ALONE: &str = "apiVersion: hauberk.dev/v1alpha1
+kind: Machine
+metadata: {name: alone}
+spec: {addresses: [10.77.0.99]}
+---
+apiVersion: hauberk.dev/v1alpha1
+kind: Workload
+metadata: {name: batch, namespace: jobs}
+spec: {machine: alone, serviceAccount: batch, process: {user: '4242'}, ports: []}
+---
+apiVersion: hauberk.dev/v1alpha1
+kind: Workload
+metadata: {name: store, namespace: jobs}
+spec: {machine: alone, serviceAccount: store, process: {user: '4343'}, ports: [7070]}
+---
+apiVersion: hauberk.dev/v1alpha1
+kind: AccessPolicy
+metadata: {name: store, namespace: jobs}
+spec:
+  owner: {team: jobs, contact: '#jobs'}
+  target: {serviceAccount: store}
+  rules:
+  - {name: batch, ports: [7070], from: [{serviceAccount: {namespace: jobs, name: batch}}]}
+";
+
+/// `hauberk up` on the machine outside: two users of one host, one of them a service.
+fn one_process_is_a_whole_mesh() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let folder = mesh.folder().join("alone");
+    fs::create_dir_all(folder.join("manifests"))?;
+    fs::write(folder.join("manifests/all.yaml"), ALONE)?;
+    fs::write(folder.join("index.html"), "alone\n")?;
+    for path in [mesh.folder().to_owned(), folder.clone()] {
+        fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    }
+    let mut command = mesh.hauberk()?;
+    command
+        .args(["up", "--stop-with-stdin", "--machine", "alone", "--trust-domain", "alone.org"])
+        .arg("--manifests")
+        .arg(folder.join("manifests"))
+        .arg("--data")
+        .arg(folder.join("data"))
+        .arg("--netns-dir")
+        .arg(folder.join("none"));
+    let up = mesh.spawn("outside", "up", &mut command)?;
+    let _store = mesh
+        .spawn(
+            "outside",
+            "store",
+            Command::new("python3")
+                .args(["-m", "http.server", "7070", "--bind", "0.0.0.0", "--directory"])
+                .arg(&folder)
+                .uid(4343)
+                .gid(4343),
+        )
+        .context("this test needs real root, to run programs as other users")?;
+    let curl = |user: u32| {
+        let mut command = Command::new("curl");
+        command.args(["-sS", "--max-time", "8", "http://10.77.0.99:7070/"]).uid(user).gid(user);
+        command
+    };
+    mesh.wait("the store", Duration::from_secs(20), |mesh| {
+        let log = fs::read_to_string(mesh.log("up"))?;
+        let body = mesh.run("outside", &mut curl(4242)).with_context(|| log)?;
+        ensure!(body == "alone\n", "got {body:?}");
+        Ok(())
+    })?;
+    ensure!(!mesh.output("outside", &mut curl(4444))?.status.success(), "a stranger was served");
+    drop(up);
+    ensure!(!mesh.output("outside", &mut curl(4242))?.status.success(), "a stop opened it");
+    let log = fs::read_to_string(mesh.log("up"))?;
+    ensure!(log.contains("stopping") && !log.contains("error:"), "{log}");
     Ok(())
 }

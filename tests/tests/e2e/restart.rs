@@ -17,6 +17,8 @@ crate::trials!(
     removed_rules_come_back,
     a_damaged_state_file_opens_nothing,
     a_full_disk_for_records_stops_no_connection,
+    a_full_disk_of_an_agent_keeps_no_change_from_being_enforced,
+    a_full_disk_of_the_control_plane_changes_nothing_and_heals,
     sigterm_drains_open_connections,
     a_stop_that_removes_the_rules_resets_what_is_open_first,
     the_usual_limit_on_open_files_is_raised,
@@ -312,4 +314,75 @@ fn a_stop_that_removes_the_rules_resets_what_is_open_first() -> anyhow::Result<(
     }
     ensure!(!rules(&mesh, "checkout")?, "the rules are still there");
     Ok(())
+}
+
+/// Moves a program's data folder onto a small disk of its own.
+fn small_disk(mesh: &Mesh, name: &str) -> anyhow::Result<std::path::PathBuf> {
+    use nix::mount::{MsFlags, mount};
+    let folder = mesh.folder().join(name);
+    let aside = mesh.folder().join("aside");
+    fs::rename(&folder, &aside)?;
+    fs::create_dir(&folder)?;
+    mount(Some("small"), &folder, Some("tmpfs"), MsFlags::empty(), Some("size=4m,mode=0700"))?;
+    mesh.run(
+        "outside",
+        std::process::Command::new("cp").arg("-a").arg(aside.join(".")).arg(&folder),
+    )?;
+    Ok(folder)
+}
+
+fn fill(folder: &std::path::Path) -> anyhow::Result<std::path::PathBuf> {
+    let path = folder.join("full");
+    let mut file = fs::File::create(&path)?;
+    let block = [0; 4096];
+    while file.write_all(&block).is_ok() {}
+    Ok(path)
+}
+
+fn a_full_disk_of_an_agent_keeps_no_change_from_being_enforced() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    mesh.stop("machine-a");
+    let disk = small_disk(&mesh, "machine-a")?;
+    mesh.start_agent("machine-a", &[])?;
+    mesh.wait_ready()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    carries(&mesh, &listener)?;
+    let before = mesh.wait_revision(0)?;
+    let filled = fill(&disk)?;
+    mesh.write_manifest("ledger.yaml", &ledger_policy("").replace("8080", "8081"))?;
+    let after = mesh.wait_revision(before)?;
+    refused(&mesh, "checkout")?;
+    let log = fs::read_to_string(mesh.log("machine-a"))?;
+    ensure!(log.contains("could not be kept for a restart"), "{log}");
+    fs::remove_file(filled)?;
+    mesh.write_manifest("ledger.yaml", &ledger_policy(""))?;
+    mesh.wait_revision(after)?;
+    carries(&mesh, &listener)
+}
+
+fn a_full_disk_of_the_control_plane_changes_nothing_and_heals() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    mesh.stop("control-plane");
+    let disk = small_disk(&mesh, "control-plane")?;
+    mesh.restart_control_plane()?;
+    mesh.wait_ready()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let before = mesh.wait_revision(0)?;
+    let filled = fill(&disk)?;
+    // More text than the store has room for, and a rule less.
+    let padding = "# a long comment\n".repeat(40_000);
+    mesh.write_manifest("ledger.yaml", &(ledger_policy("").replace("8080", "8081") + &padding))?;
+    mesh.wait("the error", PATIENCE, |mesh| {
+        let status = mesh.status()?;
+        let told = status.manifest_errors.iter().any(|text| text.contains("could not be stored"));
+        ensure!(told && status.revision == before, "{status:?}");
+        Ok(())
+    })?;
+    carries(&mesh, &listener)?;
+    fs::remove_file(filled)?;
+    // Nobody has to touch anything: the next look at the folder takes it.
+    mesh.wait_revision(before)?;
+    refused(&mesh, "checkout")?;
+    ensure!(mesh.status()?.manifest_errors.is_empty(), "{:?}", mesh.status()?);
+    mesh.token("machine-a").map(drop)
 }
