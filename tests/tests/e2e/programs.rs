@@ -271,6 +271,13 @@ fn one_process_is_a_whole_mesh() -> anyhow::Result<()> {
         .arg("--netns-dir")
         .arg(folder.join("none"));
     let up = mesh.spawn("outside", "up", &mut command)?;
+    // Before it has captured the two, they are on their own.
+    mesh.wait("the mesh of one", Duration::from_secs(20), |mesh| {
+        let socket = folder.join("data/control-plane/operator.sock");
+        let check = mesh.hauberk()?.arg("check").arg("--socket").arg(socket).output()?;
+        ensure!(check.status.success(), "{check:?}");
+        Ok(())
+    })?;
     let _store = mesh
         .spawn(
             "outside",
