@@ -64,6 +64,7 @@ fn status_json(status: &v1::GetStatusResponse) -> serde_json::Value {
             "name": node.name,
             "joined": node.joined,
             "connected": node.connected,
+            "locked": node.locked,
             "enforced_revision": node.enforced_revision,
             "refused": node.refused,
             "certificate_not_after": time(node.certificate_not_after_unix_ms),
@@ -94,6 +95,7 @@ fn print_status(status: &v1::GetStatusResponse) {
     let mut nodes = table(&["NODE", "STATE", "ENFORCES", "CERTIFICATE UNTIL", "OPEN", "REFUSED"]);
     for node in &status.nodes {
         let state = match (node.joined, node.connected) {
+            _ if !node.locked.is_empty() => "locked",
             (false, _) => "not joined",
             (true, false) => "away",
             (true, true) => "connected",
@@ -286,7 +288,13 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
         find(warning.clone(), "a name may be misspelt, or a Workload manifest missing");
     }
     for node in &status.nodes {
-        if !node.joined {
+        if !node.locked.is_empty() {
+            find(
+                format!("node {} is locked: {}", node.name, node.locked),
+                "find out who used its credential, then join it anew: hauberk token create --node \
+                 NAME here, hauberk join TOKEN there",
+            );
+        } else if !node.joined {
             find(
                 format!("node {} has not joined", node.name),
                 "hauberk token create --node NAME here, hauberk join TOKEN there",

@@ -5,17 +5,21 @@ mod operator;
 mod state;
 mod workload_identity;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use hauberk_telemetry::ControlPlaneMetrics;
+use hauberk_telemetry::{ControlPlaneMetrics, metrics::Outcome};
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 
 pub(crate) use enrollment::Enrollment;
 pub(crate) use operator::Operator;
 pub(crate) use state::State;
 pub(crate) use workload_identity::WorkloadIdentity;
 
-use crate::{ca::Authority, fleet::Fleet, policy::Publisher, store::Store};
+use crate::{ca::Authority, fleet::Fleet, issuance::IssuanceRate, policy::Publisher, store::Store};
 
 /// What the services share.
 pub(crate) struct Shared {
@@ -23,6 +27,7 @@ pub(crate) struct Shared {
     pub(crate) store: Arc<Store>,
     pub(crate) publisher: Arc<Publisher>,
     pub(crate) fleet: Fleet,
+    pub(crate) issuance: IssuanceRate,
     pub(crate) metrics: Arc<ControlPlaneMetrics>,
     pub(crate) advertised: String,
     pub(crate) workload_lifetime: Duration,
@@ -31,7 +36,29 @@ pub(crate) struct Shared {
     pub(crate) stopping: CancellationToken,
 }
 
+/// The longest time for which a node's own calls may be on their way with the certificate before.
+const LONGEST_GRACE: Duration = Duration::from_secs(30);
+
 impl Shared {
+    /// How long after a renewal the certificate before is only refused, in milliseconds; a later use
+    /// of it locks the node.
+    pub(crate) fn clone_grace(&self) -> i64 {
+        let grace = (self.node_lifetime / 10).min(LONGEST_GRACE);
+        i64::try_from(grace.as_millis()).unwrap_or(i64::MAX)
+    }
+
+    /// Refuses a node that asks for more certificates than any node needs; `kind` as in the metric.
+    fn within_rate(&self, node: &str, kind: &'static str) -> Result<(), Status> {
+        self.issuance.take(node, Instant::now()).map_err(|exceeded| {
+            self.metrics.certificate_issued(kind, Outcome::Failure);
+            if exceeded.first {
+                tracing::warn!(target: "hauberk.audit", node,
+                    "a node asks for certificates faster than any node needs; it is slowed down");
+            }
+            Status::resource_exhausted(exceeded.to_string())
+        })
+    }
+
     fn trust_bundle(&self) -> Vec<Vec<u8>> {
         vec![self.authority.root().to_vec()]
     }

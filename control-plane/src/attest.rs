@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use hauberk_core::{admission::AttestedNode, identity::IdentityKind, svid::VerifiedSvid};
 use tonic::{Extensions, Status};
 
-use crate::store::{SerialCheck, Store};
+use crate::{api::Shared, store::SerialCheck};
 
 /// What the TLS layer proves of a connection; travels with each of its calls.
 #[derive(Debug, Clone)]
@@ -23,7 +23,7 @@ pub(crate) struct Caller {
 
 /// Demands a node certificate that is valid now, not only when the connection was made, and that has
 /// not been superseded.
-pub(crate) fn node(extensions: &Extensions, store: &Store) -> Result<Caller, Status> {
+pub(crate) fn node(extensions: &Extensions, shared: &Shared) -> Result<Caller, Status> {
     let connection = extensions
         .get::<Connection>()
         .ok_or_else(|| Status::unauthenticated("the call came over no known connection"))?;
@@ -44,8 +44,23 @@ pub(crate) fn node(extensions: &Extensions, store: &Store) -> Result<Caller, Sta
     };
     let name = name.to_owned();
     let serial = svid.facts().serial().to_string();
-    match store.check_serial(&name, &serial).map_err(internal)? {
+    let now = hauberk_tls::now();
+    let grace = shared.clone_grace();
+    match shared.store.check_serial(&name, &serial, now.unix_millis(), grace).map_err(internal)? {
         SerialCheck::Good => {}
+        SerialCheck::Cloned => {
+            shared.fleet.cut(&name);
+            shared.metrics.node_locked();
+            tracing::error!(target: "hauberk.audit", node = %name, serial, addr = %connection.address,
+                "a node was locked: a certificate of it was used after its renewal, so two hold its \
+                 credential");
+            return Err(locked(&name, "two hold its credential"));
+        }
+        SerialCheck::Locked(reason) => {
+            tracing::warn!(target: "hauberk.audit", node = %name, serial, addr = %connection.address,
+                "a call of a locked node was refused");
+            return Err(locked(&name, &reason));
+        }
         SerialCheck::Superseded => {
             tracing::warn!(node = %name, serial, addr = %connection.address,
                 "a superseded node certificate was used: the node's credential may have been copied");
@@ -63,6 +78,12 @@ pub(crate) fn node(extensions: &Extensions, store: &Store) -> Result<Caller, Sta
     let node = AttestedNode::from_identity(svid.id().clone())
         .map_err(|error| Status::permission_denied(error.to_string()))?;
     Ok(Caller { node, svid })
+}
+
+fn locked(node: &str, reason: &str) -> Status {
+    Status::permission_denied(format!(
+        "node {node} is locked: {reason}; find out who, then join it anew with a new token"
+    ))
 }
 
 /// Our own trouble: told in the log whole, and to the caller in one sentence.

@@ -32,6 +32,7 @@ pub(crate) struct Fleet {
     agents: Mutex<BTreeMap<String, Agent>>,
     denials: Mutex<VecDeque<v1::DeniedEvent>>,
     followers: broadcast::Sender<v1::DeniedEvent>,
+    cuts: broadcast::Sender<String>,
 }
 
 impl Default for Fleet {
@@ -40,6 +41,7 @@ impl Default for Fleet {
             agents: Mutex::default(),
             denials: Mutex::default(),
             followers: broadcast::channel(FOLLOWER_BACKLOG).0,
+            cuts: broadcast::channel(FOLLOWER_BACKLOG).0,
         }
     }
 }
@@ -50,6 +52,17 @@ impl Fleet {
         let agent = agents.entry(node.to_owned()).or_default();
         agent.last_seen = Some(now);
         change(agent);
+    }
+
+    /// Ends the streams that a node has open: its credential is not good any more.
+    pub(crate) fn cut(&self, node: &str) {
+        // There may be no stream at all.
+        drop(self.cuts.send(node.to_owned()));
+    }
+
+    /// Told of each cut from now on.
+    pub(crate) fn cuts(&self) -> broadcast::Receiver<String> {
+        self.cuts.subscribe()
     }
 
     pub(crate) fn agents(&self) -> BTreeMap<String, Agent> {

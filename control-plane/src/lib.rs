@@ -8,6 +8,7 @@ mod api;
 mod attest;
 mod ca;
 mod fleet;
+mod issuance;
 mod policy;
 mod serve;
 mod store;

@@ -64,6 +64,12 @@ pub(crate) struct Node {
     pub(crate) next_serial: Option<String>,
     pub(crate) not_after_unix_ms: i64,
     pub(crate) joined_unix_ms: i64,
+    /// Since when the certificate before the current one is not good any more.
+    #[serde(default)]
+    pub(crate) superseded_unix_ms: Option<i64>,
+    /// Why nothing is issued to this node until it joins anew.
+    #[serde(default)]
+    pub(crate) locked: Option<String>,
 }
 
 /// The last published state.
@@ -88,7 +94,13 @@ pub(crate) enum Consumed {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum SerialCheck {
     Good,
+    /// An older one. The node's own calls may still be on their way with it for a moment.
     Superseded,
+    /// An older one, used after that moment: two hold the node's credential. The node has been locked
+    /// by this very check.
+    Cloned,
+    /// The node was locked before, for the reason given.
+    Locked(String),
     UnknownNode,
 }
 
@@ -224,17 +236,39 @@ impl Store {
         })
     }
 
-    /// Whether a node may still use the certificate with this serial; the first use of a renewed
-    /// one ends the old one.
-    pub(crate) fn check_serial(&self, name: &str, serial: &str) -> Result<SerialCheck, StoreError> {
-        let Some(mut node) = self.node(name)? else { return Ok(SerialCheck::UnknownNode) };
-        if node.next_serial.as_deref() == Some(serial) {
-            node.current_serial = serial.to_owned();
-            node.next_serial = None;
-            self.node_joined(name, &node)?;
-            return Ok(SerialCheck::Good);
+    /// Whether a node may still use the certificate with this serial. The first use of a renewed one
+    /// ends the old one; a use of an old one more than `grace_ms` after that locks the node.
+    pub(crate) fn check_serial(
+        &self,
+        name: &str,
+        serial: &str,
+        now_unix_ms: i64,
+        grace_ms: i64,
+    ) -> Result<SerialCheck, StoreError> {
+        // Read only, as nearly every time.
+        match self.node(name)? {
+            None => return Ok(SerialCheck::UnknownNode),
+            Some(node) if node.locked.is_none() && node.current_serial == serial => {
+                return Ok(SerialCheck::Good);
+            }
+            Some(_) => {}
         }
-        Ok(if node.current_serial == serial { SerialCheck::Good } else { SerialCheck::Superseded })
+        self.attempt(|database| {
+            let write = database.begin_write()?;
+            let outcome = {
+                let mut nodes = write.open_table(NODES)?;
+                let node = nodes
+                    .get(name)?
+                    .map(|bytes| decode::<Node>("node", bytes.value()))
+                    .transpose()?;
+                let Some(mut node) = node else { return Ok(SerialCheck::UnknownNode) };
+                let outcome = judge_serial(&mut node, serial, now_unix_ms, grace_ms);
+                nodes.insert(name, encode(&node).as_slice())?;
+                outcome
+            };
+            write.commit()?;
+            Ok(outcome)
+        })
     }
 
     pub(crate) fn node(&self, name: &str) -> Result<Option<Node>, StoreError> {
@@ -292,6 +326,29 @@ impl Store {
     }
 }
 
+fn judge_serial(node: &mut Node, serial: &str, now_unix_ms: i64, grace_ms: i64) -> SerialCheck {
+    if let Some(reason) = &node.locked {
+        return SerialCheck::Locked(reason.clone());
+    }
+    if node.current_serial == serial {
+        return SerialCheck::Good;
+    }
+    if node.next_serial.as_deref() == Some(serial) {
+        node.current_serial = serial.to_owned();
+        node.next_serial = None;
+        node.superseded_unix_ms = Some(now_unix_ms);
+        return SerialCheck::Good;
+    }
+    let since = node.superseded_unix_ms.unwrap_or(node.joined_unix_ms);
+    if now_unix_ms.saturating_sub(since) <= grace_ms {
+        return SerialCheck::Superseded;
+    }
+    node.locked = Some(format!(
+        "its certificate {serial} was used although it had been renewed: two hold its credential"
+    ));
+    SerialCheck::Cloned
+}
+
 fn open_database(path: &Path) -> Result<Database, StoreError> {
     let shown = path.display().to_string();
     let database = Database::create(path)
@@ -315,4 +372,102 @@ fn encode<T: Serialize>(value: &T) -> Vec<u8> {
 
 fn decode<T: for<'a> Deserialize<'a>>(what: &'static str, bytes: &[u8]) -> Result<T, StoreError> {
     serde_json::from_slice(bytes).map_err(|error| StoreError::Damaged(what, error))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
+mod tests {
+    use super::*;
+
+    const GRACE: i64 = 30_000;
+
+    fn store() -> (tempfile::TempDir, Store) {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store.redb")).unwrap();
+        (folder, store)
+    }
+
+    fn joined(serial: &str, at: i64) -> Node {
+        Node {
+            current_serial: serial.to_owned(),
+            next_serial: None,
+            not_after_unix_ms: at + 3_600_000,
+            joined_unix_ms: at,
+            superseded_unix_ms: None,
+            locked: None,
+        }
+    }
+
+    #[test]
+    fn of_a_renewal_both_are_good_until_the_new_one_is_used() {
+        let (_folder, store) = store();
+        store.node_joined("a", &joined("one", 0)).unwrap();
+        store.node_renewed("a", "two", 0).unwrap();
+        let check = |serial, now| store.check_serial("a", serial, now, GRACE).unwrap();
+        assert_eq!(check("one", 1), SerialCheck::Good);
+        assert_eq!(check("two", 100_000), SerialCheck::Good);
+        assert_eq!(
+            check("one", 100_000 + GRACE),
+            SerialCheck::Superseded,
+            "a late call of its own"
+        );
+        assert_eq!(check("two", 100_001 + GRACE), SerialCheck::Good);
+    }
+
+    #[test]
+    fn a_renewal_whose_answer_was_lost_is_no_clone() {
+        let (_folder, store) = store();
+        store.node_joined("a", &joined("one", 0)).unwrap();
+        store.node_renewed("a", "lost", 0).unwrap();
+        store.node_renewed("a", "two", 0).unwrap();
+        for serial in ["one", "two"] {
+            let check = store.check_serial("a", serial, 10 * GRACE, GRACE).unwrap();
+            assert_eq!(check, SerialCheck::Good, "{serial}");
+        }
+    }
+
+    #[test]
+    fn a_clone_locks_the_node_until_it_joins_anew() {
+        let (folder, store) = store();
+        store.node_joined("a", &joined("one", 0)).unwrap();
+        store.node_renewed("a", "two", 0).unwrap();
+        let now = 100_000;
+        assert_eq!(store.check_serial("a", "two", now, GRACE).unwrap(), SerialCheck::Good);
+        let later = now + GRACE + 1;
+        assert_eq!(store.check_serial("a", "one", later, GRACE).unwrap(), SerialCheck::Cloned);
+        drop(store);
+        let store = Store::open(&folder.path().join("store.redb")).unwrap();
+        for serial in ["one", "two"] {
+            let check = store.check_serial("a", serial, later, GRACE).unwrap();
+            assert!(matches!(check, SerialCheck::Locked(_)), "{serial}: {check:?}");
+        }
+        store.node_joined("a", &joined("three", later)).unwrap();
+        assert_eq!(store.check_serial("a", "three", later, GRACE).unwrap(), SerialCheck::Good);
+    }
+
+    #[test]
+    fn a_token_is_good_once_and_not_after_its_end() {
+        let (_folder, store) = store();
+        let token = || Token { node: "a".to_owned(), expires_unix_ms: 100 };
+        store.add_token(&[1; 32], &token()).unwrap();
+        store.add_token(&[2; 32], &token()).unwrap();
+        assert_eq!(store.consume_token(&[1; 32], 99).unwrap(), Consumed::Good("a".to_owned()));
+        assert_eq!(store.consume_token(&[1; 32], 99).unwrap(), Consumed::Unknown);
+        assert_eq!(store.consume_token(&[2; 32], 100).unwrap(), Consumed::Expired);
+        assert_eq!(store.consume_token(&[2; 32], 99).unwrap(), Consumed::Unknown);
+    }
+
+    #[test]
+    fn a_damaged_record_is_told_and_not_taken_for_none() {
+        let (_folder, store) = store();
+        store
+            .attempt(|database| {
+                let write = database.begin_write()?;
+                write.open_table(NODES)?.insert("a", b"{".as_slice())?;
+                write.commit()?;
+                Ok(())
+            })
+            .unwrap();
+        assert!(matches!(store.node("a"), Err(StoreError::Damaged("node", _))));
+    }
 }

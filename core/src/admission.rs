@@ -28,8 +28,8 @@ pub enum NodeStanding {
 /// What a node names when it asks on behalf of a workload.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum WorkloadKey {
-    /// A Kubernetes pod.
-    Pod {
+    /// A workload with a namespace, on a machine or as a pod.
+    Namespaced {
         /// Its namespace.
         namespace: ResourceName,
         /// Its name.
@@ -110,7 +110,7 @@ pub enum Refusal {
     },
     /// The entry's identity has no form that such a workload can have.
     #[error(
-        "{key} cannot have {identity}: a pod's is /ns/<its namespace>/sa/<service account>, a \
+        "{key} cannot have {identity}: a namespaced workload's is /ns/<its namespace>/sa/<service account>, a \
          machine workload's that or /machine/<name>"
     )]
     UnfittingIdentity {
@@ -189,7 +189,7 @@ impl AttestedNode {
 impl fmt::Display for WorkloadKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Pod { namespace, name } => write!(f, "pod {namespace}/{name}"),
+            Self::Namespaced { namespace, name } => write!(f, "workload {namespace}/{name}"),
             Self::Machine { name } => write!(f, "machine workload {name}"),
         }
     }
@@ -201,17 +201,16 @@ fn check_identity_fits(key: &WorkloadKey, identity: &SpiffeId) -> Result<(), Ref
         (_, IdentityKind::Node { .. } | IdentityKind::ControlPlane) => {
             Err(Refusal::PrivilegedIdentity { key: key.clone(), identity: identity.clone() })
         }
-        (WorkloadKey::Pod { namespace, .. }, IdentityKind::Workload { namespace: named, .. })
-            if namespace.as_str() == named =>
-        {
-            Ok(())
-        }
+        (
+            WorkloadKey::Namespaced { namespace, .. },
+            IdentityKind::Workload { namespace: named, .. },
+        ) if namespace.as_str() == named => Ok(()),
         (
             WorkloadKey::Machine { .. },
             IdentityKind::Machine { .. } | IdentityKind::Workload { .. },
         ) => Ok(()),
         (
-            WorkloadKey::Pod { .. },
+            WorkloadKey::Namespaced { .. },
             IdentityKind::Workload { .. } | IdentityKind::Machine { .. } | IdentityKind::Other,
         )
         | (WorkloadKey::Machine { .. }, IdentityKind::Other) => Err(unfitting()),
@@ -232,7 +231,10 @@ mod tests {
     }
 
     fn pod(namespace: &str, name: &str) -> WorkloadKey {
-        WorkloadKey::Pod { namespace: namespace.parse().unwrap(), name: name.parse().unwrap() }
+        WorkloadKey::Namespaced {
+            namespace: namespace.parse().unwrap(),
+            name: name.parse().unwrap(),
+        }
     }
 
     fn machine(name: &str) -> WorkloadKey {
@@ -277,7 +279,7 @@ mod tests {
         );
         assert_eq!(
             refusal.to_string(),
-            r#"pod shop/web-1 lives on node "b", but node "a" asked for it"#
+            r#"workload shop/web-1 lives on node "b", but node "a" asked for it"#
         );
     }
 

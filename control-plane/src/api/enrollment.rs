@@ -52,8 +52,12 @@ impl enrollment_server::Enrollment for Enrollment {
             next_serial: None,
             not_after_unix_ms: issued.not_after.unix_millis(),
             joined_unix_ms: now.unix_millis(),
+            superseded_unix_ms: None,
+            locked: None,
         };
         shared.store.node_joined(&node, &record).map_err(internal)?;
+        // Whoever had the node's credential before is somebody else now.
+        shared.fleet.cut(&node);
         shared.metrics.join_attempt(Outcome::Success);
         tracing::info!(target: "hauberk.audit", node, serial = issued.serial, addr = address, "a node joined");
         Ok(Response::new(credential(shared, node, &issued)))
@@ -64,8 +68,9 @@ impl enrollment_server::Enrollment for Enrollment {
         request: Request<v1::RenewNodeRequest>,
     ) -> Result<Response<v1::NodeCredential>, Status> {
         let shared = &self.0;
-        let caller = attest::node(request.extensions(), &shared.store)?;
+        let caller = attest::node(request.extensions(), shared)?;
         let node = caller.node.name().to_owned();
+        shared.within_rate(&node, "node")?;
         let issued = issue_node(shared, &node, &request.into_inner().certificate_request)?;
         shared
             .store

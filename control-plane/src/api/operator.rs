@@ -122,6 +122,7 @@ fn status(shared: &Shared) -> Result<v1::GetStatusResponse, Status> {
             connected: agent.streams > 0,
             enforced_revision: agent.enforced_revision,
             refused: agent.refused.unwrap_or_default(),
+            locked: record.as_ref().and_then(|node| node.locked.clone()).unwrap_or_default(),
             certificate_not_after_unix_ms: record.map_or(0, |node| node.not_after_unix_ms),
             last_seen_unix_ms: agent.last_seen.map_or(0, |seen| seen.unix_millis()),
             agent_version: agent.version,

@@ -6,7 +6,7 @@ use hauberk_proto::{
     state::delta,
     v1::{self, agent_report::Kind, state_server},
 };
-use tokio::sync::mpsc;
+use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -30,7 +30,9 @@ impl state_server::State for State {
         request: Request<Streaming<v1::AgentReport>>,
     ) -> Result<Response<Self::SubscribeStream>, Status> {
         let shared = self.0.clone();
-        let caller = attest::node(request.extensions(), &shared.store)?;
+        // Before the check, so that no cut is missed after it.
+        let cuts = self.0.fleet.cuts();
+        let caller = attest::node(request.extensions(), &shared)?;
         let node = caller.node.name().to_owned();
         let life = caller.svid.facts().not_after().since(hauberk_tls::now());
         let reports = request.into_inner();
@@ -43,6 +45,9 @@ impl state_server::State for State {
                 () = shared.stopping.cancelled() => {
                     Err(Status::unavailable("the control plane is stopping"))
                 }
+                () = cut(&node, cuts) => Err(Status::permission_denied(
+                    "the credential of this connection is not good any more",
+                )),
                 () = tokio::time::sleep(life) => Err(Status::unauthenticated(
                     "the node certificate of this connection has expired; connect anew",
                 )),
@@ -80,6 +85,15 @@ impl Drop for Connected<'_> {
         });
         self.shared.metrics.set_agents_connected(connected(self.shared));
         tracing::info!(node = self.node, "an agent disconnected");
+    }
+}
+
+/// Waits until the node's streams are cut. Whoever missed a message may have missed that one.
+async fn cut(node: &str, mut cuts: broadcast::Receiver<String>) {
+    while let Ok(name) = cuts.recv().await {
+        if name == node {
+            return;
+        }
     }
 }
 

@@ -22,7 +22,8 @@ impl workload_identity_server::WorkloadIdentity for WorkloadIdentity {
         request: Request<v1::IssueRequest>,
     ) -> Result<Response<v1::WorkloadCredential>, Status> {
         let shared = &self.0;
-        let caller = attest::node(request.extensions(), &shared.store)?;
+        let caller = attest::node(request.extensions(), shared)?;
+        shared.within_rate(caller.node.name(), "workload")?;
         let message = request.into_inner();
         let key = workload_key(&message.workload)?;
         let published = shared.publisher.current();
@@ -67,7 +68,7 @@ fn workload_key(text: &str) -> Result<WorkloadKey, Status> {
     Ok(match first {
         "machine" => WorkloadKey::Machine { name },
         namespace => {
-            WorkloadKey::Pod { namespace: namespace.parse().map_err(|_| invalid())?, name }
+            WorkloadKey::Namespaced { namespace: namespace.parse().map_err(|_| invalid())?, name }
         }
     })
 }
@@ -75,7 +76,7 @@ fn workload_key(text: &str) -> Result<WorkloadKey, Status> {
 fn registered_key(workload: &MeshWorkload) -> WorkloadKey {
     let name = workload.name.clone();
     match workload.namespace.clone() {
-        Some(namespace) => WorkloadKey::Pod { namespace, name },
+        Some(namespace) => WorkloadKey::Namespaced { namespace, name },
         None => WorkloadKey::Machine { name },
     }
 }

@@ -1348,6 +1348,9 @@ pub struct NodeInfo {
     pub agent_version: ::prost::alloc::string::String,
     #[prost(uint64, tag = "9")]
     pub open_connections: u64,
+    /// Why nothing is issued to it until it joins anew; empty if it is not locked.
+    #[prost(string, tag = "10")]
+    pub locked: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WorkloadInfo {

@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Registry};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 
 use super::{Maker, MetricsError, Outcome, saturating, unix_seconds};
 
@@ -16,6 +16,7 @@ pub struct ControlPlaneMetrics {
     manifest_errors: IntGauge,
     manifest_last_good: IntGauge,
     join_attempts: IntCounterVec,
+    nodes_locked: IntCounter,
     ca_expiry: IntGaugeVec,
 }
 
@@ -55,6 +56,10 @@ impl ControlPlaneMetrics {
                 "hauberk_join_attempts_total",
                 "Attempts of a node to join, by result.",
                 &["result"],
+            )?,
+            nodes_locked: make.counter(
+                "hauberk_node_locks_total",
+                "Nodes that were locked because two hold their credential.",
             )?,
             ca_expiry: make.gauges(
                 "hauberk_ca_expiry_timestamp_seconds",
@@ -101,6 +106,11 @@ impl ControlPlaneMetrics {
     /// Counts an attempt to join.
     pub fn join_attempt(&self, outcome: Outcome) {
         self.join_attempts.with_label_values(&[outcome.as_str()]).inc();
+    }
+
+    /// Counts a node that was locked because its credential was cloned.
+    pub fn node_locked(&self) {
+        self.nodes_locked.inc();
     }
 
     /// Sets when a certificate of the authority ends; `ca` says which, such as `root`.

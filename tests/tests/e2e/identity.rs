@@ -33,7 +33,8 @@ crate::trials!(
     an_expired_or_damaged_join_token_is_refused,
     a_node_gets_no_certificate_of_another_nodes_workload,
     a_request_cannot_name_its_identity_or_become_a_ca,
-    a_superseded_node_certificate_is_refused,
+    a_cloned_node_credential_is_refused_and_locks_the_node,
+    a_flood_of_requests_for_certificates_slows_down_its_node_only,
     a_call_without_certificate_is_refused,
     loose_file_modes_are_refused,
     no_key_or_token_is_in_any_log,
@@ -326,6 +327,7 @@ impl Stolen {
             SocketAddr::new(hauberk_cli::lab::ipv4(hauberk_cli::lab::CONTROL_PLANE), 8443);
         let stream = mesh.connect("machine-a", address)?;
         stream.set_nonblocking(true)?;
+        stream.set_nodelay(true)?;
         let name = SpiffeId::control_plane(&"example.org".parse()?).server_name();
         let channel = runtime.block_on(async {
             let stream = tokio::net::TcpStream::from_std(stream)?;
@@ -343,6 +345,23 @@ impl Stolen {
             )
         })?;
         Ok(Self { channel, runtime })
+    }
+
+    /// Many requests, 64 at once; the first refusal ends it.
+    fn flood(&self, workload: &str, request: &[u8], count: usize) -> Option<tonic::Status> {
+        use futures_util::StreamExt;
+        let calls = (0..count).map(|_| {
+            let mut client = WorkloadIdentityClient::new(self.channel.clone());
+            let request = IssueRequest {
+                workload: workload.to_owned(),
+                certificate_request: request.to_vec(),
+            };
+            async move { client.issue(request).await.err() }
+        });
+        let mut refused = std::pin::pin!(
+            futures_util::stream::iter(calls).buffer_unordered(64).filter_map(std::future::ready)
+        );
+        self.runtime.block_on(refused.next())
     }
 
     fn issue(&self, workload: &str, request: Vec<u8>) -> Result<Vec<Vec<u8>>, tonic::Status> {
@@ -388,8 +407,9 @@ fn a_request_cannot_name_its_identity_or_become_a_ca() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn a_superseded_node_certificate_is_refused() -> anyhow::Result<()> {
-    let mesh = Mesh::start()?;
+fn a_cloned_node_credential_is_refused_and_locks_the_node() -> anyhow::Result<()> {
+    // A late call of the node itself is no clone: for a tenth of this, 2 s.
+    let mesh = Mesh::start_with(&["--node-certificate-lifetime", "20s"])?;
     let before = fs::read(mesh.folder().join("machine-a/node.json"))?;
     // A copy renews, and uses what it got; the original's next call shows the copy.
     let copy = Stolen::from_json(&mesh, &before)?;
@@ -409,9 +429,49 @@ fn a_superseded_node_certificate_is_refused() -> anyhow::Result<()> {
     let original = Stolen::from_json(&mesh, &before)?;
     let status = original.issue("shop/web", signing_request()?.1).expect_err("both are good");
     ensure!(status.message().contains("superseded"), "{status}");
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    let status = original.issue("shop/web", signing_request()?.1).expect_err("both are good");
+    ensure!(status.message().contains("is locked"), "{status}");
+    let status = renewed.issue("shop/web", signing_request()?.1).expect_err("the copy lives on");
+    ensure!(status.message().contains("is locked"), "{status}");
+    let answer = mesh.ask(&["check", "-o", "json"])?;
+    let findings = String::from_utf8_lossy(&answer.stdout).into_owned();
+    ensure!(findings.contains("node machine-a is locked"), "{findings}");
+    // Its streams were cut, so no state goes to whoever holds the copy.
+    mesh.wait("the stream to be cut", hauberk_tests::mesh::PATIENCE, |mesh| {
+        let status = mesh.status()?;
+        let node = status.nodes.iter().find(|node| node.name == "machine-a").context("no node")?;
+        ensure!(!node.connected && !node.locked.is_empty(), "{node:?}");
+        Ok(())
+    })?;
+    // A new token, used by the real machine, opens it again.
+    let made = mesh.ask(&["token", "create", "--node", "machine-a"])?;
+    let token = String::from_utf8(made.stdout)?;
+    let joined = join(&mesh, token.trim(), "joined-anew")?;
+    ensure!(joined.status.success(), "{}", String::from_utf8_lossy(&joined.stderr));
+    let answer = mesh.ask(&["check", "-o", "json"])?;
+    let findings = String::from_utf8_lossy(&answer.stdout).into_owned();
+    ensure!(!findings.contains("is locked"), "{findings}");
     let log = fs::read_to_string(mesh.log("control-plane"))?;
-    ensure!(log.contains("may have been copied"), "{log}");
+    ensure!(log.contains("two hold its"), "{log}");
     Ok(())
+}
+
+fn a_flood_of_requests_for_certificates_slows_down_its_node_only() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let flooder = Stolen::node(&mesh, "machine-a")?;
+    let other = Stolen::node(&mesh, "machine-b")?;
+    let request = signing_request()?.1;
+    // Bounded: more than the burst and all that is earned meanwhile.
+    let refused = flooder.flood("shop/web", &request, 4_000).context("none was refused")?;
+    ensure!(refused.code() == tonic::Code::ResourceExhausted, "{refused}");
+    other.issue("payments/ledger", request.clone()).context("another node")?;
+    let log = fs::read_to_string(mesh.log("control-plane"))?;
+    ensure!(log.matches("faster than any node needs").count() == 1, "told once");
+    // It heals by itself.
+    mesh.wait("the flooder to be served again", hauberk_tests::mesh::PATIENCE, |_| {
+        Ok(drop(flooder.issue("shop/web", request.clone())?))
+    })
 }
 
 fn a_call_without_certificate_is_refused() -> anyhow::Result<()> {
