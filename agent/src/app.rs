@@ -41,6 +41,7 @@ pub fn main(args: Args) -> ExitCode {
     .context("set up logs")
     .and_then(|()| {
         hauberk_telemetry::process::raise_file_limit();
+        hauberk_telemetry::process::keep_memory_private();
         tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build()

@@ -66,9 +66,32 @@ impl Permit {
         }
     }
 
+    /// The question that it answers, without the answer.
+    pub(crate) fn asked(&self) -> Asked {
+        Asked {
+            source: self.source.clone(),
+            destination: self.destination.clone(),
+            port: self.port,
+        }
+    }
+
     /// Asks again, for a newer state or a later time.
     pub(crate) fn renew(self, snapshot: &Snapshot) -> Result<Self, Denial> {
         check(snapshot, &self.source, &self.destination, self.port)
+    }
+}
+
+/// What was asked once. Not a permission.
+pub(crate) struct Asked {
+    source: SpiffeId,
+    destination: SpiffeId,
+    port: u16,
+}
+
+impl Asked {
+    /// Whether it would be allowed now.
+    pub(crate) fn is_allowed(&self, snapshot: &Snapshot) -> bool {
+        check(snapshot, &self.source, &self.destination, self.port).is_ok()
     }
 }
 

@@ -129,6 +129,12 @@ impl Captures {
             }
         }
         self.host(&on_host, current);
+        for capture in current.namespaces.values() {
+            capture.locals().sweep_pools(snapshot);
+        }
+        if let Some(host) = &current.host {
+            host.locals().sweep_pools(snapshot);
+        }
         if !known {
             tracing::info!(workloads = keys.len(), "took up the workloads of this node");
         }

@@ -20,7 +20,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{handshakes::Handshakes, identity::LocalIdentity, policy::Snapshot};
+use crate::{handshakes::Handshakes, identity::LocalIdentity, policy::Snapshot, pool::Pool};
 
 /// A connection that comes before the agent can decide waits this long, rather than being refused.
 const READY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -87,6 +87,13 @@ impl Context {
         Open(self.clone())
     }
 
+    /// To what is enforced from now on.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
+        let mut snapshots = self.snapshots.clone();
+        snapshots.mark_unchanged();
+        snapshots
+    }
+
     /// Subscribes first, so that no change slips in between a decision and its watching; then waits
     /// for a first state, but not for long.
     pub(crate) async fn snapshots(&self) -> (watch::Receiver<Arc<Snapshot>>, Arc<Snapshot>) {
@@ -106,6 +113,8 @@ pub(crate) struct Local {
     pub(crate) workload: Arc<MeshWorkload>,
     pub(crate) identity: Arc<LocalIdentity>,
     pub(crate) place: Place,
+    /// Sessions to other agents that are idle.
+    pub(crate) pool: Pool,
 }
 
 /// Where a workload's sockets are.
@@ -118,6 +127,16 @@ pub(crate) enum Place {
 }
 
 impl Local {
+    pub(crate) fn new(
+        context: &Context,
+        workload: Arc<MeshWorkload>,
+        identity: Arc<LocalIdentity>,
+        place: Place,
+    ) -> Self {
+        let pool = Pool::new(identity.slot.clone(), context.trust.clone(), context.metrics.clone());
+        Self { workload, identity, place, pool }
+    }
+
     /// Waits for the first certificate, but not for long. Returns whether there is one.
     pub(crate) async fn has_certificate(&self) -> bool {
         if self.identity.slot.load().is_some() {

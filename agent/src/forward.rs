@@ -1,76 +1,83 @@
 //! Forwarding under a permit: the relay, raced against everything that can end the permission.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use hauberk_core::{
-    policy::Reason,
-    session::{FrameType, Reauthenticate, ResetCause},
-    svid::VerifiedSvid,
+    policy::{Denial, Reason},
+    session::{RefusalCause, ResetCause},
     time::Timestamp,
 };
 use hauberk_telemetry::EdgeCounters;
-use hauberk_tls::{prove, verify_proof};
-use tokio::{net::TcpStream, sync::watch};
+use tokio::sync::watch;
 
 use crate::{
     authorize::Permit,
     context::{Context, Local},
     policy::Snapshot,
-    relay::{End, Event, Relay},
+    relay::{Application, End, Event, Relay},
     report::Report,
-    session::Session,
+    session::{OPEN_TIMEOUT, Session, SessionError},
 };
 
-/// How long after its end a session waits for the peer's close, so that no last byte is lost.
-const LINGER: Duration = Duration::from_secs(2);
+/// How often a connection looks whether its peer is still there, and whether the wall clock has jumped.
+const LOOK: Duration = Duration::from_secs(30);
+
+/// A peer's kernel that acknowledges nothing for this long is gone. The local kernel would go on for
+/// a quarter of an hour.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// How long after an application reads again the proof of the peer's newer certificate may take, that
+/// waited behind what was not read.
+const PROOF_GRACE: Duration = Duration::from_secs(10);
 
 /// Everything that a forwarded stream needs.
 pub(crate) struct Forward<'a> {
     pub(crate) context: &'a Context,
     pub(crate) local: &'a Local,
-    pub(crate) application: TcpStream,
+    pub(crate) application: Application,
     pub(crate) session: Session,
     pub(crate) snapshots: watch::Receiver<Arc<Snapshot>>,
     pub(crate) counters: EdgeCounters,
 }
 
-/// What goes on besides the copying.
-struct Watching<'a> {
-    local: &'a Local,
-    context: &'a Context,
-    peer: VerifiedSvid,
-    exporter: [u8; 32],
-    is_source: bool,
-    proofs_sent: u32,
-    proofs_taken: u32,
+/// How it went.
+pub(crate) enum Outcome {
+    /// The stream is over. The session, if another stream may come on it.
+    Over(Option<Session>),
+    /// The destination went away before it saw the stream, which may be opened anew elsewhere.
+    NotTaken(Application, Permit),
 }
 
 enum Cut {
-    Policy(String),
+    Policy(Denial),
+    Unregistered,
     Certificate,
     Draining,
     Proof(String),
+    Unanswered,
+    Silent,
 }
 
 impl Forward<'_> {
     /// Copies until the stream ends or the permission does.
-    pub(crate) async fn run(self, permit: Permit, report: &mut Report<'_>) {
+    pub(crate) async fn run(self, mut permit: Permit, report: &mut Report<'_>) -> Outcome {
         let Self { context, local, application, session, mut snapshots, counters } = self;
-        let mut watching = Watching {
-            local,
-            context,
-            peer: session.peer,
-            exporter: session.exporter,
-            is_source: session.is_source,
-            proofs_sent: 0,
-            proofs_taken: 0,
+        let mut relay = match Relay::new(application, session, counters) {
+            Ok(relay) => relay,
+            Err(error) => {
+                report.closed("session_failed", Some(error.to_string()));
+                return Outcome::Over(None);
+            }
         };
-        let mut relay = Relay::new(application, session.stream, counters);
+        let unanswered = Instant::now() + OPEN_TIMEOUT;
+        let mut proof_until = None;
         let mut installed = local.identity.installed.clone();
         installed.mark_unchanged();
-        let mut permit = permit;
         let cut = loop {
-            let deadline = watching.deadline(&permit);
+            let pause = next_look(&relay, &permit, unanswered);
             tokio::select! {
                 biased;
                 () = context.cut.cancelled() => break Cut::Draining,
@@ -81,141 +88,234 @@ impl Forward<'_> {
                     let snapshot = snapshots.borrow_and_update().clone();
                     match permit.renew(&snapshot) {
                         Ok(renewed) => permit = renewed,
-                        Err(denial) => break Cut::Policy(format!("{}: {}", denial.reason, denial.mend)),
+                        Err(denial) => break Cut::Policy(denial),
                     }
                 }
                 changed = installed.changed() => {
                     if changed.is_err() {
-                        break Cut::Policy("the workload is no longer registered here".to_owned());
+                        break Cut::Unregistered;
                     }
-                    if let Err(error) = watching.show_proof(&mut relay) {
+                    if let Some(credential) = local.identity.slot.load()
+                        && let Err(error) = relay.session.show_proof(&credential)
+                    {
                         break Cut::Proof(error);
                     }
                 }
-                () = sleep_until(deadline) => {
-                    let snapshot = snapshots.borrow().clone();
-                    if watching.peer.facts().not_after() <= hauberk_tls::now() {
-                        break Cut::Certificate;
+                () = tokio::time::sleep(pause) => {
+                    if let Some(cut) = look(&mut relay, unanswered, &mut proof_until) {
+                        break cut;
                     }
+                    let snapshot = snapshots.borrow().clone();
                     match permit.renew(&snapshot) {
                         Ok(renewed) => permit = renewed,
-                        Err(denial) => break Cut::Policy(format!("{}: {}", denial.reason, denial.mend)),
+                        Err(denial) => break Cut::Policy(denial),
                     }
                 }
                 event = relay.run() => match event {
+                    Event::Accepted => report.opened(),
                     Event::Reauthenticate(frame) => {
-                        if let Err(error) = watching.take_proof(&frame) {
+                        let trust = context.trust.load();
+                        if let Err(error) =
+                            relay.session.take_proof(&frame, &trust, hauberk_tls::now())
+                        {
                             break Cut::Proof(error);
                         }
+                        relay.suspended = false;
+                        proof_until = None;
+                    }
+                    Event::End(End::NotTaken) => {
+                        return Outcome::NotTaken(relay.into_parts().0, permit);
                     }
                     Event::End(end) => {
                         report.bytes(relay.sent, relay.received);
-                        finish(relay, end, report).await;
-                        return;
+                        return Outcome::Over(finish(relay, end, report).await);
                     }
                 },
             }
         };
         report.bytes(relay.sent, relay.received);
-        let cause = match cut {
-            Cut::Policy(detail) => {
-                report.terminated(Reason::PolicyRevoked, detail);
-                ResetCause::PolicyRevoked
-            }
-            Cut::Certificate => {
-                report.terminated(
-                    Reason::ExpiredCert,
-                    "the peer's certificate ended and it showed no newer one".to_owned(),
-                );
-                ResetCause::CertificateExpired
-            }
-            Cut::Proof(detail) => {
-                report.terminated(Reason::BadSvid, detail);
-                ResetCause::Protocol
-            }
-            Cut::Draining => {
-                report.closed("draining", Some("the agent is stopping".to_owned()));
-                ResetCause::Draining
-            }
-        };
-        relay.break_off(cause).await;
+        cut_off(relay, &cut, report).await;
+        Outcome::Over(None)
     }
 }
 
-impl Watching<'_> {
-    fn deadline(&self, permit: &Permit) -> Timestamp {
-        let certificate = self.peer.facts().not_after();
-        permit.until().map_or(certificate, |until| until.min(certificate))
+fn next_look(relay: &Relay, permit: &Permit, unanswered: Instant) -> Duration {
+    let now = hauberk_tls::now();
+    let mut pause = LOOK;
+    if let Some(until) = permit.until() {
+        pause = pause.min(until.since(now));
     }
-
-    fn show_proof(&mut self, relay: &mut Relay) -> Result<(), String> {
-        let Some(credential) = self.local.identity.slot.load() else { return Ok(()) };
-        self.proofs_sent += 1;
-        let frame = prove(&credential, &self.exporter, self.is_source, self.proofs_sent)
-            .map_err(|error| error.to_string())?;
-        relay.queue(FrameType::Reauthenticate, &frame.encode()).map_err(|error| error.to_string())
+    let certificate: Timestamp = relay.session.peer().facts().not_after();
+    // Past its end only while it waits for the application to read.
+    pause = pause.min(certificate.since(now).max(Duration::from_millis(if certificate <= now {
+        500
+    } else {
+        0
+    })));
+    if relay.session.machine.awaits_answer() {
+        pause = pause.min(unanswered.saturating_duration_since(Instant::now()));
     }
+    pause.max(Duration::from_millis(1))
+}
 
-    fn take_proof(&mut self, frame: &Reauthenticate) -> Result<(), String> {
-        self.peer = verify_proof(
-            frame,
-            &self.peer,
-            &self.context.trust.load(),
-            &self.exporter,
-            !self.is_source,
-            self.proofs_taken + 1,
-            hauberk_tls::now(),
-        )
-        .map_err(|error| error.to_string())?;
-        self.proofs_taken += 1;
-        Ok(())
+/// What may have ended without anything having happened.
+fn look(relay: &mut Relay, unanswered: Instant, proof_until: &mut Option<Instant>) -> Option<Cut> {
+    let now = Instant::now();
+    if relay.session.machine.awaits_answer() && now >= unanswered {
+        return Some(Cut::Unanswered);
+    }
+    if relay.session.silence().is_some_and(|silence| silence >= SILENCE) {
+        return Some(Cut::Silent);
+    }
+    if relay.session.peer().facts().not_after() > hauberk_tls::now() {
+        return None;
+    }
+    // The proof comes in turn, behind data. While the application does not read that, nothing passes
+    // in that direction anyway, and nothing is sent in the other.
+    if relay.held_back {
+        relay.suspended = true;
+        *proof_until = Some(now + PROOF_GRACE);
+    }
+    if proof_until.is_some_and(|until| now < until) { None } else { Some(Cut::Certificate) }
+}
+
+async fn cut_off(relay: Relay, cut: &Cut, report: &mut Report<'_>) {
+    let cause = match cut {
+        Cut::Policy(denial) => {
+            report.terminated(Reason::PolicyRevoked, format!("{}: {}", denial.reason, denial.mend));
+            ResetCause::PolicyRevoked
+        }
+        Cut::Unregistered => {
+            let text = "the workload is no longer registered here".to_owned();
+            report.terminated(Reason::PolicyRevoked, text);
+            ResetCause::PolicyRevoked
+        }
+        Cut::Certificate => {
+            let text = "the peer's certificate ended and it showed no newer one".to_owned();
+            report.terminated(Reason::ExpiredCert, text);
+            ResetCause::CertificateExpired
+        }
+        Cut::Proof(detail) => {
+            report.terminated(Reason::BadSvid, detail.clone());
+            ResetCause::Protocol
+        }
+        Cut::Draining => {
+            report.closed("draining", Some("the agent is stopping".to_owned()));
+            ResetCause::Draining
+        }
+        Cut::Unanswered => {
+            let text = "the destination's agent did not answer in time".to_owned();
+            report.closed("unreachable", Some(text));
+            ResetCause::Application
+        }
+        Cut::Silent => {
+            let text = "the peer's machine acknowledges nothing any more".to_owned();
+            report.closed("session_failed", Some(text));
+            ResetCause::Application
+        }
+    };
+    break_off(relay, cause).await;
+}
+
+/// Resets the application, tells the peer why, and gives the session up.
+async fn break_off(relay: Relay, cause: ResetCause) {
+    let (application, mut session) = relay.into_parts();
+    application.reset();
+    session.reset(cause);
+    if session.settle().await {
+        session.close().await;
     }
 }
 
-async fn finish(relay: Relay, end: End, report: &mut Report<'_>) {
-    match end {
+/// The session, if another stream may come on it.
+async fn finish(relay: Relay, end: End, report: &mut Report<'_>) -> Option<Session> {
+    let answer = match end {
         End::Complete => {
             report.closed("complete", None);
-            relay.close(LINGER).await;
+            return Some(relay.into_parts().1);
         }
         End::ApplicationFailed(error) => {
             report.closed("application_reset", Some(error.to_string()));
-            relay.break_off(ResetCause::Application).await;
+            ResetCause::Application
+        }
+        End::Refused(refusal) => {
+            match refusal.cause {
+                RefusalCause::Denied(reason) => report.denied_by_peer(reason, &refusal),
+                RefusalCause::Unreachable => {
+                    report.closed("unreachable", Some(refusal.mend.clone()));
+                }
+            }
+            ResetCause::Answer
         }
         End::Reset(cause) => {
-            let word = match cause {
-                ResetCause::Application => "peer_application_reset",
-                ResetCause::PolicyRevoked => {
-                    report.terminated(
-                        Reason::PolicyRevoked,
-                        "cut by the peer's agent after a policy change".to_owned(),
-                    );
-                    "policy_revoked"
-                }
-                ResetCause::CertificateExpired => "peer_certificate_expired",
-                ResetCause::Draining => "peer_draining",
-                ResetCause::Protocol => "peer_protocol_error",
-            };
-            report.closed(word, None);
-            relay.reset_application();
+            reset_by_peer(cause, report);
+            ResetCause::Answer
         }
         End::Truncated => {
             report.closed("truncated", Some("the session ended before the stream did".to_owned()));
-            relay.reset_application();
+            relay.into_parts().0.reset();
+            return None;
         }
         End::SessionFailed(error) => {
-            report.closed("session_failed", Some(error.to_string()));
-            relay.reset_application();
+            failed(&error, report);
+            relay.into_parts().0.reset();
+            return None;
         }
         End::Protocol(error) => {
             report.closed("protocol_error", Some(error.to_string()));
-            relay.break_off(ResetCause::Protocol).await;
+            let (application, mut session) = relay.into_parts();
+            application.reset();
+            session.reset(ResetCause::Protocol);
+            // Nothing more is read of it. It may be gone.
+            drop(session.flush().await);
+            return None;
         }
-    }
+        // The caller has taken care of it.
+        End::NotTaken => return None,
+    };
+    let (application, mut session) = relay.into_parts();
+    application.reset();
+    session.reset(answer);
+    session.settle().await.then_some(session)
 }
 
-async fn sleep_until(deadline: Timestamp) {
-    // In steps, so that a jump of the wall clock is noticed.
-    let pause = deadline.since(hauberk_tls::now()).min(Duration::from_secs(60));
-    tokio::time::sleep(pause.max(Duration::from_millis(1))).await;
+fn reset_by_peer(cause: ResetCause, report: &mut Report<'_>) {
+    let word = match cause {
+        ResetCause::Application | ResetCause::Answer => "peer_application_reset",
+        ResetCause::PolicyRevoked => {
+            let text = "cut by the peer's agent after a policy change".to_owned();
+            report.terminated(Reason::PolicyRevoked, text);
+            "policy_revoked"
+        }
+        ResetCause::CertificateExpired => "peer_certificate_expired",
+        ResetCause::Draining => "peer_draining",
+        ResetCause::Protocol => "peer_protocol_error",
+    };
+    report.closed(word, None);
+}
+
+/// The peer may refuse us after our side of the handshake is done.
+fn failed(error: &SessionError, report: &mut Report<'_>) {
+    match error {
+        SessionError::Refused(failure) if !report.is_open() => {
+            let denial = crate::authorize::without_policy(failure.reason, "");
+            report.denied(&denial, Some(failure.detail.clone()));
+        }
+        SessionError::Refused(_)
+        | SessionError::Io(_)
+        | SessionError::TimedOut
+        | SessionError::Protocol(_)
+        | SessionError::Closed
+            if report.is_open() =>
+        {
+            report.closed("session_failed", Some(error.to_string()));
+        }
+        SessionError::Refused(_)
+        | SessionError::Io(_)
+        | SessionError::TimedOut
+        | SessionError::Protocol(_)
+        | SessionError::Closed => {
+            report.closed("unreachable", Some(format!("the destination's agent: {error}")));
+        }
+    }
 }

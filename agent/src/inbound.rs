@@ -1,46 +1,56 @@
 //! One incoming connection: over the mesh, where it is proven and decided, or in clear, where it is
 //! refused.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use hauberk_core::{
     policy::{Denial, Mode, Reason},
-    session::{Refusal, RefusalCause},
+    session::{Event, Open, Refusal, RefusalCause},
 };
-use hauberk_linux::socket::{original_destination, reset_on_close, tune_accepted};
+use hauberk_linux::socket::{original_destination, reset_on_close, tune_mesh};
 use hauberk_telemetry::{
     Side,
-    metrics::{Direction, Outcome},
+    metrics::{Direction, Outcome as Handshake},
 };
 use hauberk_tls::HandshakeFailure;
-use rustls::{ServerConfig, server::Acceptor};
+use rustls::ServerConfig;
 use tokio::net::TcpStream;
-use tokio_rustls::{LazyConfigAcceptor, TlsStream};
 
 use crate::{
-    authorize::{self, without_policy},
+    authorize::{self, Asked, without_policy},
     capture::Locals,
     context::{Context, Local, canonical, connection_id},
-    forward::Forward,
+    forward::{Forward, Outcome},
     passthrough,
     policy::{Found, Snapshot},
+    relay::Application,
     report::Report,
-    session::{HANDSHAKE_TIMEOUT, Session, SessionError},
+    session::{self, HANDSHAKE_TIMEOUT, Session, SessionError},
 };
 
-/// Carries one connection of another agent to its end.
+/// A session on which no stream comes for this long is closed. Longer than the caller's agent keeps
+/// one, so that this side's end only meets those that forgot theirs.
+pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
+
+/// How often an idle session is held against what is current.
+const IDLE_LOOK: Duration = Duration::from_secs(5);
+
+/// Carries the streams of one session of another agent.
 pub(crate) async fn serve_mesh(
-    context: &Context,
+    context: &Arc<Context>,
     locals: &Locals,
     tls: Arc<ServerConfig>,
     stream: TcpStream,
     from: SocketAddr,
 ) {
-    let mut report =
-        Report::new(context, Side::Destination, connection_id(), Some(canonical(from)), None);
     // Best effort: the connection works without them.
-    drop(tune_accepted(&stream));
-    let mut session = match handshake(context, locals, tls, stream, canonical(from)).await {
+    drop(tune_mesh(&stream));
+    let from = canonical(from);
+    let mut session = match Box::pin(handshake(context, locals, tls, stream, from)).await {
         Ok(session) => session,
         Err(error) => {
             let (reason, detail) = match &error {
@@ -48,47 +58,138 @@ pub(crate) async fn serve_mesh(
                 SessionError::Io(_)
                 | SessionError::TimedOut
                 | SessionError::Protocol(_)
-                | SessionError::Denied(_) => (Reason::NoClientCert, error.to_string()),
+                | SessionError::Closed => (Reason::NoClientCert, error.to_string()),
             };
+            let id = connection_id();
+            let mut report = Report::new(context, Side::Destination, id, Some(from), None);
             report.denied(&without_policy(reason, ""), Some(detail));
             return;
         }
     };
-    report.tls(session.tls.clone());
-    report.source(session.peer.id(), None);
-    let open = match session.opened().await {
-        Ok(open) => open,
-        Err(error) => {
-            report.denied(&without_policy(Reason::NotReady, ""), Some(error.to_string()));
-            return;
+    let mut last = None;
+    loop {
+        let open = match next_stream(context, locals, &mut session, last.as_ref()).await {
+            Next::Stream(open) => open,
+            Next::Leave => {
+                // The caller's agent may be gone.
+                if session.go_away().is_ok() {
+                    session.close().await;
+                }
+                return;
+            }
+            Next::Ended => {
+                session.close().await;
+                return;
+            }
+            Next::Broken(error) => {
+                let id = connection_id();
+                let mut report = Report::new(context, Side::Destination, id, Some(from), None);
+                report.tls(session.tls());
+                report.source(session.peer().id(), None);
+                report.denied(&without_policy(Reason::NotReady, ""), Some(error.to_string()));
+                return;
+            }
+        };
+        let served = serve_stream(context, locals, session, from, open).await;
+        let Some((again, asked)) = served else { return };
+        (session, last) = (again, asked);
+    }
+}
+
+enum Next {
+    Stream(Open),
+    /// No further stream is wanted here.
+    Leave,
+    /// The caller's agent has closed the session.
+    Ended,
+    /// It broke the protocol, or the network failed in the middle of something.
+    Broken(SessionError),
+}
+
+/// Waits for the next stream, as long as there may be one.
+async fn next_stream(
+    context: &Context,
+    locals: &Locals,
+    session: &mut Session,
+    last: Option<&Asked>,
+) -> Next {
+    let mut snapshots = context.subscribe();
+    let own = session.server_name().and_then(|name| locals.names.find(name));
+    let idle = tokio::time::sleep(IDLE_TIMEOUT);
+    tokio::pin!(idle);
+    loop {
+        // New roots or certificates, one that has ended, a workload that is gone: whoever still wants
+        // to come proves itself anew.
+        let (now, trust) = (hauberk_tls::now(), context.trust.load());
+        let current = own.as_ref().and_then(|slot| slot.load());
+        if !session.is_current(current.as_ref(), &trust, now)
+            || session.machine.streams() == u32::MAX
+        {
+            return Next::Leave;
         }
-    };
+        let look = session.peer().facts().not_after().since(now).min(IDLE_LOOK);
+        let event = tokio::select! {
+            biased;
+            event = std::future::poll_fn(|cx| session.poll_event(cx)) => event,
+            () = context.stopping.cancelled() => return Next::Leave,
+            () = &mut idle => return Next::Leave,
+            () = tokio::time::sleep(look) => continue,
+            changed = snapshots.changed() => {
+                let snapshot = snapshots.borrow_and_update().clone();
+                let allowed = last.is_none_or(|asked| asked.is_allowed(&snapshot));
+                if changed.is_err() || !allowed {
+                    return Next::Leave;
+                }
+                continue;
+            }
+        };
+        match event {
+            Ok(Some(Event::Open(open))) => return Next::Stream(open),
+            Ok(Some(Event::Reauthenticate(proof))) => {
+                if let Err(error) = session.take_proof(&proof, &trust, hauberk_tls::now()) {
+                    return Next::Broken(SessionError::Io(std::io::Error::other(error)));
+                }
+            }
+            Ok(_) => {}
+            Err(SessionError::Closed) => return Next::Ended,
+            // An idle session that is reset takes nothing away from anybody.
+            Err(SessionError::Io(_)) if session.machine.streams() > 0 => return Next::Ended,
+            Err(error) => return Next::Broken(error),
+        }
+    }
+}
+
+/// One stream to its end. The session and what was asked on it, if another stream may come on it.
+async fn serve_stream(
+    context: &Arc<Context>,
+    locals: &Locals,
+    mut session: Session,
+    from: SocketAddr,
+    open: Open,
+) -> Option<(Session, Option<Asked>)> {
     let wanted = canonical(open.original_destination);
-    report.connection_id(open.connection_id);
+    let mut report =
+        Report::new(context, Side::Destination, open.connection_id, Some(from), Some(wanted));
+    report.tls(session.tls());
     let (snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
     let claimed = canonical(open.source_address);
-    let client = caller_address(&snapshot, &session, claimed, canonical(from));
+    let client = caller_address(&snapshot, &session, claimed, from);
     report.addresses(client, wanted);
-    let caller = snapshot.by_identity(session.peer.id(), Some(client.ip()));
-    report.source(session.peer.id(), caller.map(AsRef::as_ref));
+    let caller = snapshot.by_identity(session.peer().id(), Some(client.ip()));
+    report.source(session.peer().id(), caller.map(AsRef::as_ref));
 
     let local = match find_local(&snapshot, locals, &session, wanted) {
         Ok(local) => local,
-        Err(denial) => {
-            refuse(&mut session, &denial, &mut report).await;
-            return;
-        }
+        Err(denial) => return refuse(session, &denial, &mut report).await,
     };
     report.destination(&local.workload.identity, Some(&local.workload));
     let checked =
-        authorize::check(&snapshot, session.peer.id(), &local.workload.identity, wanted.port());
+        authorize::check(&snapshot, session.peer().id(), &local.workload.identity, wanted.port());
+    drop(snapshot);
     let permit = match checked {
         Ok(permit) => permit,
-        Err(denial) => {
-            refuse(&mut session, &denial, &mut report).await;
-            return;
-        }
+        Err(denial) => return refuse(session, &denial, &mut report).await,
     };
     let counters = report.permitted(&permit);
     let application = match local.place.dial_as(client, wanted).await {
@@ -103,19 +204,23 @@ pub(crate) async fn serve_mesh(
                 nearest_miss: String::new(),
                 mend: format!("nothing answers at {wanted}: {error}"),
             };
-            // The caller may be gone.
-            drop(session.refuse(&refusal).await);
-            return;
+            return answer_no(session, &refusal).await;
         }
     };
-    if let Err(error) = session.accept().await {
+    if let Err(error) = session.accept() {
         report.closed("session_failed", Some(error.to_string()));
         drop(reset_on_close(&application));
-        return;
+        return None;
     }
     report.opened();
+    let application = Application::new(application);
+    let asked = permit.asked();
     let forward = Forward { context, local: &local, application, session, snapshots, counters };
-    forward.run(permit, &mut report).await;
+    match forward.run(permit, &mut report).await {
+        Outcome::Over(session) => Some((session?, Some(asked))),
+        // Only a destination takes no streams, and that is us.
+        Outcome::NotTaken(..) => None,
+    }
 }
 
 async fn handshake(
@@ -125,8 +230,11 @@ async fn handshake(
     stream: TcpStream,
     from: SocketAddr,
 ) -> Result<Session, SessionError> {
+    let waiting = Instant::now();
     // Held through the handshake only.
-    let Ok(_turn) = context.handshakes.turn(from.ip()).await else {
+    let turn = context.handshakes.turn(from.ip(), HANDSHAKE_TIMEOUT).await;
+    context.metrics.observe_handshake_wait(waiting.elapsed());
+    let Ok(_turn) = turn else {
         return Err(SessionError::Refused(HandshakeFailure {
             reason: Reason::RateLimited,
             by_peer: false,
@@ -134,21 +242,18 @@ async fn handshake(
         }));
     };
     let started = Instant::now();
-    let accepting = async {
-        let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
-        locals.wait_for_certificate(hello.client_hello().server_name()).await;
-        hello.into_stream(tls).await
-    };
-    let session = match tokio::time::timeout(HANDSHAKE_TIMEOUT, accepting).await {
-        Err(_) => Err(SessionError::TimedOut),
-        Ok(Err(error)) => Err(error.into()),
-        Ok(Ok(stream)) => {
-            Session::new(TlsStream::Server(stream), None, &context.trust.load(), false)
-        }
-    };
+    let accepting = session::accept(stream, tls, context.trust.load(), |name| async move {
+        locals.wait_for_certificate(name.as_deref()).await;
+    });
+    let mut session = tokio::time::timeout(HANDSHAKE_TIMEOUT, accepting)
+        .await
+        .unwrap_or(Err(SessionError::TimedOut));
+    if let Ok(session) = &mut session {
+        session.made_with(session.server_name().and_then(|name| locals.names.find(name)?.load()));
+    }
     context.metrics.observe_handshake(
         Side::Destination,
-        Outcome::from(&session),
+        Handshake::from(&session),
         started.elapsed(),
     );
     session
@@ -163,7 +268,7 @@ fn caller_address(
     claimed: SocketAddr,
     from: SocketAddr,
 ) -> SocketAddr {
-    if snapshot.owns_address(session.peer.id(), claimed.ip()) { claimed } else { from }
+    if snapshot.owns_address(session.peer().id(), claimed.ip()) { claimed } else { from }
 }
 
 /// The workload that lives at the wanted address, must be the one that the session was made with,
@@ -186,11 +291,7 @@ fn find_local(
     let local = locals.get(&workload.key()).ok_or_else(|| {
         without_policy(Reason::UnknownDestination, format!("{} does not live here", workload.key()))
     })?;
-    let TlsStream::Server(stream) = &session.stream else {
-        return Err(authorize::not_ready("the session is not an incoming one"));
-    };
-    let asked = stream.get_ref().1.server_name();
-    if asked != Some(local.workload.identity.server_name().as_str()) {
+    if session.server_name() != Some(local.workload.identity.server_name().as_str()) {
         return Err(without_policy(
             Reason::IdentityMismatch,
             format!("the session is not for {}, who lives at {wanted}", local.workload.identity),
@@ -199,7 +300,11 @@ fn find_local(
     Ok(local)
 }
 
-async fn refuse(session: &mut Session, denial: &Denial, report: &mut Report<'_>) {
+async fn refuse(
+    session: Session,
+    denial: &Denial,
+    report: &mut Report<'_>,
+) -> Option<(Session, Option<Asked>)> {
     report.denied(denial, None);
     let text = |value: Option<String>| value.unwrap_or_default();
     let refusal = Refusal {
@@ -210,8 +315,13 @@ async fn refuse(session: &mut Session, denial: &Denial, report: &mut Report<'_>)
         nearest_miss: text(denial.nearest_miss.as_ref().map(ToString::to_string)),
         mend: denial.mend.clone(),
     };
-    // The caller may be gone.
-    drop(session.refuse(&refusal).await);
+    answer_no(session, &refusal).await
+}
+
+/// Tells the caller's agent why not.
+async fn answer_no(mut session: Session, refusal: &Refusal) -> Option<(Session, Option<Asked>)> {
+    session.refuse(refusal).ok()?;
+    session.settle().await.then_some((session, None))
 }
 
 /// A connection that came in clear: refused, or let through and recorded if the workload is only

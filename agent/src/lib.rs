@@ -16,6 +16,7 @@ mod inbound;
 mod outbound;
 mod passthrough;
 mod policy;
+mod pool;
 mod relay;
 mod report;
 mod session;

@@ -4,31 +4,36 @@ use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use hauberk_core::{
     policy::{Denial, Mode, Reason, resolve::MeshWorkload},
-    session::{Open, RefusalCause},
+    session::Open,
 };
-use hauberk_linux::socket::{original_destination, reset_on_close, tune_accepted};
+use hauberk_linux::socket::{original_destination, reset_on_close, tune_local};
 use hauberk_telemetry::{
     Side,
-    metrics::{Direction, Outcome},
+    metrics::{Direction, Outcome as Handshake, SessionKind},
 };
 use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
-use tokio_rustls::{TlsConnector, TlsStream};
 
 use crate::{
-    authorize::{self, not_ready, without_policy},
+    authorize::{self, Permit, not_ready, without_policy},
     context::{Context, Local, MESH_PORT, canonical, connection_id},
-    forward::Forward,
+    forward::{Forward, Outcome},
     passthrough,
     policy::Found,
+    pool::Edge,
+    relay::Application,
     report::Report,
-    session::{HANDSHAKE_TIMEOUT, Session, SessionError},
+    session::{self, HANDSHAKE_TIMEOUT, Session, SessionError},
 };
+
+/// Sessions that are tried for one connection: each one before the last had a destination that went
+/// away before it saw the stream.
+const ATTEMPTS: usize = 3;
 
 /// Carries one captured connection to its end.
 pub(crate) async fn serve(
-    context: &Context,
-    local: &Local,
+    context: &Arc<Context>,
+    local: &Arc<Local>,
     application: TcpStream,
     from: SocketAddr,
 ) {
@@ -55,8 +60,8 @@ pub(crate) async fn serve(
 
 /// Returns the application's connection if it is to be refused.
 async fn carry(
-    context: &Context,
-    local: &Local,
+    context: &Arc<Context>,
+    local: &Arc<Local>,
     application: TcpStream,
     from: SocketAddr,
     wanted: SocketAddr,
@@ -84,12 +89,10 @@ async fn carry(
         }
     };
     report.destination(&destination.identity, Some(&destination));
-    let permit = match authorize::check(
-        &snapshot,
-        &local.workload.identity,
-        &destination.identity,
-        wanted.port(),
-    ) {
+    let checked =
+        authorize::check(&snapshot, &local.workload.identity, &destination.identity, wanted.port());
+    drop(snapshot);
+    let permit = match checked {
         Ok(permit) => permit,
         Err(denial) => {
             report.denied(&denial, None);
@@ -100,74 +103,113 @@ async fn carry(
         report.denied(&not_ready("the workload has no certificate yet"), None);
         return Some(application);
     }
-    let mut session = match connect(context, local, &destination, wanted, report).await {
-        Ok(session) => session,
-        Err(error) => {
-            failed(&error, &permit, report);
-            return Some(application);
-        }
+    let open = Open {
+        connection_id: id,
+        // The agent takes part in no trace of its own yet.
+        trace_id: [0; 16],
+        original_destination: wanted,
+        source_address: from,
     };
-    if *session.peer.id() != destination.identity {
-        let detail = format!("{} answered for {}", session.peer.id(), destination.identity);
-        report.denied(&without_policy(Reason::IdentityMismatch, ""), Some(detail));
-        return Some(application);
+    // Best effort: the connection works without.
+    drop(tune_local(&application));
+    let edge = Edge {
+        destination: destination.identity.clone(),
+        agent: SocketAddr::new(wanted.ip(), MESH_PORT),
+    };
+    let (mut application, mut permit) = (Application::new(application), permit);
+    for _ in 0..ATTEMPTS {
+        let mut session = match obtain(context, local, &edge).await {
+            Ok(session) => session,
+            Err(error) => {
+                failed(&error, &permit, report);
+                return Some(application.stream);
+            }
+        };
+        report.tls(session.tls());
+        if *session.peer().id() != edge.destination {
+            let detail = format!("{} answered for {}", session.peer().id(), edge.destination);
+            report.denied(&without_policy(Reason::IdentityMismatch, ""), Some(detail));
+            return Some(application.stream);
+        }
+        if let Err(error) = session.open(&open) {
+            failed(&error, &permit, report);
+            return Some(application.stream);
+        }
+        let counters = report.permitted(&permit);
+        let snapshots = snapshots.clone();
+        let forward = Forward { context, local, application, session, snapshots, counters };
+        match forward.run(permit, report).await {
+            Outcome::Over(Some(session)) => {
+                local.pool.put(&edge, session, wanted.port());
+                return None;
+            }
+            Outcome::Over(None) => return None,
+            Outcome::NotTaken(again, still) => (application, permit) = (again, still),
+        }
     }
-    let open = Open { connection_id: id, original_destination: wanted, source_address: from };
-    if let Err(error) = session.open(&open).await {
-        failed(&error, &permit, report);
-        return Some(application);
-    }
-    let counters = report.permitted(&permit);
-    report.opened();
-    // Best effort: the connection works without them.
-    drop(tune_accepted(&application));
-    let forward = Forward { context, local, application, session, snapshots, counters };
-    forward.run(permit, report).await;
-    None
+    let text =
+        format!("the destination's agent went away {ATTEMPTS} times before it took the stream");
+    report.closed("unreachable", Some(text));
+    Some(application.stream)
 }
 
-async fn connect(
-    context: &Context,
-    local: &Local,
-    destination: &MeshWorkload,
-    wanted: SocketAddr,
-    report: &mut Report<'_>,
+/// A session that is idle, or a new one.
+async fn obtain(
+    context: &Arc<Context>,
+    local: &Arc<Local>,
+    edge: &Edge,
 ) -> Result<Session, SessionError> {
-    let stream = local.place.dial(SocketAddr::new(wanted.ip(), MESH_PORT)).await?;
-    let name = ServerName::try_from(destination.identity.server_name())
-        .map_err(|error| SessionError::Io(std::io::Error::other(error)))?;
-    let own = local.identity.slot.load();
-    let started = Instant::now();
-    let connector = TlsConnector::from(local.identity.client_tls.clone());
-    let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, connector.connect(name, stream)).await;
-    let session = match handshake {
-        Err(_) => Err(SessionError::TimedOut),
-        Ok(Err(error)) => Err(error.into()),
-        Ok(Ok(stream)) => {
-            Session::new(TlsStream::Client(stream), own.as_deref(), &context.trust.load(), true)
-        }
-    };
-    context.metrics.observe_handshake(Side::Source, Outcome::from(&session), started.elapsed());
-    if let Ok(session) = &session {
-        report.tls(session.tls.clone());
+    let taken = local.pool.take(edge);
+    if taken.warm {
+        let (context, local, edge) = (context.clone(), local.clone(), edge.clone());
+        tokio::spawn(async move {
+            match connect(&context, &local, &edge).await {
+                Ok(session) => local.pool.put(&edge, session, 0),
+                Err(error) => {
+                    tracing::debug!(%error, agent = %edge.agent, "no spare session could be made");
+                    local.pool.warm_failed(&edge);
+                }
+            }
+        });
     }
+    if let Some(session) = taken.session {
+        context.metrics.stream_opened(SessionKind::Reused);
+        return Ok(session);
+    }
+    let session = Box::pin(connect(context, local, edge)).await?;
+    context.metrics.stream_opened(SessionKind::New);
+    Ok(session)
+}
+
+async fn connect(context: &Context, local: &Local, edge: &Edge) -> Result<Session, SessionError> {
+    let stream = local.place.dial(edge.agent).await?;
+    let name = ServerName::try_from(edge.destination.server_name())
+        .map_err(|error| SessionError::Io(std::io::Error::other(error)))?;
+    let started = Instant::now();
+    let handshake = session::connect(
+        stream,
+        local.identity.client_tls.clone(),
+        name,
+        local.identity.slot.load(),
+        context.trust.load(),
+    );
+    let session = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake)
+        .await
+        .unwrap_or(Err(SessionError::TimedOut));
+    context.metrics.observe_handshake(Side::Source, Handshake::from(&session), started.elapsed());
     session
 }
 
 /// No session, or no stream on it.
-fn failed(error: &SessionError, permit: &authorize::Permit, report: &mut Report<'_>) {
+fn failed(error: &SessionError, permit: &Permit, report: &mut Report<'_>) {
     match error {
-        SessionError::Denied(refusal) => match refusal.cause {
-            RefusalCause::Denied(reason) => report.denied_by_peer(reason, refusal),
-            RefusalCause::Unreachable => {
-                let _counters = report.permitted(permit);
-                report.closed("unreachable", Some(refusal.mend.clone()));
-            }
-        },
         SessionError::Refused(failure) => {
             report.denied(&without_policy(failure.reason, ""), Some(failure.detail.clone()));
         }
-        SessionError::Io(_) | SessionError::TimedOut | SessionError::Protocol(_) => {
+        SessionError::Io(_)
+        | SessionError::TimedOut
+        | SessionError::Protocol(_)
+        | SessionError::Closed => {
             let _counters = report.permitted(permit);
             report.closed("unreachable", Some(format!("the destination's agent: {error}")));
         }

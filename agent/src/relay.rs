@@ -1,48 +1,39 @@
 //! The copy loop between an application's connection and a session: the hot path.
 //!
-//! Polled by hand in one task, both directions. Buffers come from a stock of the thread and go back
-//! as soon as nothing is in them, so that an idle connection holds none.
+//! Polled by hand in one task, both directions. Bytes go from the application's socket into the
+//! places where records will be, are sealed there and sent in one write; what comes from the session
+//! is read many records at once, opened into one run, and written in one call. The buffers are the
+//! thread's (`session/scratch.rs`); a relay keeps only what a socket did not take.
 
 use std::{
-    cell::RefCell,
-    io,
+    io::{self, IoSlice, IoSliceMut},
+    net::Shutdown,
     pin::Pin,
     task::{Context, Poll, ready},
 };
 
 use hauberk_core::session::{
-    FrameError, FrameType, HEADER_LENGTH, Header, Reauthenticate, ResetCause,
+    Event as Frame, FrameError, HEADER_LENGTH, Reauthenticate, Refusal, ResetCause,
 };
+use hauberk_linux::socket::reset_on_close;
 use hauberk_telemetry::EdgeCounters;
+use hauberk_tls::channel::{MAX_PLAINTEXT, RECORD_HEADER, RECORD_OVERHEAD};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
-use tokio_rustls::TlsStream;
 
-/// One read from an application, one frame to the peer, is at most this long.
-const BUFFER: usize = 64 * 1024;
+use crate::session::{RECORD, SLOTS, Scratch, Session, SessionError, owned, with_scratch};
 
-/// Idle buffers that a thread keeps.
-const STOCK: usize = 32;
+/// Bursts in one direction before other connections of the thread get their turn.
+const BURSTS: usize = 4;
 
-thread_local! {
-    static BUFFERS: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
-}
+/// Runs of data that are written to an application at once.
+const RUNS: usize = 16;
 
-fn take_buffer() -> Box<[u8]> {
-    BUFFERS
-        .with_borrow_mut(Vec::pop)
-        .unwrap_or_else(|| vec![0; BUFFER + HEADER_LENGTH].into_boxed_slice())
-}
-
-fn give_buffer(buffer: Box<[u8]>) {
-    BUFFERS.with_borrow_mut(|stock| {
-        if stock.len() < STOCK {
-            stock.push(buffer);
-        }
-    });
-}
+/// What may ride along before the destination has answered: it is kept until then, to be sent again on
+/// another session if the destination never saw it.
+const EARLY: usize = MAX_PLAINTEXT;
 
 /// How a relay ended.
 #[derive(Debug)]
@@ -51,12 +42,16 @@ pub(crate) enum End {
     Complete,
     /// The application here broke its connection.
     ApplicationFailed(io::Error),
+    /// The destination refused the stream.
+    Refused(Refusal),
+    /// The destination went away before it saw the stream.
+    NotTaken,
     /// The peer said why it broke off.
     Reset(ResetCause),
     /// The session ended without an end of the stream: cut off, not complete.
     Truncated,
     /// The session failed.
-    SessionFailed(io::Error),
+    SessionFailed(SessionError),
     /// The peer broke the protocol.
     Protocol(FrameError),
 }
@@ -64,432 +59,464 @@ pub(crate) enum End {
 /// What happens on a relay.
 #[derive(Debug)]
 pub(crate) enum Event {
+    /// The destination took the stream.
+    Accepted,
     /// The peer shows a newer certificate.
     Reauthenticate(Reauthenticate),
     /// It is over.
     End(End),
 }
 
+/// An application's connection, and what was read from it that no destination has taken yet.
+pub(crate) struct Application {
+    pub(crate) stream: TcpStream,
+    early: Vec<u8>,
+    /// It has sent its last byte.
+    ended: bool,
+}
+
+impl Application {
+    pub(crate) fn new(stream: TcpStream) -> Self {
+        Self { stream, early: Vec::new(), ended: false }
+    }
+
+    /// Makes the application see a reset, as it would without us in between.
+    pub(crate) fn reset(self) {
+        // The connection may be gone already.
+        drop(reset_on_close(&self.stream));
+    }
+}
+
 /// Both directions of one stream.
 pub(crate) struct Relay {
-    application: TcpStream,
-    session: TlsStream<TcpStream>,
+    application: Application,
+    pub(crate) session: Session,
     counters: EdgeCounters,
-    up: Up,
-    down: Down,
+    /// Records of the next burst, each way. Grows while everything that is read also goes out, so that
+    /// a connection that is held back does not fill memory.
+    up: u8,
+    down: u8,
+    /// So many of the session's plain bytes are data that the application did not take.
+    undelivered: usize,
+    /// What comes after them.
+    then: Option<Box<Frame<'static>>>,
+    /// The application does not read.
+    pub(crate) held_back: bool,
+    /// Nothing is sent to a peer whose certificate has ended.
+    pub(crate) suspended: bool,
     /// Application → peer.
     pub(crate) sent: u64,
     /// Peer → application.
     pub(crate) received: u64,
 }
 
-/// Application → session.
-struct Up {
-    /// Framed bytes on their way out, and how many of them are out.
-    frame: Option<(Box<[u8]>, usize, usize)>,
-    /// A control frame that goes out before the next data.
-    control: Vec<u8>,
-    control_out: usize,
-    needs_flush: bool,
-    state: UpState,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum UpState {
-    Open,
-    /// The end-of-stream frame is queued.
-    Ending,
-    Ended,
-}
-
-/// Session → application.
-struct Down {
-    /// Bytes out of the session that are not used up: from, to.
-    buffer: Option<(Box<[u8]>, usize, usize)>,
-    header: [u8; HEADER_LENGTH],
-    header_read: usize,
-    frame: InFrame,
-    ended: bool,
-}
-
-enum InFrame {
-    /// Between frames, or in the middle of a header.
-    Header,
-    /// This much of a data frame is still to come.
-    Data(usize),
-    /// A control frame is being gathered.
-    Control(Header, Vec<u8>),
-}
-
 impl Relay {
+    /// For a session whose stream is asked for or taken. What was read before is sent (again).
     pub(crate) fn new(
-        application: TcpStream,
-        session: TlsStream<TcpStream>,
+        application: Application,
+        mut session: Session,
         counters: EdgeCounters,
-    ) -> Self {
-        Self {
+    ) -> Result<Self, SessionError> {
+        session.queue_data(&application.early)?;
+        if application.ended {
+            session.fin()?;
+        }
+        let sent = count(application.early.len());
+        Ok(Self {
             application,
             session,
             counters,
-            up: Up {
-                frame: None,
-                control: Vec::new(),
-                control_out: 0,
-                needs_flush: false,
-                state: UpState::Open,
-            },
-            down: Down {
-                buffer: None,
-                header: [0; HEADER_LENGTH],
-                header_read: 0,
-                frame: InFrame::Header,
-                ended: false,
-            },
-            sent: 0,
+            up: 1,
+            down: 1,
+            undelivered: 0,
+            then: None,
+            held_back: false,
+            suspended: false,
+            sent,
             received: 0,
-        }
+        })
     }
 
-    /// Sends a control frame after the data frame that is under way.
-    pub(crate) fn queue(&mut self, frame_type: FrameType, body: &[u8]) -> Result<(), FrameError> {
-        self.up.control.extend_from_slice(&Header::encode(frame_type, body.len())?);
-        self.up.control.extend_from_slice(body);
-        Ok(())
+    pub(crate) fn into_parts(self) -> (Application, Session) {
+        (self.application, self.session)
     }
 
     /// Goes on until something happens that is not copying. Nothing is lost if it is dropped in
     /// between and called again.
     pub(crate) async fn run(&mut self) -> Event {
-        std::future::poll_fn(|cx| self.poll(cx)).await
+        std::future::poll_fn(|cx| with_scratch(|scratch| self.poll(cx, scratch))).await
     }
 
-    /// Tells the peer why the stream ends here, as far as it listens, and resets the application.
-    pub(crate) async fn break_off(mut self, cause: ResetCause) {
-        self.reset_application();
-        if self.queue(FrameType::Reset, &[cause.byte()]).is_ok() {
-            let send = std::future::poll_fn(|cx| match self.up.poll_out(cx, &mut self.session) {
-                Poll::Ready(Ok(())) => Pin::new(&mut self.session).poll_flush(cx).map(|_| ()),
-                Poll::Ready(Err(_)) => Poll::Ready(()),
-                Poll::Pending => Poll::Pending,
-            });
-            // A peer that does not read must not keep a cut connection alive.
-            drop(tokio::time::timeout(std::time::Duration::from_secs(1), send).await);
-        }
-    }
-
-    /// Says goodbye and waits for the peer's, so that the kernel does not throw away what is still on
-    /// its way because of a byte that nobody read.
-    pub(crate) async fn close(mut self, patience: std::time::Duration) {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        let goodbye = async {
-            self.session.shutdown().await?;
-            let mut rest = [0; 512];
-            while self.session.read(&mut rest).await? > 0 {}
-            io::Result::Ok(())
-        };
-        // The stream is complete: a peer that is gone already takes nothing away from it.
-        drop(tokio::time::timeout(patience, goodbye).await);
-    }
-
-    /// Makes the application see a reset, as it would without us in between.
-    pub(crate) fn reset_application(&self) {
-        // The connection may be gone already.
-        drop(socket2::SockRef::from(&self.application).set_linger(Some(std::time::Duration::ZERO)));
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+    fn poll(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<Event> {
         // Down first: a reset by the peer explains why sending fails.
-        let down = self.poll_down(cx);
-        if let Poll::Ready(Some(event)) = down {
+        if let Poll::Ready(event) = self.poll_down(cx, scratch) {
             return Poll::Ready(event);
         }
-        if let Poll::Ready(Some(end)) = self.poll_up(cx) {
+        if let Poll::Ready(end) = self.poll_up(cx, scratch) {
             return Poll::Ready(Event::End(end));
         }
-        if self.up.state == UpState::Ended && self.down.ended {
+        if self.is_complete() {
             return Poll::Ready(Event::End(End::Complete));
         }
         Poll::Pending
     }
 
-    fn poll_up(&mut self, cx: &mut Context<'_>) -> Poll<Option<End>> {
-        loop {
-            match self.up.poll_out(cx, &mut self.session) {
+    fn is_complete(&self) -> bool {
+        self.session.machine.is_idle()
+            && self.undelivered == 0
+            && self.then.is_none()
+            && !self.session.has_unsent()
+    }
+
+    /// Application → session. Ready only at an end that is not the good one.
+    fn poll_up(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<End> {
+        for _ in 0..BURSTS {
+            if let Err(error) = ready!(self.session.poll_unsent(cx)) {
+                return Poll::Ready(end_of(error));
+            }
+            match self.poll_burst(cx, scratch) {
                 Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(error)) => return Poll::Ready(Some(End::SessionFailed(error))),
+                Poll::Ready(Err(end)) => return Poll::Ready(end),
                 Poll::Pending => return Poll::Pending,
             }
-            match self.up.state {
-                UpState::Open => {}
-                UpState::Ending => self.up.state = UpState::Ended,
-                UpState::Ended => {
-                    return self.poll_flush(cx).map(|failed| failed.map(End::SessionFailed));
-                }
-            }
-            if self.up.state == UpState::Ended {
-                continue;
-            }
-            match self.poll_application(cx) {
-                Poll::Ready(Ok(0)) => {
-                    if let Err(error) = self.queue(FrameType::Fin, &[]) {
-                        return Poll::Ready(Some(End::Protocol(error)));
-                    }
-                    self.up.state = UpState::Ending;
-                }
-                Poll::Ready(Ok(_)) => {}
-                Poll::Ready(Err(error)) => {
-                    return Poll::Ready(Some(End::ApplicationFailed(error)));
-                }
-                Poll::Pending => {
-                    return self.poll_flush(cx).map(|failed| failed.map(End::SessionFailed));
-                }
-            }
         }
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
-    /// Pending once everything is flushed: there is nothing more to do then.
-    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Error>> {
-        if self.up.needs_flush {
-            match ready!(Pin::new(&mut self.session).poll_flush(cx)) {
-                Ok(()) => self.up.needs_flush = false,
-                Err(error) => return Poll::Ready(Some(error)),
-            }
+    /// One read, one write. Pending if there is nothing to send.
+    fn poll_burst(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<Result<(), End>> {
+        self.session.prepare_burst().map_err(end_of)?;
+        if self.session.is_blocked() {
+            return Poll::Ready(Ok(()));
         }
-        if self.up.state == UpState::Ended { Poll::Ready(None) } else { Poll::Pending }
-    }
-
-    fn poll_application(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        // No buffer before there is something to read.
-        ready!(self.application.poll_read_ready(cx))?;
-        let mut buffer = take_buffer();
-        let (_, body) = buffer.split_at_mut(HEADER_LENGTH);
-        let mut into = ReadBuf::new(body);
-        match Pin::new(&mut self.application).poll_read(cx, &mut into) {
-            Poll::Ready(Ok(())) => {
-                let length = into.filled().len();
-                if length == 0 {
-                    give_buffer(buffer);
-                    return Poll::Ready(Ok(0));
-                }
-                let header = Header::encode(FrameType::Data, length).map_err(io::Error::other)?;
-                for (to, from) in buffer.iter_mut().zip(header) {
-                    *to = from;
-                }
-                self.up.frame = Some((buffer, 0, HEADER_LENGTH + length));
-                self.sent += u64::try_from(length).unwrap_or(0);
-                self.counters.add_sent(u64::try_from(length).unwrap_or(0));
-                Poll::Ready(Ok(length))
-            }
-            Poll::Ready(Err(error)) => {
-                give_buffer(buffer);
-                Poll::Ready(Err(error))
-            }
+        let frames = self.session.take_control().map_err(end_of)?;
+        if self.session.is_blocked() {
+            return Poll::Ready(Ok(()));
+        }
+        let start = frames.len() + HEADER_LENGTH;
+        let read = match self.poll_read(cx, scratch, start) {
+            Poll::Ready(Ok(read)) => read,
+            Poll::Ready(Err(error)) => return Poll::Ready(Err(End::ApplicationFailed(error))),
+            Poll::Pending if frames.is_empty() => return Poll::Pending,
             Poll::Pending => {
-                give_buffer(buffer);
-                Poll::Pending
+                self.session.seal_frames(&frames).map_err(end_of)?;
+                return Poll::Ready(Ok(()));
+            }
+        };
+        if read == 0 {
+            self.session.seal_frames(&frames).map_err(end_of)?;
+            self.application.ended = true;
+            return Poll::Ready(self.session.fin().map_err(end_of));
+        }
+        if self.session.machine.awaits_answer() {
+            keep_early(&mut self.application.early, scratch, start, read);
+        }
+        self.sent += count(read);
+        self.counters.add_sent(count(read));
+        let header = self
+            .session
+            .machine
+            .data(read)
+            .map_err(|error| End::SessionFailed(SessionError::Io(io::Error::other(error))))?;
+        let front = scratch.cipher.get_mut(RECORD_HEADER..RECORD_HEADER + start);
+        for (to, from) in front.unwrap_or_default().iter_mut().zip(frames.iter().chain(&header)) {
+            *to = *from;
+        }
+        let length = seal_records(&mut self.session, scratch, start + read).map_err(end_of)?;
+        let sealed = scratch.cipher.get(..length).unwrap_or_default();
+        if !self.session.poll_send(cx, sealed).map_err(end_of)? {
+            self.up = (self.up / 2).max(1);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Reads from the application to where its bytes will be sealed, `start` bytes into the first
+    /// record.
+    fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+        start: usize,
+    ) -> Poll<io::Result<usize>> {
+        let mut room = MAX_PLAINTEXT.saturating_sub(start);
+        if self.session.machine.awaits_answer() {
+            room = room.min(EARLY.saturating_sub(self.application.early.len()));
+        }
+        if room == 0 || !self.session.machine.may_send() || self.suspended {
+            return Poll::Pending;
+        }
+        if self.up > 1 && !self.session.machine.awaits_answer() {
+            return self.poll_read_many(cx, scratch, start);
+        }
+        let first = RECORD_HEADER + start;
+        let mut into =
+            ReadBuf::new(scratch.cipher.get_mut(first..first + room).unwrap_or_default());
+        ready!(Pin::new(&mut self.application.stream).poll_read(cx, &mut into))?;
+        let read = into.filled().len();
+        if read == room {
+            self.up = 4;
+        }
+        Poll::Ready(Ok(read))
+    }
+
+    fn poll_read_many(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+        start: usize,
+    ) -> Poll<io::Result<usize>> {
+        let slots = usize::from(self.up);
+        let mut places: [IoSliceMut<'_>; SLOTS] = std::array::from_fn(|_| IoSliceMut::new(&mut []));
+        for (number, (place, record)) in
+            places.iter_mut().zip(scratch.cipher.chunks_mut(RECORD)).take(slots).enumerate()
+        {
+            let from = RECORD_HEADER + if number == 0 { start } else { 0 };
+            let to = RECORD_HEADER + MAX_PLAINTEXT;
+            *place = IoSliceMut::new(record.get_mut(from..to).unwrap_or_default());
+        }
+        let places = places.get_mut(..slots).unwrap_or_default();
+        loop {
+            ready!(self.application.stream.poll_read_ready(cx))?;
+            match self.application.stream.try_read_vectored(places) {
+                Ok(read) => {
+                    let room = slots * MAX_PLAINTEXT - start;
+                    if read == room {
+                        self.up = (self.up * 2).min(u8::try_from(SLOTS).unwrap_or(u8::MAX));
+                    } else if read < room / 4 {
+                        self.up = (self.up / 2).max(1);
+                    }
+                    return Poll::Ready(Ok(read));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
             }
         }
     }
 
-    fn poll_down(&mut self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
+    /// Session → application.
+    fn poll_down(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<Event> {
+        let mut bursts = 0;
         loop {
-            if self.down.buffer.is_none() {
-                let mut buffer = take_buffer();
-                let mut into = ReadBuf::new(&mut buffer);
-                match Pin::new(&mut self.session).poll_read(cx, &mut into) {
-                    Poll::Ready(Ok(())) => {
-                        let length = into.filled().len();
-                        if length == 0 {
-                            give_buffer(buffer);
-                            return self.session_ended();
+            if let Some((plain, used)) = self.session.take_plain() {
+                let rest = plain.get(used..).unwrap_or_default();
+                match self.deliver(cx, rest) {
+                    Delivered::All => {}
+                    Delivered::Blocked(kept) => {
+                        match kept {
+                            None => self.session.keep_plain(plain, used),
+                            Some(kept) => self.session.keep_plain(kept, 0),
                         }
-                        self.down.buffer = Some((buffer, 0, length));
-                    }
-                    Poll::Ready(Err(error)) => {
-                        give_buffer(buffer);
-                        let end = if error.kind() == io::ErrorKind::UnexpectedEof {
-                            End::Truncated
-                        } else {
-                            End::SessionFailed(error)
-                        };
-                        return Poll::Ready(Some(Event::End(end)));
-                    }
-                    Poll::Pending => {
-                        give_buffer(buffer);
                         return Poll::Pending;
                     }
+                    Delivered::Event(event, more) => {
+                        self.session.keep_plain(plain, used + more);
+                        return Poll::Ready(event);
+                    }
                 }
             }
-            if let Some(event) = ready!(self.poll_use(cx)) {
-                return Poll::Ready(Some(event));
+            if self.session.machine.is_idle() {
+                return Poll::Pending;
+            }
+            if bursts == BURSTS {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            bursts += 1;
+            let limit = usize::from(self.down) * RECORD;
+            let length = match ready!(self.session.poll_fill(cx, scratch, limit)) {
+                Ok(length) => length,
+                Err(error) => return Poll::Ready(Event::End(end_of(error))),
+            };
+            if length + RECORD >= limit {
+                self.down = (self.down * 2).min(u8::try_from(SLOTS).unwrap_or(u8::MAX));
+            } else if length < limit / 4 {
+                self.down = (self.down / 2).max(1);
+            }
+            let plain = scratch.plain.get(..length).unwrap_or_default();
+            match self.deliver(cx, plain) {
+                Delivered::All => {}
+                Delivered::Blocked(kept) => {
+                    self.session.keep_plain(kept.unwrap_or_else(|| plain.to_vec()), 0);
+                    return Poll::Pending;
+                }
+                Delivered::Event(event, used) => {
+                    let rest = plain.get(used..).unwrap_or_default();
+                    self.session.keep_plain(rest.to_vec(), 0);
+                    return Poll::Ready(event);
+                }
             }
         }
     }
 
-    /// After both ends of the stream the peer may close; before them it is a truncation.
-    fn session_ended(&mut self) -> Poll<Option<Event>> {
-        let end = if self.down.ended && self.up.state == UpState::Ended {
-            End::Complete
-        } else {
-            End::Truncated
-        };
-        Poll::Ready(Some(Event::End(end)))
-    }
-
-    /// Uses up the buffer: headers, data to the application, control frames.
-    fn poll_use(&mut self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
-        while let Some((buffer, from, to)) = &mut self.down.buffer {
-            if from == to {
-                if let Some((buffer, ..)) = self.down.buffer.take() {
-                    give_buffer(buffer);
-                }
-                break;
+    /// Uses up opened bytes: data to the application, frames as they come.
+    fn deliver(&mut self, cx: &mut Context<'_>, input: &[u8]) -> Delivered {
+        let mut used = 0;
+        loop {
+            let mut runs = [IoSlice::new(&[]); RUNS];
+            let mut places = runs.iter_mut();
+            let old = input.get(..self.undelivered).unwrap_or_default();
+            let mut total = old.len();
+            if !old.is_empty()
+                && let Some(place) = places.next()
+            {
+                *place = IoSlice::new(old);
+                used = old.len();
             }
-            let rest = buffer.get(*from..*to).unwrap_or_default();
-            match &mut self.down.frame {
-                InFrame::Header => {
-                    let wanted = self.down.header.get_mut(self.down.header_read..);
-                    let wanted = wanted.unwrap_or_default();
-                    let count = wanted.len().min(rest.len());
-                    for (to, from) in wanted.iter_mut().zip(rest) {
-                        *to = *from;
-                    }
-                    *from += count;
-                    self.down.header_read += count;
-                    if self.down.header_read == HEADER_LENGTH {
-                        self.down.header_read = 0;
-                        match Header::decode(self.down.header) {
-                            Ok(header) => {
-                                if let Some(event) = self.begin_frame(header) {
-                                    return Poll::Ready(Some(event));
-                                }
-                            }
-                            Err(error) => {
-                                return Poll::Ready(Some(Event::End(End::Protocol(error))));
-                            }
+            while used < input.len() && places.len() > 0 && self.then.is_none() {
+                let rest = input.get(used..).unwrap_or_default();
+                let received = match self.session.machine.receive(rest) {
+                    Ok(received) => received,
+                    Err(error) => return Delivered::Event(Event::End(End::Protocol(error)), used),
+                };
+                used += received.used;
+                match received.event {
+                    None if self.session.machine.is_idle() => break,
+                    None => {}
+                    Some(Frame::Data(bytes)) => {
+                        total += bytes.len();
+                        if let Some(place) = places.next() {
+                            *place = IoSlice::new(bytes);
                         }
                     }
+                    Some(frame) => match owned(frame) {
+                        Ok(frame) => self.then = Some(Box::new(frame)),
+                        Err(error) => return Delivered::Event(Event::End(end_of(error)), used),
+                    },
                 }
-                InFrame::Data(left) => {
-                    let run = rest.get(..rest.len().min(*left)).unwrap_or_default();
-                    match ready!(Pin::new(&mut self.application).poll_write(cx, run)) {
-                        Ok(count) => {
-                            *from += count;
-                            *left -= count;
-                            if *left == 0 {
-                                self.down.frame = InFrame::Header;
-                            }
-                            self.received += u64::try_from(count).unwrap_or(0);
-                            self.counters.add_received(u64::try_from(count).unwrap_or(0));
-                        }
-                        Err(error) => {
-                            return Poll::Ready(Some(Event::End(End::ApplicationFailed(error))));
-                        }
+            }
+            if total > 0 {
+                let filled = RUNS - places.len();
+                let runs = runs.get(..filled).unwrap_or_default();
+                let stream = Pin::new(&mut self.application.stream);
+                let written = match stream.poll_write_vectored(cx, runs) {
+                    Poll::Ready(Ok(written)) => written,
+                    Poll::Ready(Err(error)) => {
+                        return Delivered::Event(Event::End(End::ApplicationFailed(error)), used);
                     }
-                }
-                InFrame::Control(header, body) => {
-                    let count = rest.len().min(header.length - body.len());
-                    body.extend_from_slice(rest.get(..count).unwrap_or_default());
-                    *from += count;
-                    if body.len() == header.length {
-                        let (header, body) = (*header, std::mem::take(body));
-                        self.down.frame = InFrame::Header;
-                        return Poll::Ready(Some(control_event(header.frame_type, &body)));
+                    Poll::Pending => 0,
+                };
+                self.received += count(written);
+                self.counters.add_received(count(written));
+                self.undelivered = total - written;
+                self.held_back = written < total;
+                if written < total {
+                    self.down = (self.down / 2).max(1);
+                    if written == 0 && total == old.len() && used == total {
+                        // As it was.
+                        return Delivered::Blocked(None);
                     }
+                    let rest = input.get(used..).unwrap_or_default();
+                    return self.poll_again(cx, kept(runs, written, rest));
                 }
+            }
+            if let Some(frame) = self.then.take()
+                && let Some(event) = self.take_frame(*frame)
+            {
+                return Delivered::Event(event, used);
+            }
+            if used == input.len() {
+                return Delivered::All;
+            }
+            if self.session.machine.is_idle() {
+                // The rest belongs to the next stream.
+                return Delivered::Event(Event::End(End::Complete), used);
             }
         }
-        Poll::Ready(None)
     }
 
-    fn begin_frame(&mut self, header: Header) -> Option<Event> {
-        let out_of_turn =
-            || Some(Event::End(End::Protocol(FrameError::OutOfTurn(header.frame_type))));
-        match header.frame_type {
-            FrameType::Data if !self.down.ended => {
-                self.down.frame = InFrame::Data(header.length);
-                None
+    /// A short write clears the socket's readiness: asks to be woken when there is room again.
+    fn poll_again(&mut self, cx: &mut Context<'_>, kept: Vec<u8>) -> Delivered {
+        if self.application.stream.poll_write_ready(cx).is_ready() {
+            cx.waker().wake_by_ref();
+        }
+        Delivered::Blocked(Some(kept))
+    }
+
+    fn take_frame(&mut self, frame: Frame<'static>) -> Option<Event> {
+        match frame {
+            Frame::Accept => {
+                self.application.early = Vec::new();
+                Some(Event::Accepted)
             }
-            FrameType::Fin if !self.down.ended => {
-                self.down.ended = true;
-                let closed =
-                    socket2::SockRef::from(&self.application).shutdown(std::net::Shutdown::Write);
-                match closed {
+            Frame::Refuse(refusal) => Some(Event::End(End::Refused(refusal))),
+            Frame::Reset(cause) => Some(Event::End(End::Reset(cause))),
+            Frame::NotTaken => Some(Event::End(End::NotTaken)),
+            Frame::Reauthenticate(proof) => Some(Event::Reauthenticate(proof)),
+            Frame::GoingAway => None,
+            Frame::Fin => {
+                let stream = socket2::SockRef::from(&self.application.stream);
+                match stream.shutdown(Shutdown::Write) {
                     Ok(()) => None,
                     // It has closed both ways already: its last read said so.
                     Err(error) if error.kind() == io::ErrorKind::NotConnected => None,
                     Err(error) => Some(Event::End(End::ApplicationFailed(error))),
                 }
             }
-            FrameType::Reset | FrameType::Reauthenticate if header.length > 0 => {
-                self.down.frame = InFrame::Control(header, Vec::with_capacity(header.length));
-                None
-            }
-            FrameType::Data
-            | FrameType::Fin
-            | FrameType::Reset
-            | FrameType::Reauthenticate
-            | FrameType::Open
-            | FrameType::Accept
-            | FrameType::Refuse => out_of_turn(),
+            Frame::Open(_) | Frame::Data(_) => Some(Event::End(End::Protocol(
+                FrameError::OutOfTurn(hauberk_core::session::FrameType::Open),
+            ))),
         }
     }
 }
 
-fn control_event(frame_type: FrameType, body: &[u8]) -> Event {
-    let decoded = match frame_type {
-        FrameType::Reset => body
-            .first()
-            .ok_or(FrameError::Truncated("reset", "cause"))
-            .and_then(|byte| ResetCause::from_byte(*byte))
-            .map(|cause| Event::End(End::Reset(cause))),
-        FrameType::Reauthenticate => Reauthenticate::decode(body).map(Event::Reauthenticate),
-        FrameType::Open
-        | FrameType::Accept
-        | FrameType::Refuse
-        | FrameType::Data
-        | FrameType::Fin => Err(FrameError::OutOfTurn(frame_type)),
-    };
-    decoded.unwrap_or_else(|error| Event::End(End::Protocol(error)))
+enum Delivered {
+    All,
+    /// The application takes no more for now. What is left, if it is not the input as it was.
+    Blocked(Option<Vec<u8>>),
+    /// After so many bytes of the input.
+    Event(Event, usize),
 }
 
-impl Up {
-    /// Ready once neither data nor control frames wait.
-    fn poll_out(
-        &mut self,
-        cx: &mut Context<'_>,
-        session: &mut TlsStream<TcpStream>,
-    ) -> Poll<io::Result<()>> {
-        while let Some((buffer, from, to)) = &mut self.frame {
-            let rest = buffer.get(*from..*to).unwrap_or_default();
-            let count = ready!(Pin::new(&mut *session).poll_write(cx, rest))?;
-            if count == 0 {
-                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-            }
-            self.needs_flush = true;
-            *from += count;
-            if from == to
-                && let Some((buffer, ..)) = self.frame.take()
-            {
-                give_buffer(buffer);
-            }
+/// What the application did not take, and everything behind it.
+fn kept(runs: &[IoSlice<'_>], mut written: usize, rest: &[u8]) -> Vec<u8> {
+    let mut all = Vec::new();
+    for run in runs {
+        let skip = written.min(run.len());
+        written -= skip;
+        all.extend_from_slice(run.get(skip..).unwrap_or_default());
+    }
+    all.extend_from_slice(rest);
+    all
+}
+
+/// Seals the first `length` bytes of content that stand in the places of their records. Returns how
+/// many bytes the records have.
+fn seal_records(
+    session: &mut Session,
+    scratch: &mut Scratch,
+    length: usize,
+) -> Result<usize, SessionError> {
+    let (mut left, mut total) = (length, 0);
+    for record in scratch.cipher.chunks_mut(RECORD) {
+        if left == 0 {
+            break;
         }
-        while self.control_out < self.control.len() {
-            let rest = self.control.get(self.control_out..).unwrap_or_default();
-            let count = ready!(Pin::new(&mut *session).poll_write(cx, rest))?;
-            if count == 0 {
-                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-            }
-            self.needs_flush = true;
-            self.control_out += count;
+        let content = left.min(MAX_PLAINTEXT);
+        let size = content + RECORD_OVERHEAD;
+        session.seal_in_place(record.get_mut(..size).unwrap_or_default())?;
+        left -= content;
+        total += size;
+    }
+    Ok(total)
+}
+
+/// Before the answer a burst is one record.
+fn keep_early(early: &mut Vec<u8>, scratch: &Scratch, start: usize, read: usize) {
+    let from = RECORD_HEADER + start;
+    early.extend_from_slice(scratch.cipher.get(from..from + read).unwrap_or_default());
+}
+
+fn end_of(error: SessionError) -> End {
+    match error {
+        SessionError::Closed => End::Truncated,
+        SessionError::Protocol(error) => End::Protocol(error),
+        SessionError::Io(_) | SessionError::TimedOut | SessionError::Refused(_) => {
+            End::SessionFailed(error)
         }
-        if self.control_out > 0 {
-            self.control = Vec::new();
-            self.control_out = 0;
-        }
-        Poll::Ready(Ok(()))
     }
 }
 
-/// The relay's own memory for an idle connection is this struct and what rustls keeps.
-const _: () = assert!(std::mem::size_of::<Up>() + std::mem::size_of::<Down>() < 256);
+fn count(length: usize) -> u64 {
+    u64::try_from(length).unwrap_or(u64::MAX)
+}

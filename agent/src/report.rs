@@ -27,8 +27,10 @@ pub(crate) struct Report<'a> {
     record: ConnectionRecord,
     direction: Direction,
     started: Instant,
+    counters: Option<EdgeCounters>,
     counted: bool,
-    _open: OpenConnection,
+    /// From the first byte that could pass.
+    open: Option<OpenConnection>,
 }
 
 impl<'a> Report<'a> {
@@ -62,13 +64,10 @@ impl<'a> Report<'a> {
             record,
             direction,
             started: Instant::now(),
+            counters: None,
             counted: false,
-            _open: context.metrics.connection_opened(direction),
+            open: None,
         }
-    }
-
-    pub(crate) fn connection_id(&mut self, id: [u8; 16]) {
-        self.record.conn_id = hex::encode(id);
     }
 
     pub(crate) fn source(&mut self, id: &SpiffeId, workload: Option<&MeshWorkload>) {
@@ -89,11 +88,12 @@ impl<'a> Report<'a> {
         self.record.dst.addr = Some(original_destination);
     }
 
-    pub(crate) fn tls(&mut self, tls: TlsInfo) {
-        self.record.tls = Some(tls);
+    pub(crate) fn tls(&mut self, tls: &TlsInfo) {
+        self.record.tls = Some(tls.clone());
     }
 
-    /// It goes on: counts it, and gives the counters for its bytes.
+    /// It goes on, as far as this side is asked; gives the counters for its bytes. It is counted once a
+    /// first byte can pass, or when it ends before that.
     pub(crate) fn permitted(&mut self, permit: &Permit) -> EdgeCounters {
         self.record.policy_revision = Some(permit.revision());
         let reason = match permit.verdict() {
@@ -110,14 +110,14 @@ impl<'a> Report<'a> {
                 denial.reason.as_str()
             }
         };
-        self.count(reason)
+        self.resolve(reason)
     }
 
     /// It passes only because its workload is audited.
     pub(crate) fn audited(&mut self, denial: &Denial) -> EdgeCounters {
         self.record.decision = Decision::WouldDeny;
         self.denial(denial);
-        self.count(denial.reason.as_str())
+        self.resolve(denial.reason.as_str())
     }
 
     /// It is refused here.
@@ -126,7 +126,8 @@ impl<'a> Report<'a> {
         self.record.detail = detail;
         self.denial(denial);
         self.record.close_reason = Some("denied".to_owned());
-        let _counters = self.count(denial.reason.as_str());
+        self.resolve(denial.reason.as_str());
+        self.count();
     }
 
     /// It is refused by the destination's agent.
@@ -141,7 +142,8 @@ impl<'a> Report<'a> {
         self.record.nearest_miss = some(&refusal.nearest_miss);
         self.record.mend = some(&refusal.mend);
         self.record.close_reason = Some("denied".to_owned());
-        let _counters = self.count(reason.as_str());
+        self.resolve(reason.as_str());
+        self.count();
     }
 
     pub(crate) fn revision(&mut self, revision: u64) {
@@ -150,9 +152,16 @@ impl<'a> Report<'a> {
 
     /// A first byte can pass from now on.
     pub(crate) fn opened(&mut self) {
+        self.count();
+        self.open = Some(self.context.metrics.connection_opened(self.direction));
         let elapsed = self.started.elapsed();
         self.record.open_ms = Some(millis(elapsed));
         self.context.metrics.observe_open(self.direction, elapsed);
+    }
+
+    /// Whether a first byte could pass.
+    pub(crate) fn is_open(&self) -> bool {
+        self.open.is_some()
     }
 
     /// A live connection is cut, for a reason of the closed set.
@@ -185,7 +194,8 @@ impl<'a> Report<'a> {
         self.record.mend = Some(denial.mend.clone()).filter(|mend| !mend.is_empty());
     }
 
-    fn count(&mut self, reason: &'static str) -> EdgeCounters {
+    /// The counters of what is decided now.
+    fn resolve(&mut self, reason: &'static str) -> EdgeCounters {
         let (src, dst) = self.labels();
         let counters = self.context.metrics.edge(&EdgeLabels {
             direction: self.direction,
@@ -196,11 +206,18 @@ impl<'a> Report<'a> {
             dst_port: self.record.dst_port().unwrap_or(0),
             policy: self.record.policy.as_deref().unwrap_or(""),
         });
-        if !self.counted {
+        self.counters = Some(counters.clone());
+        counters
+    }
+
+    /// Once a connection.
+    fn count(&mut self) {
+        if let Some(counters) = &self.counters
+            && !self.counted
+        {
             counters.count_connection();
             self.counted = true;
         }
-        counters
     }
 
     fn labels(&self) -> (WorkloadLabels<'_>, WorkloadLabels<'_>) {
@@ -210,10 +227,11 @@ impl<'a> Report<'a> {
 
 impl Drop for Report<'_> {
     fn drop(&mut self) {
-        if !self.counted {
+        if self.counters.is_none() {
             self.record.reason.get_or_insert_with(|| Reason::NotReady.as_str().to_owned());
-            let _counters = self.count(Reason::NotReady.as_str());
+            self.resolve(Reason::NotReady.as_str());
         }
+        self.count();
         self.record.duration_ms = millis(self.started.elapsed());
         self.record.close_reason.get_or_insert_with(|| "aborted".to_owned());
         self.context.records.submit(self.record.clone());

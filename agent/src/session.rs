@@ -1,40 +1,93 @@
-//! One mutual TLS connection between two workload identities, and the frames on it before and after
-//! the application's bytes.
+//! A session: one mutual TLS connection between two workload identities, which carries streams one
+//! after another. `handshake.rs` makes one, `scratch.rs` lends the buffers that every session of a
+//! thread shares.
+//!
+//! The protocol is `hauberk_core::session`, the records are `hauberk_tls::channel`; this is the socket
+//! between them. An idle session holds no buffer. One that is dropped without [`Session::close`] is
+//! reset, so that nothing of it stays behind in the kernel.
 
-use std::{io, time::Duration};
+mod handshake;
+mod scratch;
+
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
 
 use hauberk_core::{
-    policy::Reason,
-    session::{ALPN, FrameError, FrameType, HEADER_LENGTH, Header, MAX_CONTROL, Open, Refusal},
+    session::{Event, FrameError, Machine, Open, Reauthenticate, Refusal, ResetCause},
     svid::VerifiedSvid,
+    time::Timestamp,
 };
+use hauberk_linux::socket::{self, reset_on_close};
 use hauberk_telemetry::record::TlsInfo;
-use hauberk_tls::{Credential, HandshakeFailure, TrustBundle, exporter, peer_of, reason_of};
+use hauberk_tls::{
+    Credential, HandshakeFailure, TrustBundle,
+    channel::{Channel, MAX_PLAINTEXT, Opened},
+    failure_of, prove, reason_of, verify_proof,
+};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
-use tokio_rustls::TlsStream;
 
-/// How long a handshake may take. A peer that is silent for longer is given up.
-pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) use handshake::{HANDSHAKE_TIMEOUT, accept, connect};
+pub(crate) use scratch::{RECORD, SLOTS, Scratch, with_scratch};
 
-/// How long the first frame, and the answer to it, may take: the destination dials its application
-/// in this time.
+/// How long the answer to an open frame may take: the destination dials its application in this
+/// time.
 pub(crate) const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long a stream that was broken off may take to be over at both ends.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long a closing session waits for the peer's end, so that no last byte is lost.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Control frames are gathered up to this size before they are sealed by themselves; below it they
+/// ride along with data.
+const RIDE_ALONG: usize = MAX_PLAINTEXT / 2;
 
 /// A connection whose peer is proven.
 pub(crate) struct Session {
-    pub(crate) stream: TlsStream<TcpStream>,
-    pub(crate) peer: VerifiedSvid,
-    /// Binds proofs of newer certificates to this connection.
-    pub(crate) exporter: [u8; 32],
-    /// This side opened it.
-    pub(crate) is_source: bool,
-    pub(crate) tls: TlsInfo,
+    socket: TcpStream,
+    channel: Channel,
+    pub(crate) machine: Machine,
+    /// The beginning of a record.
+    partial: Vec<u8>,
+    /// Opened bytes that are not used up, and how many of them are.
+    plain: Vec<u8>,
+    plain_used: usize,
+    /// Sealed bytes on their way out, and how many of them are out.
+    unsent: Vec<u8>,
+    unsent_used: usize,
+    /// Frames that are not sealed yet.
+    control: Vec<u8>,
+    /// The newest proof, not sent yet. One that waits gives way to a newer one.
+    proof: Option<Box<Reauthenticate>>,
+    facts: Box<Facts>,
+    closed: bool,
 }
 
-/// Why there is no session.
+/// What was settled when the session was made, and the proofs since.
+struct Facts {
+    peer: VerifiedSvid,
+    binding: [u8; 32],
+    is_source: bool,
+    tls: Arc<TlsInfo>,
+    /// The name the caller asked for; at the destination only.
+    server_name: Option<String>,
+    own: Option<Arc<Credential>>,
+    trust: Arc<TrustBundle>,
+    made: Instant,
+    proofs_sent: u32,
+    proofs_taken: u32,
+}
+
+/// Why there is no session, or no stream on it.
 #[derive(Debug)]
 pub(crate) enum SessionError {
     /// TLS refused it, here or there.
@@ -45,8 +98,8 @@ pub(crate) enum SessionError {
     TimedOut,
     /// The peer broke the protocol.
     Protocol(FrameError),
-    /// The destination refused the stream.
-    Denied(Refusal),
+    /// The peer closed the session.
+    Closed,
 }
 
 impl std::fmt::Display for SessionError {
@@ -56,7 +109,7 @@ impl std::fmt::Display for SessionError {
             Self::Io(error) => write!(f, "{error}"),
             Self::TimedOut => f.write_str("the peer did not answer in time"),
             Self::Protocol(error) => write!(f, "the peer broke the protocol: {error}"),
-            Self::Denied(_) => f.write_str("refused by the destination"),
+            Self::Closed => f.write_str("the peer closed the session"),
         }
     }
 }
@@ -70,114 +123,436 @@ impl From<io::Error> for SessionError {
     }
 }
 
+impl From<rustls::Error> for SessionError {
+    fn from(error: rustls::Error) -> Self {
+        Self::Refused(failure_of(&error))
+    }
+}
+
 impl From<FrameError> for SessionError {
     fn from(error: FrameError) -> Self {
         Self::Protocol(error)
     }
 }
 
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !self.closed {
+            // The connection may be gone already.
+            drop(reset_on_close(&self.socket));
+        }
+    }
+}
+
 impl Session {
-    /// Takes a finished handshake: the protocol must be ours, and the peer proven.
-    pub(crate) fn new(
-        stream: TlsStream<TcpStream>,
-        own: Option<&Credential>,
-        bundle: &TrustBundle,
-        is_source: bool,
-    ) -> Result<Self, SessionError> {
-        let refused = |reason, detail: String| {
-            SessionError::Refused(HandshakeFailure { reason, by_peer: false, detail })
-        };
-        let (_, state) = stream.get_ref();
-        if state.alpn_protocol() != Some(ALPN) {
-            return Err(refused(Reason::Plaintext, "the peer does not speak hauberk/1".to_owned()));
-        }
-        let peer = peer_of(state, bundle, is_source, hauberk_tls::now()).map_err(|error| {
-            let reason = match &error {
-                hauberk_tls::PeerError::NoCertificate => Reason::NoClientCert,
-                hauberk_tls::PeerError::Verify(error) => error.reason(),
-            };
-            refused(reason, error.to_string())
-        })?;
-        let exporter = match &stream {
-            TlsStream::Client(inner) => exporter(inner.get_ref().1),
-            TlsStream::Server(inner) => exporter(inner.get_ref().1),
-        }
-        .map_err(|error| refused(Reason::NotReady, error.to_string()))?;
-        let tls = TlsInfo {
-            version: state.protocol_version().and_then(|v| v.as_str()).map(str::to_owned),
-            group: state
-                .negotiated_key_exchange_group()
-                .and_then(|group| group.name().as_str())
-                .map(str::to_owned),
-            local_serial: own.map(|own| own.facts().serial().to_string()),
-            peer_serial: Some(peer.facts().serial().to_string()),
-            peer_not_after: Some(peer.facts().not_after().to_string()),
-        };
-        Ok(Self { stream, peer, exporter, is_source, tls })
+    /// Who the peer is.
+    pub(crate) fn peer(&self) -> &VerifiedSvid {
+        &self.facts.peer
     }
 
-    /// Sends the open frame and waits for the answer.
-    pub(crate) async fn open(&mut self, open: &Open) -> Result<(), SessionError> {
-        let exchange = async {
-            self.send(FrameType::Open, &open.encode()).await?;
-            let header = self.header().await?;
-            match header.frame_type {
-                FrameType::Accept => Ok(()),
-                FrameType::Refuse => {
-                    let body = self.body(header.length).await?;
-                    Err(SessionError::Denied(Refusal::decode(&body)?))
+    /// What TLS settled on.
+    pub(crate) fn tls(&self) -> &Arc<TlsInfo> {
+        &self.facts.tls
+    }
+
+    /// The name that the caller's agent asked for.
+    pub(crate) fn server_name(&self) -> Option<&str> {
+        self.facts.server_name.as_deref()
+    }
+
+    /// At the destination the certificate is chosen in the middle of the handshake.
+    pub(crate) fn made_with(&mut self, own: Option<Arc<Credential>>) {
+        self.facts.own = own;
+    }
+
+    /// When it was made.
+    pub(crate) fn made(&self) -> Instant {
+        self.facts.made
+    }
+
+    /// Whether a new stream may still be opened on what was proven when it was made: the same own
+    /// certificate, the same roots, and a peer whose certificate has not ended.
+    pub(crate) fn is_current(
+        &self,
+        own: Option<&Arc<Credential>>,
+        trust: &Arc<TrustBundle>,
+        now: Timestamp,
+    ) -> bool {
+        let same_own = match (&self.facts.own, own) {
+            (Some(then), Some(now)) => Arc::ptr_eq(then, now),
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
+        };
+        same_own
+            && Arc::ptr_eq(&self.facts.trust, trust)
+            && self.facts.peer.facts().not_after() > now
+    }
+
+    /// Nothing waits in it, and the peer has said nothing since the last stream. What an idle peer can
+    /// say is only that it goes away.
+    pub(crate) fn is_quiet(&self) -> bool {
+        if !self.machine.is_reusable()
+            || self.has_unsent()
+            || !self.partial.is_empty()
+            || self.plain_used < self.plain.len()
+        {
+            return false;
+        }
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        match self.socket.poll_read_ready(&mut cx) {
+            Poll::Pending => true,
+            Poll::Ready(_) => matches!(
+                self.socket.try_read(&mut [0]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock
+            ),
+        }
+    }
+
+    /// Asks for a stream. The frame goes out with the first bytes, or by itself.
+    pub(crate) fn open(&mut self, open: &Open) -> Result<(), SessionError> {
+        self.machine.open(open, &mut self.control).map_err(misuse)
+    }
+
+    pub(crate) fn accept(&mut self) -> Result<(), SessionError> {
+        self.machine.accept(&mut self.control).map_err(misuse)
+    }
+
+    pub(crate) fn refuse(&mut self, refusal: &Refusal) -> Result<(), SessionError> {
+        self.machine.refuse(refusal, &mut self.control).map_err(misuse)
+    }
+
+    pub(crate) fn fin(&mut self) -> Result<(), SessionError> {
+        self.machine.fin(&mut self.control).map_err(misuse)
+    }
+
+    pub(crate) fn reset(&mut self, cause: ResetCause) {
+        self.machine.reset(cause, &mut self.control);
+    }
+
+    pub(crate) fn go_away(&mut self) -> Result<(), SessionError> {
+        self.machine.go_away(&mut self.control).map_err(misuse)
+    }
+
+    /// Application bytes that go out before any others, with their header.
+    pub(crate) fn queue_data(&mut self, bytes: &[u8]) -> Result<(), SessionError> {
+        if !bytes.is_empty() {
+            self.control.extend_from_slice(&self.machine.data(bytes.len()).map_err(misuse)?);
+            self.control.extend_from_slice(bytes);
+        }
+        Ok(())
+    }
+
+    /// Shows the peer a newer certificate, in place of one that it was not shown yet.
+    pub(crate) fn show_proof(&mut self, credential: &Credential) -> Result<(), String> {
+        let sequence = self.facts.proofs_sent + 1;
+        let proof = prove(credential, &self.facts.binding, self.facts.is_source, sequence)
+            .map_err(|error| error.to_string())?;
+        self.facts.proofs_sent = sequence;
+        self.proof = Some(Box::new(proof));
+        Ok(())
+    }
+
+    /// Takes the peer's newer certificate.
+    pub(crate) fn take_proof(
+        &mut self,
+        frame: &Reauthenticate,
+        trust: &TrustBundle,
+        now: Timestamp,
+    ) -> Result<(), String> {
+        let facts = &mut self.facts;
+        facts.peer = verify_proof(
+            frame,
+            &facts.peer,
+            trust,
+            &facts.binding,
+            !facts.is_source,
+            facts.proofs_taken,
+            now,
+        )
+        .map_err(|error| error.to_string())?;
+        facts.proofs_taken = frame.sequence;
+        Ok(())
+    }
+
+    /// Whether sealed bytes wait for the network.
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.unsent_used < self.unsent.len()
+    }
+
+    /// Whether anything waits to go out.
+    pub(crate) fn has_unsent(&self) -> bool {
+        self.is_blocked() || !self.control.is_empty() || self.proof.is_some()
+    }
+
+    /// How long the peer's kernel has acknowledged nothing of what was sent to it.
+    pub(crate) fn silence(&self) -> Option<Duration> {
+        socket::unacknowledged_for(&self.socket).ok().flatten()
+    }
+
+    /// Takes the frames that wait, to be sealed together with data.
+    pub(crate) fn take_control(&mut self) -> Result<Vec<u8>, SessionError> {
+        if let Some(proof) = self.proof.take() {
+            self.machine.reauthenticate(&proof, &mut self.control);
+        }
+        if self.control.len() > RIDE_ALONG {
+            self.seal_control()?;
+        }
+        Ok(std::mem::take(&mut self.control))
+    }
+
+    /// Seals the frames that wait.
+    pub(crate) fn seal_control(&mut self) -> Result<(), SessionError> {
+        if let Some(proof) = self.proof.take() {
+            self.machine.reauthenticate(&proof, &mut self.control);
+        }
+        let control = std::mem::take(&mut self.control);
+        Ok(self.channel.seal(&control, &mut self.unsent)?)
+    }
+
+    /// Seals frames that [`Self::take_control`] gave, after all.
+    pub(crate) fn seal_frames(&mut self, frames: &[u8]) -> Result<(), SessionError> {
+        Ok(self.channel.seal(frames, &mut self.unsent)?)
+    }
+
+    /// What must go out before a burst of records; it is in the way until it is sent.
+    pub(crate) fn prepare_burst(&mut self) -> Result<(), SessionError> {
+        Ok(self.channel.prepare(&mut self.unsent)?)
+    }
+
+    /// Seals one record in place.
+    pub(crate) fn seal_in_place(&mut self, record: &mut [u8]) -> Result<(), SessionError> {
+        Ok(self.channel.seal_in_place(record)?)
+    }
+
+    /// Sends sealed bytes; what does not go out now waits. Only while nothing else waits. Returns
+    /// whether all of it went.
+    pub(crate) fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        sealed: &[u8],
+    ) -> Result<bool, SessionError> {
+        let sent = match Pin::new(&mut self.socket).poll_write(cx, sealed) {
+            Poll::Ready(sent) => sent?,
+            Poll::Pending => 0,
+        };
+        let rest = sealed.get(sent..).unwrap_or_default();
+        if rest.is_empty() {
+            return Ok(true);
+        }
+        self.unsent = rest.to_vec();
+        self.unsent_used = 0;
+        Ok(false)
+    }
+
+    /// Ready once all sealed bytes are out.
+    pub(crate) fn poll_unsent(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {
+        while self.is_blocked() {
+            let rest = self.unsent.get(self.unsent_used..).unwrap_or_default();
+            match ready!(Pin::new(&mut self.socket).poll_write(cx, rest))? {
+                0 => return Poll::Ready(Err(io::Error::from(io::ErrorKind::WriteZero).into())),
+                count => self.unsent_used += count,
+            }
+        }
+        if !self.unsent.is_empty() {
+            self.unsent = Vec::new();
+            self.unsent_used = 0;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Ready once everything is out, frames that wait included.
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SessionError>> {
+        loop {
+            ready!(self.poll_unsent(cx))?;
+            if !self.has_unsent() {
+                return Poll::Ready(Ok(()));
+            }
+            self.seal_control()?;
+        }
+    }
+
+    /// Opened bytes that are not used up.
+    pub(crate) fn take_plain(&mut self) -> Option<(Vec<u8>, usize)> {
+        if self.plain_used == self.plain.len() {
+            self.plain = Vec::new();
+            self.plain_used = 0;
+            return None;
+        }
+        Some((std::mem::take(&mut self.plain), std::mem::take(&mut self.plain_used)))
+    }
+
+    /// Gives them back.
+    pub(crate) fn keep_plain(&mut self, plain: Vec<u8>, used: usize) {
+        self.plain = plain;
+        self.plain_used = used;
+    }
+
+    /// Reads at most about `limit` bytes from the network and opens all whole records, into
+    /// `scratch.plain`: how many bytes that is, at least one. `Closed` at the end.
+    pub(crate) fn poll_fill(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+        limit: usize,
+    ) -> Poll<Result<usize, SessionError>> {
+        loop {
+            let have = self.partial.len();
+            let (front, rest) = scratch.cipher.split_at_mut(have.min(scratch.cipher.len()));
+            let room = limit.max(RECORD).min(rest.len());
+            let mut into = ReadBuf::new(rest.get_mut(..room).unwrap_or_default());
+            ready!(Pin::new(&mut self.socket).poll_read(cx, &mut into))?;
+            let count = into.filled().len();
+            if count == 0 {
+                return Poll::Ready(Err(SessionError::Closed));
+            }
+            for (to, from) in front.iter_mut().zip(&self.partial) {
+                *to = *from;
+            }
+            let opened = self.open_records(scratch, have + count)?;
+            if opened > 0 {
+                return Poll::Ready(Ok(opened));
+            }
+        }
+    }
+
+    /// Opens the whole records among the first bytes of `scratch.cipher`, keeps the rest.
+    fn open_records(
+        &mut self,
+        scratch: &mut Scratch,
+        length: usize,
+    ) -> Result<usize, SessionError> {
+        let (mut used, mut opened, mut closed) = (0, 0, false);
+        loop {
+            let input = scratch.cipher.get(used..length).unwrap_or_default();
+            let output = scratch.plain.get_mut(opened..).unwrap_or_default();
+            match self.channel.open(input, output)? {
+                Opened::Incomplete => break,
+                Opened::Data { used: more, length } => {
+                    used += more;
+                    opened += length;
                 }
-                other => Err(FrameError::OutOfTurn(other).into()),
+                Opened::Closed => {
+                    closed = true;
+                    break;
+                }
             }
-        };
-        tokio::time::timeout(OPEN_TIMEOUT, exchange).await.unwrap_or(Err(SessionError::TimedOut))
+        }
+        let rest = scratch.cipher.get(used..length).unwrap_or_default();
+        if closed && opened == 0 {
+            return Err(SessionError::Closed);
+        }
+        // A close after data is seen again at the end of the connection, which follows it.
+        self.partial = if closed { Vec::new() } else { rest.to_vec() };
+        Ok(opened)
     }
 
-    /// Waits for the open frame.
-    pub(crate) async fn opened(&mut self) -> Result<Open, SessionError> {
-        let exchange = async {
-            let header = self.header().await?;
-            match header.frame_type {
-                FrameType::Open => Ok(Open::decode(&self.body(header.length).await?)?),
-                other => Err(FrameError::OutOfTurn(other).into()),
+    /// What the peer says next, outside of a stream's data; nothing if it ended the stream without
+    /// anything that anybody waits for.
+    pub(crate) fn poll_event(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Option<Event<'static>>, SessionError>> {
+        loop {
+            while self.plain_used < self.plain.len() {
+                let was_idle = self.machine.is_idle();
+                let rest = self.plain.get(self.plain_used..).unwrap_or_default();
+                let received = self.machine.receive(rest)?;
+                self.plain_used += received.used;
+                if let Some(event) = received.event {
+                    return Poll::Ready(owned(event).map(Some));
+                }
+                if !was_idle && self.machine.is_idle() {
+                    return Poll::Ready(Ok(None));
+                }
             }
-        };
-        tokio::time::timeout(HANDSHAKE_TIMEOUT, exchange)
+            self.plain = Vec::new();
+            self.plain_used = 0;
+            let filled = with_scratch(|scratch| {
+                self.poll_fill(cx, scratch, RECORD)
+                    .map_ok(|length| scratch.plain.get(..length).unwrap_or_default().to_vec())
+            });
+            self.plain = ready!(filled)?;
+        }
+    }
+
+    /// Waits until the stream that was broken off or refused is over at both ends, so that the next
+    /// one may come. Returns whether it is.
+    pub(crate) async fn settle(&mut self) -> bool {
+        let settling = std::future::poll_fn(|cx| {
+            loop {
+                if let Poll::Ready(Err(_)) = self.poll_flush(cx) {
+                    return Poll::Ready(false);
+                }
+                if self.machine.is_idle() && !self.has_unsent() {
+                    return Poll::Ready(true);
+                }
+                match self.poll_event(cx) {
+                    Poll::Ready(Ok(Some(Event::Reset(_) | Event::Refuse(_)))) => {
+                        self.reset(ResetCause::Answer);
+                    }
+                    Poll::Ready(Ok(_)) => {}
+                    Poll::Ready(Err(_)) => return Poll::Ready(false),
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+        });
+        tokio::time::timeout(SETTLE_TIMEOUT, settling).await.unwrap_or(false)
+    }
+
+    /// Sends everything that waits, as far as the peer listens.
+    pub(crate) async fn flush(&mut self) -> Result<(), SessionError> {
+        tokio::time::timeout(SETTLE_TIMEOUT, std::future::poll_fn(|cx| self.poll_flush(cx)))
             .await
             .unwrap_or(Err(SessionError::TimedOut))
     }
 
-    pub(crate) async fn accept(&mut self) -> Result<(), SessionError> {
-        self.send(FrameType::Accept, &[]).await
-    }
-
-    /// Tells the caller's agent why not, and closes.
-    pub(crate) async fn refuse(&mut self, refusal: &Refusal) -> Result<(), SessionError> {
-        let exchange = async {
-            self.send(FrameType::Refuse, &refusal.encode()).await?;
-            Ok(self.stream.shutdown().await?)
+    /// Says goodbye and waits for the peer's, so that the kernel does not throw away what is still on
+    /// its way because of a byte that nobody read.
+    pub(crate) async fn close(mut self) {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let goodbye = async {
+            self.flush().await?;
+            self.channel.close(&mut self.unsent)?;
+            std::future::poll_fn(|cx| self.poll_unsent(cx)).await?;
+            self.socket.shutdown().await?;
+            let mut rest = [0; 512];
+            while self.socket.read(&mut rest).await? > 0 {}
+            Ok::<_, SessionError>(())
         };
-        tokio::time::timeout(HANDSHAKE_TIMEOUT, exchange)
-            .await
-            .unwrap_or(Err(SessionError::TimedOut))
+        // A peer that is gone already takes nothing away from it.
+        if matches!(tokio::time::timeout(CLOSE_TIMEOUT, goodbye).await, Ok(Ok(()))) {
+            self.closed = true;
+        }
     }
 
-    async fn send(&mut self, frame_type: FrameType, body: &[u8]) -> Result<(), SessionError> {
-        let mut frame = Header::encode(frame_type, body.len())?.to_vec();
-        frame.extend_from_slice(body);
-        self.stream.write_all(&frame).await?;
-        Ok(self.stream.flush().await?)
+    /// The same without waiting, for a session that carries nothing.
+    pub(crate) fn close_idle(mut self) {
+        if self.is_blocked() || self.channel.close(&mut self.unsent).is_err() {
+            return;
+        }
+        self.closed =
+            matches!(self.socket.try_write(&self.unsent), Ok(n) if n == self.unsent.len());
     }
+}
 
-    async fn header(&mut self) -> Result<Header, SessionError> {
-        let mut bytes = [0; HEADER_LENGTH];
-        self.stream.read_exact(&mut bytes).await?;
-        Ok(Header::decode(bytes)?)
-    }
+/// Events that are not data outlive the bytes they were in.
+pub(crate) fn owned(event: Event<'_>) -> Result<Event<'static>, SessionError> {
+    Ok(match event {
+        Event::Open(open) => Event::Open(open),
+        Event::Accept => Event::Accept,
+        Event::Refuse(refusal) => Event::Refuse(refusal),
+        Event::Fin => Event::Fin,
+        Event::Reset(cause) => Event::Reset(cause),
+        Event::Reauthenticate(proof) => Event::Reauthenticate(proof),
+        Event::GoingAway => Event::GoingAway,
+        Event::NotTaken => Event::NotTaken,
+        Event::Data(_) => {
+            return Err(FrameError::OutOfTurn(hauberk_core::session::FrameType::Data).into());
+        }
+    })
+}
 
-    async fn body(&mut self, length: usize) -> Result<Vec<u8>, SessionError> {
-        let mut body = vec![0; length.min(MAX_CONTROL)];
-        self.stream.read_exact(&mut body).await?;
-        Ok(body)
-    }
+/// Our own mistake in what is sent when; ends the session rather than the process.
+fn misuse(error: hauberk_core::session::Misuse) -> SessionError {
+    SessionError::Io(io::Error::other(error))
 }

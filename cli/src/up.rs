@@ -69,6 +69,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     };
     hauberk_telemetry::log::init(&LogOptions { format: LogFormat::Text, filter: None })?;
     hauberk_telemetry::process::raise_file_limit();
+    hauberk_telemetry::process::keep_memory_private();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(both(args, machine))?;
     Ok(ExitCode::SUCCESS)

@@ -51,6 +51,7 @@ pub const OPERATOR_SOCKET: &str = "operator.sock";
 pub fn main(args: Args) -> ExitCode {
     let outcome = init_logs(args.log_format).and_then(|()| {
         hauberk_telemetry::process::raise_file_limit();
+        hauberk_telemetry::process::keep_memory_private();
         tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build()

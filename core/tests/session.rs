@@ -14,7 +14,8 @@ use proptest::prelude::*;
 
 #[test]
 fn a_length_over_the_limit_of_its_type_is_refused_on_the_header_alone() {
-    let cases = [(1_u8, MAX_CONTROL), (3, MAX_CONTROL), (7, MAX_CONTROL), (2, 0), (5, 0), (6, 1)];
+    let cases =
+        [(1_u8, MAX_CONTROL), (3, MAX_CONTROL), (7, MAX_CONTROL), (2, 0), (5, 0), (6, 5), (8, 4)];
     for (frame_type, limit) in cases {
         let header = |length: usize| {
             let [_, a, b, c] = u32::try_from(length).unwrap().to_be_bytes();
@@ -26,11 +27,14 @@ fn a_length_over_the_limit_of_its_type_is_refused_on_the_header_alone() {
 }
 
 #[test]
-fn unknown_types_and_empty_data_are_refused() {
-    for byte in [0_u8, 8, 255] {
+fn unknown_types_and_bodies_too_short_are_refused() {
+    for byte in [0_u8, 9, 255] {
         assert_eq!(Header::decode([byte, 0, 0, 0]), Err(FrameError::UnknownType(byte)));
     }
-    assert_eq!(Header::decode([4, 0, 0, 0]), Err(FrameError::EmptyData));
+    for (byte, length) in [(1_u8, 0), (3, 0), (4, 0), (6, 4), (7, 0), (8, 3)] {
+        let header = Header::decode([byte, 0, 0, length]);
+        assert!(matches!(header, Err(FrameError::TooShort { .. })), "type {byte}");
+    }
     assert_eq!(ResetCause::from_byte(0), Err(FrameError::UnknownResetCause(0)));
 }
 
@@ -57,10 +61,11 @@ proptest! {
     #[test]
     fn open_reads_back(
         connection_id: [u8; 16],
+        trace_id: [u8; 16],
         original_destination in address(),
         source_address in address(),
     ) {
-        let open = Open { connection_id, original_destination, source_address };
+        let open = Open { connection_id, trace_id, original_destination, source_address };
         prop_assert_eq!(Open::decode(&open.encode()), Ok(open.clone()));
         let mut longer = open.encode();
         longer.push(0);

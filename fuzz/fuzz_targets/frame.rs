@@ -24,7 +24,11 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
                     assert_eq!(proof.encode(), body);
                 }
             }
-            FrameType::Accept | FrameType::Data | FrameType::Fin | FrameType::Reset => {}
+            FrameType::Accept
+            | FrameType::Data
+            | FrameType::Fin
+            | FrameType::Reset
+            | FrameType::GoingAway => {}
         }
     }
 });

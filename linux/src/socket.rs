@@ -13,17 +13,16 @@ use std::{
 use nix::libc;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 
-use crate::capture::{MARK, MARK_TRANSPARENT};
+use crate::{
+    capture::{MARK, MARK_TRANSPARENT},
+    sys,
+};
 
 /// A peer that vanished is noticed after 30 s + 3 × 10 s of silence, which is well below the
 /// idle timeouts of NAT devices and load balancers.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_PROBES: u32 = 3;
-
-/// Data that stays unacknowledged for this long ends the connection: the kernel's own limit is
-/// about 15 minutes, far beyond any client's patience.
-const USER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How a listener is set up.
 #[derive(Clone, Copy, Debug)]
@@ -124,9 +123,26 @@ pub fn transparent_socket_other_port(source: SocketAddr) -> io::Result<Socket> {
     Ok(second)
 }
 
-/// Keepalive, user timeout and no-delay for an accepted connection.
-pub fn tune_accepted(socket: &impl AsFd) -> io::Result<()> {
+/// Keepalive and no-delay for a connection from another machine.
+///
+/// No `TCP_USER_TIMEOUT`: it also ends connections whose reader only pauses, which a network without us
+/// in between would let live for ever. See [`unacknowledged_for`].
+pub fn tune_mesh(socket: &impl AsFd) -> io::Result<()> {
     tune(&SockRef::from(socket))
+}
+
+/// No-delay for a connection from this machine. Its other end is in the same kernel, which cannot
+/// vanish without closing it: no keepalive.
+pub fn tune_local(socket: &impl AsFd) -> io::Result<()> {
+    SockRef::from(socket).set_tcp_nodelay(true)
+}
+
+/// How long the peer's kernel has acknowledged nothing although something was sent to it; none if
+/// nothing is under way, as when its reader pauses.
+pub fn unacknowledged_for(socket: &impl AsFd) -> io::Result<Option<Duration>> {
+    let info = sys::tcp_info(socket)?;
+    let silent = Duration::from_millis(info.tcpi_last_ack_recv.into());
+    Ok((info.tcpi_unacked > 0).then_some(silent))
 }
 
 /// Makes closing the socket send a reset, so that the peer sees a refusal and not a clean end.
@@ -146,7 +162,7 @@ fn unbound_transparent_socket(source: SocketAddr) -> io::Result<Socket> {
     let socket = stream_socket(source)?;
     socket.set_mark(MARK_TRANSPARENT)?;
     set_transparent(&socket, canonical(source))?;
-    tune(&socket)?;
+    tune_local(&socket)?;
     Ok(socket)
 }
 
@@ -170,8 +186,7 @@ fn tune(socket: &Socket) -> io::Result<()> {
             .with_time(KEEPALIVE_IDLE)
             .with_interval(KEEPALIVE_INTERVAL)
             .with_retries(KEEPALIVE_PROBES),
-    )?;
-    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))
+    )
 }
 
 fn local_port(socket: &Socket) -> io::Result<u16> {

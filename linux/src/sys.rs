@@ -1,4 +1,4 @@
-//! The one place with `unsafe`: a socket option that neither nix nor socket2 knows.
+//! The one place with `unsafe`: socket options that neither nix nor socket2 knows.
 #![allow(unsafe_code)]
 
 use std::{
@@ -29,4 +29,23 @@ pub(crate) fn packet_drops(socket: &impl AsFd) -> io::Result<u32> {
         )
     };
     if result == 0 { Ok(statistics[1]) } else { Err(io::Error::last_os_error()) }
+}
+
+/// What the kernel knows of a TCP connection.
+pub(crate) fn tcp_info(socket: &impl AsFd) -> io::Result<libc::tcp_info> {
+    // SAFETY: a struct of plain integers, for which zero is a value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = libc::socklen_t::try_from(size_of_val(&info)).map_err(io::Error::other)?;
+    // SAFETY: both pointers are to live local values, and `length` is the size of the first, which
+    // the kernel does not write beyond; what an older kernel does not write stays zero.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(info) } else { Err(io::Error::last_os_error()) }
 }

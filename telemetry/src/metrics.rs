@@ -18,7 +18,7 @@ use prometheus::{
     IntGaugeVec, Opts, Registry,
 };
 
-pub use self::agent::{AgentMetrics, OpenConnection, RenewalStep};
+pub use self::agent::{AgentMetrics, IdleSession, OpenConnection, RenewalStep, SessionKind};
 pub use self::capped::{CappedVec, DEFAULT_SERIES_CAP, OVERFLOW, Series};
 pub use self::control_plane::ControlPlaneMetrics;
 pub use self::edge::{EdgeCounters, EdgeLabels, WorkloadLabels};
@@ -129,6 +129,11 @@ impl Maker<'_> {
 
     fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, MetricsError> {
         self.register(name, IntGaugeVec::new(Opts::new(name, help), labels))
+    }
+
+    fn histogram(&self, name: &str, help: &str) -> Result<Histogram, MetricsError> {
+        let options = HistogramOpts::new(name, help).buckets(LATENCY_BUCKETS.to_vec());
+        self.register(name, Histogram::with_opts(options))
     }
 
     fn histograms(

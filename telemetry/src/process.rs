@@ -1,4 +1,5 @@
-//! What both programs are as processes: when they stop, and how many files they may open.
+//! What both programs are as processes: when they stop, how many files they may open, and that
+//! nothing of their memory gets out.
 
 use std::{future::Future, io};
 
@@ -38,5 +39,17 @@ pub fn raise_file_limit() {
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
         tracing::warn!(%error, "the limit on open files could not be raised");
+    }
+}
+
+/// Lets no core file be written of this process, which would hold keys, and no other process of the
+/// same user look into it. The limit alone is not enough: the kernel ignores it where cores go to a
+/// program.
+pub fn keep_memory_private() {
+    use nix::sys::resource::{Resource, setrlimit};
+    let kept =
+        setrlimit(Resource::RLIMIT_CORE, 0, 0).and_then(|()| nix::sys::prctl::set_dumpable(false));
+    if let Err(error) = kept {
+        tracing::warn!(%error, "core files could not be forbidden");
     }
 }

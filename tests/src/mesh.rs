@@ -6,6 +6,7 @@ use std::{
     fs,
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     ops::{Deref, DerefMut},
+    path::PathBuf,
     process::{Command, Output},
     time::Duration,
 };
@@ -257,6 +258,38 @@ impl Mesh {
             .filter(|line| line.starts_with(name) && parts.iter().all(|part| line.contains(part)))
             .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
             .sum())
+    }
+
+    /// What the kernel tells of a child of the lab: its folder under `/proc`.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn proc_folder(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let process = self.process(name).with_context(|| format!("{name} does not run"))?;
+        Ok(PathBuf::from(format!("/proc/{process}")))
+    }
+
+    /// The memory of a child that is resident now.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn resident_bytes(&self, name: &str) -> anyhow::Result<u64> {
+        let status = fs::read_to_string(self.proc_folder(name)?.join("status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kibibytes: u64 = line
+            .and_then(|line| line.trim().strip_suffix(" kB"))
+            .with_context(|| format!("{name} has no resident memory:\n{status}"))?
+            .trim()
+            .parse()?;
+        Ok(kibibytes * 1024)
+    }
+
+    /// How many files a child has open now.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn open_files(&self, name: &str) -> anyhow::Result<usize> {
+        Ok(fs::read_dir(self.proc_folder(name)?.join("fd"))?.count())
     }
 
     /// Removes a manifest.

@@ -22,16 +22,19 @@ pub fn provider() -> &'static Arc<CryptoProvider> {
     PROVIDER.get_or_init(|| Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
 }
 
-/// A server that takes only clients with a valid SVID of the trust domain.
+/// An agent's side that is connected to: takes only clients with a valid SVID of the trust domain.
+/// Its connections become a [`Channel`](crate::channel::Channel).
 ///
 /// # Errors
 /// If rustls does not take the configuration.
-pub fn server_config(
+pub fn mesh_server_config(
     resolver: Arc<dyn ResolvesServerCert>,
     trust: Arc<TrustSlot>,
     alpn: &[u8],
 ) -> Result<ServerConfig, Error> {
-    server(resolver, trust, alpn, true)
+    let mut config = server(resolver, trust, alpn, true)?;
+    config.enable_secret_extraction = true;
+    Ok(config)
 }
 
 /// A server that also takes clients without a certificate, as joining machines are. Whoever serves
@@ -77,6 +80,21 @@ pub fn client_config(
 ) -> Result<ClientConfig, Error> {
     let mut config = client(ServerTrust::Bundle(trust))?.with_client_cert_resolver(slot);
     finish(&mut config, alpn);
+    Ok(config)
+}
+
+/// The same for an agent's connections to other agents, which become a
+/// [`Channel`](crate::channel::Channel).
+///
+/// # Errors
+/// If rustls does not take the configuration.
+pub fn mesh_client_config(
+    slot: Arc<CredentialSlot>,
+    trust: Arc<TrustSlot>,
+    alpn: &[u8],
+) -> Result<ClientConfig, Error> {
+    let mut config = client_config(slot, trust, alpn)?;
+    config.enable_secret_extraction = true;
     Ok(config)
 }
 

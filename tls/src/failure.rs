@@ -22,9 +22,14 @@ pub struct HandshakeFailure {
 /// went away, for one).
 #[must_use]
 pub fn reason_of(error: &io::Error) -> Option<HandshakeFailure> {
-    let tls = error.get_ref()?.downcast_ref::<Error>()?;
+    error.get_ref()?.downcast_ref::<Error>().map(failure_of)
+}
+
+/// What an error of TLS means.
+#[must_use]
+pub fn failure_of(tls: &Error) -> HandshakeFailure {
     let ours = |reason, detail: String| HandshakeFailure { reason, by_peer: false, detail };
-    Some(match tls {
+    match tls {
         Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => {
             match inner.downcast_ref::<VerifyError>() {
                 Some(refusal) => ours(refusal.reason(), chain_of(refusal)),
@@ -58,7 +63,7 @@ pub fn reason_of(error: &io::Error) -> Option<HandshakeFailure> {
             ours(Reason::Plaintext, format!("the peer does not speak Hauberk's TLS: {tls}"))
         }
         _ => ours(Reason::NotReady, tls.to_string()),
-    })
+    }
 }
 
 fn chain_of(error: &dyn std::error::Error) -> String {

@@ -1,9 +1,10 @@
 //! The lock: rustls with SPIFFE rules. Keys and signing requests, credentials that can be swapped
-//! while connections use them, verifiers that hand out proof, and the only TLS configurations in
-//! Hauberk: TLS 1.3, mutual, no resumption.
+//! while connections use them, verifiers that hand out proof, the only TLS configurations in Hauberk
+//! (TLS 1.3, mutual, no resumption), and the connections between agents after their handshake.
 //!
 //! No sockets and no policy here.
 
+pub mod channel;
 mod config;
 mod credential;
 mod failure;
@@ -14,12 +15,13 @@ mod trust;
 mod verify;
 
 pub use config::{
-    client_config, join_client_config, provider, server_config, shared_server_config,
+    client_config, join_client_config, mesh_client_config, mesh_server_config, provider,
+    shared_server_config,
 };
 pub use credential::{ByServerName, Credential, CredentialError, CredentialSlot};
-pub use failure::{HandshakeFailure, reason_of};
+pub use failure::{HandshakeFailure, failure_of, reason_of};
 pub use keys::{KeyError, PrivateKey, signing_request};
-pub use reauthenticate::{ReauthenticateError, exporter, prove, verify_proof};
+pub use reauthenticate::{ReauthenticateError, prove, verify_proof};
 pub use trust::{TrustBundle, TrustError, TrustSlot, sha256};
 pub use verify::{PeerError, VerifyError, peer_of, verify_chain};
 

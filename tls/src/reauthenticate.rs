@@ -1,16 +1,12 @@
 //! Proof, inside a live connection, that the peer still has a valid certificate.
 //!
 //! A connection may outlive the certificate it was opened with, but not the right to have one: at
-//! each renewal both sides sign this connection's exporter value with the new key. Who can no longer
+//! each renewal both sides sign this connection's channel binding with the new key. Who can no longer
 //! renew (revoked, unregistered, banned) cannot prove, and the connection ends with the old
 //! certificate.
 
-use hauberk_core::{
-    session::{EXPORTER_LABEL, Reauthenticate},
-    svid::VerifiedSvid,
-    time::Timestamp,
-};
-use rustls::{ConnectionCommon, SignatureScheme};
+use hauberk_core::{session::Reauthenticate, svid::VerifiedSvid, time::Timestamp};
+use rustls::SignatureScheme;
 use rustls_pki_types::CertificateDer;
 use webpki::EndEntityCert;
 
@@ -19,7 +15,7 @@ use crate::{Credential, TrustBundle, VerifyError, config::provider, verify_chain
 /// A proof that could not be made, or that does not hold.
 #[derive(Debug, thiserror::Error)]
 pub enum ReauthenticateError {
-    /// rustls gave no exporter value or no signature.
+    /// rustls gave no signature.
     #[error("sign the connection with the new certificate")]
     Tls(#[source] rustls::Error),
     /// The key has no scheme that the protocol allows.
@@ -35,40 +31,30 @@ pub enum ReauthenticateError {
     #[error("the new certificate is of another identity")]
     OtherIdentity,
     /// The sequence does not count up.
-    #[error("the new certificate's sequence is {got}, expected {expected}")]
+    #[error("the new certificate's sequence is {got}, the last one was {last}")]
     Sequence {
         /// What came.
         got: u32,
-        /// What was due.
-        expected: u32,
+        /// What came before.
+        last: u32,
     },
 }
 
 const SCHEMES: &[SignatureScheme] =
     &[SignatureScheme::ECDSA_NISTP256_SHA256, SignatureScheme::ECDSA_NISTP384_SHA384];
 
-/// The value that binds proofs to this connection.
-///
-/// # Errors
-/// If the handshake is not finished.
-pub fn exporter<D>(connection: &ConnectionCommon<D>) -> Result<[u8; 32], ReauthenticateError> {
-    connection
-        .export_keying_material([0; 32], EXPORTER_LABEL, None)
-        .map_err(ReauthenticateError::Tls)
-}
-
-/// Makes the frame that proves `credential` on the connection with this exporter value.
+/// Makes the frame that proves `credential` on the connection with this channel binding.
 ///
 /// # Errors
 /// If the key cannot sign.
 pub fn prove(
     credential: &Credential,
-    exporter: &[u8; 32],
+    binding: &[u8; 32],
     from_source: bool,
     sequence: u32,
 ) -> Result<Reauthenticate, ReauthenticateError> {
     let chain: Vec<Vec<u8>> = credential.chain().iter().map(|der| der.to_vec()).collect();
-    let message = Reauthenticate::signed_message(exporter, from_source, sequence, &chain);
+    let message = Reauthenticate::signed_message(binding, from_source, sequence, &chain);
     let signer =
         credential.certified().key.choose_scheme(SCHEMES).ok_or(ReauthenticateError::NoScheme)?;
     let signature = signer.sign(&message).map_err(ReauthenticateError::Tls)?;
@@ -84,16 +70,14 @@ pub fn verify_proof(
     frame: &Reauthenticate,
     before: &VerifiedSvid,
     bundle: &TrustBundle,
-    exporter: &[u8; 32],
+    binding: &[u8; 32],
     from_source: bool,
-    expected_sequence: u32,
+    last_sequence: u32,
     now: Timestamp,
 ) -> Result<VerifiedSvid, ReauthenticateError> {
-    if frame.sequence != expected_sequence {
-        return Err(ReauthenticateError::Sequence {
-            got: frame.sequence,
-            expected: expected_sequence,
-        });
+    // A sender that could not send one leaves it out.
+    if frame.sequence <= last_sequence {
+        return Err(ReauthenticateError::Sequence { got: frame.sequence, last: last_sequence });
     }
     let chain: Vec<CertificateDer<'_>> =
         frame.chain.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
@@ -108,7 +92,7 @@ pub fn verify_proof(
         return Err(ReauthenticateError::NoScheme);
     }
     let message =
-        Reauthenticate::signed_message(exporter, from_source, frame.sequence, &frame.chain);
+        Reauthenticate::signed_message(binding, from_source, frame.sequence, &frame.chain);
     let certificate = EndEntityCert::try_from(leaf).map_err(|_| ReauthenticateError::Signature)?;
     let holds = provider()
         .signature_verification_algorithms

@@ -5,18 +5,29 @@ use std::{collections::HashMap, sync::Arc};
 use arc_swap::ArcSwap;
 use hauberk_tls::ByServerName;
 
-use crate::context::Local;
+use crate::{authorize, context::Local, policy::Snapshot};
 
 /// Who lives behind a listener, by key, and their certificates, by the name that callers ask for.
 #[derive(Default)]
 pub(crate) struct Locals {
     by_key: ArcSwap<HashMap<String, Arc<Local>>>,
-    pub(super) names: Arc<ByServerName>,
+    pub(crate) names: Arc<ByServerName>,
 }
 
 impl Locals {
     pub(crate) fn get(&self, key: &str) -> Option<Arc<Local>> {
         self.by_key.load().get(key).cloned()
+    }
+
+    /// Closes the idle sessions that are old, or lead where nothing is allowed any more.
+    pub(super) fn sweep_pools(&self, snapshot: &Snapshot) {
+        for local in self.by_key.load().values() {
+            let source = &local.workload.identity;
+            local.pool.sweep(|edge, port| {
+                // A spare one has carried nothing yet.
+                port == 0 || authorize::check(snapshot, source, &edge.destination, port).is_ok()
+            });
+        }
     }
 
     pub(super) fn store(&self, locals: Vec<Arc<Local>>) {

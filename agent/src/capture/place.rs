@@ -18,7 +18,7 @@ use hauberk_linux::{
     capture::{self, HostRules, HostWorkload, NamespaceRules, ProcessMatch},
     links::ipv6_is_enabled,
 };
-use hauberk_tls::server_config;
+use hauberk_tls::mesh_server_config;
 use rustls::ServerConfig;
 
 use super::{
@@ -126,11 +126,12 @@ impl NamespaceCapture {
         {
             return Ok(());
         }
-        let local = Arc::new(Local {
-            workload: workload.clone(),
+        let local = Arc::new(Local::new(
+            &self.context,
+            workload.clone(),
             identity,
-            place: Place::Namespace(self.worker.clone()),
-        });
+            Place::Namespace(self.worker.clone()),
+        ));
         self.locals.store(vec![local]);
         if self.outbound.is_empty() {
             let listeners = self.worker.call(|| bind_all(&loopbacks(), OUTBOUND_PORT))??;
@@ -151,6 +152,10 @@ impl NamespaceCapture {
             }
         }
         Ok(())
+    }
+
+    pub(super) fn locals(&self) -> &Locals {
+        &self.locals
     }
 
     pub(super) fn remove_rules(&self) {
@@ -216,6 +221,8 @@ impl HostCapture {
         identities: &mut Identities,
     ) -> anyhow::Result<(Arc<Local>, HostWorkload)> {
         let process = host_process(&workload.process)?;
+        // One that is not there must not keep the others from being captured.
+        process.check()?;
         let identity = identities.ensure(workload)?;
         let key = workload.key();
         if !self.outbound.contains_key(&key) {
@@ -230,7 +237,7 @@ impl HostCapture {
                 local
             }
             Some(_) | None => {
-                Arc::new(Local { workload: workload.clone(), identity, place: Place::Host })
+                Arc::new(Local::new(context, workload.clone(), identity, Place::Host))
             }
         };
         let rule = HostWorkload {
@@ -288,6 +295,10 @@ impl HostCapture {
         Ok(())
     }
 
+    pub(super) fn locals(&self) -> &Locals {
+        &self.locals
+    }
+
     pub(super) fn remove_rules(&self) {
         if let Err(error) = capture::remove() {
             tracing::warn!(%error, "the host's capture rules could not be removed");
@@ -320,7 +331,7 @@ fn user_id(user: &str) -> anyhow::Result<u32> {
 }
 
 fn mesh_tls(context: &Context, locals: &Locals) -> anyhow::Result<Arc<ServerConfig>> {
-    let config = server_config(locals.names.clone(), context.trust.clone(), session::ALPN)?;
+    let config = mesh_server_config(locals.names.clone(), context.trust.clone(), session::ALPN)?;
     Ok(Arc::new(config))
 }
 

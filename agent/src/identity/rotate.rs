@@ -17,7 +17,7 @@ use hauberk_core::{
 use hauberk_proto::v1::{self, workload_identity_client::WorkloadIdentityClient};
 use hauberk_telemetry::metrics::{AgentMetrics, Outcome, RenewalStep, WorkloadLabels};
 use hauberk_tls::{
-    Credential, CredentialSlot, TrustBundle, TrustSlot, client_config, signing_request,
+    Credential, CredentialSlot, TrustBundle, TrustSlot, mesh_client_config, signing_request,
 };
 use rustls::ClientConfig;
 use tokio::{sync::watch, task::JoinHandle};
@@ -77,7 +77,8 @@ impl Identities {
             return Ok(identity.clone());
         }
         let slot = CredentialSlot::new(workload.identity.clone());
-        let client_tls = Arc::new(client_config(slot.clone(), self.trust.clone(), session::ALPN)?);
+        let client_tls =
+            Arc::new(mesh_client_config(slot.clone(), self.trust.clone(), session::ALPN)?);
         let (sender, installed) = watch::channel(0);
         let rotation = Rotation {
             key: key.clone(),

@@ -6,15 +6,9 @@ use super::{
     objects::{Metadata, Scope, all, mode},
     peers::ports,
     reader::{Field, Fields},
-    words::{canonical_number, quoted},
+    words::quoted,
 };
 use crate::policy::{Machine, Process, ProcessSelector, Workload};
-
-/// The longest Unix user name, as of useradd.
-const MAX_USER: usize = 32;
-
-/// The longest file name: a network namespace is a file in /run/netns, a cgroup a directory.
-const MAX_FILE_NAME: usize = 255;
 
 pub(super) fn machine(metadata: Option<Metadata>, spec: &Field<'_>) -> Option<Machine> {
     let fields = spec.fields(&["addresses", "process", "ports", "mode"])?;
@@ -101,12 +95,7 @@ fn user(field: &Field<'_>) -> Option<ProcessSelector> {
         Some(number) => number,
         None => field.text()?,
     };
-    let is_name = (1..=MAX_USER).contains(&text.len())
-        && text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
-        && text.trim_end_matches('$').chars().all(is_file_character);
-    // The highest number means "no user" to the kernel.
-    let is_number = canonical_number::<u32>(text).is_some_and(|number| number < u32::MAX);
-    if is_name || is_number {
+    if ProcessSelector::is_user(text) {
         return Some(ProcessSelector::User(text.to_owned()));
     }
     field.wrong(
@@ -117,8 +106,7 @@ fn user(field: &Field<'_>) -> Option<ProcessSelector> {
 
 fn cgroup(field: &Field<'_>) -> Option<ProcessSelector> {
     let text = field.text()?;
-    let is_directory = |name: &str| !matches!(name, "" | "." | "..") && name.len() <= MAX_FILE_NAME;
-    if text.split('/').all(is_directory) && !text.chars().any(char::is_control) {
+    if ProcessSelector::is_cgroup(text) {
         return Some(ProcessSelector::Cgroup(text.to_owned()));
     }
     field.wrong(
@@ -129,18 +117,13 @@ fn cgroup(field: &Field<'_>) -> Option<ProcessSelector> {
 
 fn network_namespace(field: &Field<'_>) -> Option<String> {
     let text = field.text()?;
-    let is_file = !matches!(text, "" | "." | "..") && text.len() <= MAX_FILE_NAME;
-    if is_file && text.chars().all(is_file_character) {
+    if ProcessSelector::is_network_namespace(text) {
         return Some(text.to_owned());
     }
     field.wrong(
         format_args!("{} is not the name of a network namespace", quoted(text)),
         "write the name that ip netns shows: letters, digits, ., _ and -, no path",
     )
-}
-
-fn is_file_character(c: char) -> bool {
-    c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
 }
 
 fn addresses(field: &Field<'_>) -> Option<BTreeSet<IpAddr>> {

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     identity::ResourceName,
-    policy::{Mode, Object, Owner},
+    policy::{Mode, Object, Owner, RESERVED_NAMESPACE},
 };
 
 const API_GROUP: &str = "hauberk.dev/";
@@ -138,11 +138,23 @@ fn kind(field: &Field<'_>) -> Option<Kind> {
     field.word(&KINDS)
 }
 
+/// A workload of it would have the key of a machine.
+fn namespace(field: &Field<'_>) -> Option<ResourceName> {
+    let name = field.name()?;
+    if name.as_str() == RESERVED_NAMESPACE {
+        return field.wrong(
+            format_args!("the namespace {RESERVED_NAMESPACE} stands for machines"),
+            "choose another name",
+        );
+    }
+    Some(name)
+}
+
 fn read_metadata(field: &Field<'_>, namespaced: bool) -> Option<Metadata> {
     let fields = field.fields(&["name", "namespace", "labels", "annotations"])?;
     let name = fields.required("name", "ledger", Field::name);
     let scope = if namespaced {
-        fields.required("namespace", "payments", Field::name).map(Scope::Namespace)
+        fields.required("namespace", "payments", namespace).map(Scope::Namespace)
     } else {
         match fields.given("namespace") {
             None => Some(Scope::Cluster),

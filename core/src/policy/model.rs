@@ -262,6 +262,50 @@ pub enum ProcessSelector {
     },
 }
 
+/// The longest Unix user name, as of useradd.
+const MAX_USER: usize = 32;
+
+/// The longest file name: a network namespace is a file in a folder, a cgroup a directory.
+const MAX_FILE_NAME: usize = 255;
+
+/// The namespace that would make a workload's key that of a machine.
+pub const RESERVED_NAMESPACE: &str = "machine";
+
+impl ProcessSelector {
+    /// Whether a text names exactly one Unix user: a name, or a number that everybody writes that
+    /// way.
+    #[must_use]
+    pub fn is_user(text: &str) -> bool {
+        let is_name = (1..=MAX_USER).contains(&text.len())
+            && text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+            && text.trim_end_matches('$').chars().all(is_file_character);
+        let canonical = text == "0" || !text.starts_with(['0', '+', '-']);
+        // The highest number means "no user" to the kernel.
+        is_name || (canonical && text.parse::<u32>().is_ok_and(|number| number < u32::MAX))
+    }
+
+    /// Whether a text is the path of a cgroup below the root.
+    #[must_use]
+    pub fn is_cgroup(text: &str) -> bool {
+        let is_directory =
+            |name: &str| !matches!(name, "" | "." | "..") && name.len() <= MAX_FILE_NAME;
+        text.split('/').all(is_directory) && !text.chars().any(char::is_control)
+    }
+
+    /// Whether a text is the name of a network namespace, and no path: it becomes one below the
+    /// agent's folder.
+    #[must_use]
+    pub fn is_network_namespace(text: &str) -> bool {
+        !matches!(text, "" | "." | "..")
+            && text.len() <= MAX_FILE_NAME
+            && text.chars().all(is_file_character)
+    }
+}
+
+fn is_file_character(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
+}
+
 /// A workload outside Kubernetes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Workload {

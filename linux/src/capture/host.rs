@@ -201,6 +201,11 @@ impl HostRules {
 }
 
 impl ProcessMatch {
+    /// Whether the kernel can be told of it: a cgroup must be there.
+    pub fn check(&self) -> Result<()> {
+        self.expressions().map(|_| ())
+    }
+
     fn expressions(&self) -> Result<Vec<Expression>> {
         match self {
             ProcessMatch::User(uid) => Ok(user(*uid)),

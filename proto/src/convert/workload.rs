@@ -1,8 +1,8 @@
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use hauberk_core::{
     identity::{ResourceName, SpiffeId},
-    policy::{Mode, ProcessSelector, resolve::MeshWorkload},
+    policy::{Mode, ProcessSelector, RESERVED_NAMESPACE, resolve::MeshWorkload},
 };
 
 use super::ConvertError;
@@ -37,11 +37,16 @@ pub fn workload(message: v1::MeshWorkload) -> Result<MeshWorkload, ConvertError>
     let addresses = message
         .addresses
         .iter()
-        .map(|text| text.parse().map_err(|_| ConvertError::new("workload.addresses", text)))
+        .map(|text| address("workload.addresses", text))
         .collect::<Result<BTreeSet<_>, _>>()?;
     let process = match message.process.ok_or(ConvertError::missing("workload.process"))? {
-        Process::User(user) => ProcessSelector::User(user),
-        Process::Cgroup(path) => ProcessSelector::Cgroup(path),
+        Process::User(user) if ProcessSelector::is_user(&user) => ProcessSelector::User(user),
+        Process::User(text) => return Err(process(&text, "a Unix user")),
+        Process::Cgroup(path) if ProcessSelector::is_cgroup(&path) => ProcessSelector::Cgroup(path),
+        Process::Cgroup(text) => return Err(process(&text, "the path of a cgroup")),
+        Process::NetworkNamespace(name) if !ProcessSelector::is_network_namespace(&name) => {
+            return Err(process(&name, "the name of a network namespace"));
+        }
         Process::NetworkNamespace(name) => {
             if addresses.is_empty() {
                 return Err(ConvertError::missing("workload.addresses"));
@@ -51,6 +56,10 @@ pub fn workload(message: v1::MeshWorkload) -> Result<MeshWorkload, ConvertError>
     };
     let namespace = match message.namespace.as_str() {
         "" => None,
+        RESERVED_NAMESPACE => {
+            let text = format!("{RESERVED_NAMESPACE:?} stands for machines");
+            return Err(ConvertError::new("workload.namespace", text));
+        }
         text => Some(name("workload.namespace", text)?),
     };
     Ok(MeshWorkload {
@@ -65,8 +74,16 @@ pub fn workload(message: v1::MeshWorkload) -> Result<MeshWorkload, ConvertError>
     })
 }
 
+fn process(text: &str, what: &str) -> ConvertError {
+    ConvertError::new("workload.process", format!("{text:?} is not {what}"))
+}
+
 pub(super) fn name(field: &str, text: &str) -> Result<ResourceName, ConvertError> {
     text.parse().map_err(|error| ConvertError::new(field, format!("{text:?}: {error}")))
+}
+
+fn address(field: &str, text: &str) -> Result<IpAddr, ConvertError> {
+    text.parse().map_err(|_| ConvertError::new(field, format!("{text:?} is not an IP address")))
 }
 
 pub(super) fn spiffe_id(field: &str, text: &str) -> Result<SpiffeId, ConvertError> {

@@ -40,6 +40,9 @@ pub struct AgentMetrics {
     open_duration: PerDirection<Histogram>,
     captured: PerDirection<IntCounter>,
     handshakes: Handshakes,
+    handshake_wait: Histogram,
+    idle_sessions: IntGauge,
+    streams: Streams,
     certificate_expiry: CappedVec<IntGauge>,
     renewals: IntCounterVec,
     trust_root_expiry: IntGauge,
@@ -81,6 +84,45 @@ struct Handshakes {
     source_failure: Histogram,
     destination_success: Histogram,
     destination_failure: Histogram,
+}
+
+/// Where a connection found its session to the other agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SessionKind {
+    /// It was made for it.
+    New,
+    /// It had carried others before.
+    Reused,
+}
+
+impl SessionKind {
+    /// The word used in labels.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::New => "new",
+            Self::Reused => "reused",
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Streams {
+    new: IntCounter,
+    reused: IntCounter,
+}
+
+/// Counts as an idle session until it is dropped.
+#[derive(Debug)]
+#[must_use = "the session counts as idle only while this lives"]
+pub struct IdleSession {
+    gauge: IntGauge,
+}
+
+impl Drop for IdleSession {
+    fn drop(&mut self) {
+        self.gauge.dec();
+    }
 }
 
 /// Counts as an open connection until it is dropped.
@@ -135,12 +177,28 @@ impl AgentMetrics {
             "Workloads on this node in the mesh (enrolled) and outside it (unenrolled).",
             &["state"],
         )?;
+        let streams = make.counters(
+            "hauberk_streams_opened_total",
+            "Outgoing connections by the session to the other agent they went over: made for \
+             them (new) or idle before (reused).",
+            &["session"],
+        )?;
+        let stream = |kind: SessionKind| streams.with_label_values(&[kind.as_str()]);
         let metrics = Self {
             edges,
             open: PerDirection::resolve(|direction| open.with_label_values(&[direction])),
             open_duration: PerDirection::resolve(|direction| child(&open_duration, &[direction])),
             captured: PerDirection::resolve(|direction| captured.with_label_values(&[direction])),
             handshakes: handshakes(&make)?,
+            handshake_wait: make.histogram(
+                "hauberk_handshake_wait_seconds",
+                "Seconds an incoming TLS handshake waited for its turn.",
+            )?,
+            idle_sessions: make.gauge(
+                "hauberk_idle_sessions",
+                "Sessions to other agents that are kept for the next connection.",
+            )?,
+            streams: Streams { new: stream(SessionKind::New), reused: stream(SessionKind::Reused) },
             certificate_expiry: make.capped(
                 "hauberk_certificate_expiry_timestamp_seconds",
                 "Unix time at which the certificate in use by a local workload ends.",
@@ -220,6 +278,32 @@ impl AgentMetrics {
         let gauge = self.open.of(direction).clone();
         gauge.inc();
         OpenConnection { gauge }
+    }
+
+    /// Counts a session as idle for as long as the answer lives.
+    pub fn session_idle(&self) -> IdleSession {
+        let gauge = self.idle_sessions.clone();
+        gauge.inc();
+        IdleSession { gauge }
+    }
+
+    /// How many sessions are idle.
+    #[must_use]
+    pub fn idle_sessions(&self) -> usize {
+        usize::try_from(self.idle_sessions.get()).unwrap_or(0)
+    }
+
+    /// Counts an outgoing connection by the session it got.
+    pub fn stream_opened(&self, kind: SessionKind) {
+        match kind {
+            SessionKind::New => self.streams.new.inc(),
+            SessionKind::Reused => self.streams.reused.inc(),
+        }
+    }
+
+    /// Notes how long an incoming handshake waited for its turn.
+    pub fn observe_handshake_wait(&self, duration: Duration) {
+        self.handshake_wait.observe(duration.as_secs_f64());
     }
 
     /// Counts a connection redirected to the agent.

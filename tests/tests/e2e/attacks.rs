@@ -2,16 +2,21 @@
 
 use std::{
     io::{ErrorKind, Read, Write},
-    net::{SocketAddr, TcpStream},
-    time::Duration,
+    net::{SocketAddr, TcpListener, TcpStream},
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail, ensure};
 use hauberk_cli::lab::{ipv4, ipv6};
+use hauberk_core::session::{FrameType, HEADER_LENGTH, Header, Open};
 use hauberk_linux::packets::{CaptureOptions, PacketCapture};
-use hauberk_tests::mesh::{LEDGER, Mesh, is};
+use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, is, ledger_policy};
 
-use crate::identity::{Forger, tls_attempt};
+use crate::{
+    identity::{Forger, tls_attempt, tls_stream},
+    policy::{open, still_carries},
+};
 
 crate::trials!(
     plaintext_to_a_protected_port_is_refused_and_counted,
@@ -21,6 +26,8 @@ crate::trials!(
     a_certificate_of_a_foreign_root_is_refused,
     expired_and_malformed_certificates_are_refused_each_with_its_reason,
     silent_and_slow_peers_delay_nobody,
+    ten_thousand_half_open_peers_cost_bounded_memory,
+    a_peer_that_never_reads_costs_bounded_memory_and_leaves_nothing,
     garbage_on_the_mesh_port_is_refused,
     a_workload_cannot_use_anothers_address,
 );
@@ -90,7 +97,7 @@ fn the_wire_shows_tls_13_and_no_byte_of_the_payload() -> anyhow::Result<()> {
     server.write_all(SECRET)?;
     client.read_exact(&mut got)?;
     drop((client, server));
-    std::thread::sleep(Duration::from_millis(300));
+    thread::sleep(Duration::from_millis(300));
     let captured = capture.stop()?;
     ensure!(captured.is_complete() && captured.lost() == 0, "the capture is not whole");
     ensure!(!captured.contains(SECRET), "the payload was on the wire in clear");
@@ -191,7 +198,7 @@ fn expired_and_malformed_certificates_are_refused_each_with_its_reason() -> anyh
     for (number, (name, id, change, reason)) in cases.into_iter().enumerate() {
         let leaf = forger.leaf(id, change)?;
         tls_attempt(&mesh, Some(leaf)).err().with_context(|| format!("{name}: it came in"))?;
-        mesh.wait("the denial", hauberk_tests::mesh::PATIENCE, |mesh| {
+        mesh.wait("the denial", PATIENCE, |mesh| {
             let text = std::fs::read_to_string(mesh.records("machine-b"))?;
             let last: serde_json::Value =
                 serde_json::from_str(text.lines().nth(number).context("no record yet")?)?;
@@ -202,20 +209,32 @@ fn expired_and_malformed_certificates_are_refused_each_with_its_reason() -> anyh
     Ok(())
 }
 
+/// Connections from outside to the ledger's agent whose handshakes never end. Their namespace is
+/// entered once for all of them.
+fn half_open(mesh: &Mesh, count: u32) -> anyhow::Result<Vec<TcpStream>> {
+    let agent = mesh.ledger(15_008);
+    let peers = mesh.namespace("outside")?.run(|| -> std::io::Result<Vec<TcpStream>> {
+        (0..count)
+            .map(|number| {
+                let mut peer = TcpStream::connect_timeout(&agent, PATIENCE)?;
+                if number % 2 == 0 {
+                    // The start of a ClientHello, and never the rest. The agent may have refused it
+                    // already.
+                    drop(peer.write_all(&[0x16, 0x03, 0x01, 0x02]));
+                }
+                Ok(peer)
+            })
+            .collect()
+    })??;
+    Ok(peers)
+}
+
 fn silent_and_slow_peers_delay_nobody() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let listener = mesh.listen("ledger", mesh.ledger(8080))?;
-    let mut silent = Vec::new();
     // More than one address may shake hands at once, and more than fit into a usual limit of files.
-    for number in 0..1_500 {
-        let mut stream = mesh.connect("outside", mesh.ledger(15_008))?;
-        if number % 2 == 0 {
-            // The start of a ClientHello, and never the rest.
-            stream.write_all(&[0x16, 0x03, 0x01, 0x02])?;
-        }
-        silent.push(stream);
-    }
-    let started = std::time::Instant::now();
+    let mut silent = half_open(&mesh, 1_500)?;
+    let started = Instant::now();
     let mut client = mesh.connect("checkout", mesh.ledger(8080))?;
     client.write_all(b"x")?;
     let (mut server, _) = listener.accept()?;
@@ -228,6 +247,187 @@ fn silent_and_slow_peers_delay_nobody() -> anyhow::Result<()> {
     ensure!(!matches!(first.read(&mut [0]), Ok(count) if count > 0), "a silent peer got bytes");
     let record = mesh.record("machine-b", |record| is(record, "decision", "deny"))?;
     ensure!(is(&record, "reason", "no_client_cert"), "{record}");
+    Ok(())
+}
+
+/// What an agent holds at a time.
+struct Held {
+    machine: &'static str,
+    files: usize,
+    resident: u64,
+}
+
+impl Held {
+    /// Files that come and go by themselves: a scrape, a look at the rules.
+    const FILES: usize = 16;
+
+    fn now(mesh: &Mesh, machine: &'static str) -> anyhow::Result<Self> {
+        let (files, resident) = (mesh.open_files(machine)?, mesh.resident_bytes(machine)?);
+        Ok(Self { machine, files, resident })
+    }
+
+    /// The connections that came since take less memory than this.
+    fn memory_is_bounded(&self, mesh: &Mesh, limit: u64, connections: u32) -> anyhow::Result<()> {
+        let grown = mesh.resident_bytes(self.machine)?.saturating_sub(self.resident);
+        ensure!(
+            grown < limit,
+            "the agent of {} grew by {} MiB, {} bytes for each of {connections} connections",
+            self.machine,
+            grown >> 20,
+            grown / u64::from(connections)
+        );
+        Ok(())
+    }
+
+    /// Waits until the files of all that came since are closed, but for so many sessions that are kept
+    /// for the next connection.
+    fn files_are_closed(&self, mesh: &Mesh, sessions: usize) -> anyhow::Result<()> {
+        mesh.wait("the end of the last connection", Duration::from_secs(30), |mesh| {
+            let (machine, before) = (self.machine, self.files);
+            let files = mesh.open_files(machine)?;
+            let most = before + Self::FILES + sessions;
+            ensure!(files <= most, "{machine} has {files} files, {before} before");
+            Ok(())
+        })
+    }
+}
+
+fn ten_thousand_half_open_peers_cost_bounded_memory() -> anyhow::Result<()> {
+    use nix::sys::resource::{Resource, getrlimit};
+    const PEERS: u32 = 10_000;
+    let (_, files) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    ensure!(
+        files >= 12_000,
+        "this test needs 12000 open files, the hard limit is {files}: raise it (ulimit -Hn)"
+    );
+    let mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let (mut client, mut server) = open(&mesh, &listener, "checkout")?;
+    let before = Held::now(&mesh, "machine-b")?;
+    let peers = half_open(&mesh, PEERS)?;
+    mesh.wait("the agent to have seen all of them", Duration::from_secs(30), |mesh| {
+        let held = u32::try_from(mesh.open_files("machine-b")?.saturating_sub(before.files))?;
+        let denied = mesh.metric("machine-b", "hauberk_connections_denied_total", &[])?;
+        // But for a few that are between the two.
+        let all = f64::from(PEERS) - 16.0;
+        ensure!(f64::from(held) + denied >= all, "{held} are held, {denied} were denied");
+        Ok(())
+    })?;
+    before.memory_is_bounded(&mesh, 160 << 20, PEERS)?;
+
+    // Those over what one address may have are refused, and others are served as before.
+    let refused =
+        mesh.metric("machine-b", "hauberk_connections_denied_total", &["reason=\"rate_limited\""])?;
+    ensure!(refused > 0.0, "all of them wait");
+    let record = mesh.record("machine-b", |record| is(record, "reason", "rate_limited"))?;
+    ensure!(is(&record, "decision", "deny"), "{record}");
+    let started = Instant::now();
+    still_carries(&mut open(&mesh, &listener, "checkout")?)?;
+    ensure!(started.elapsed() < Duration::from_secs(5), "took {:?}", started.elapsed());
+
+    let changed = Instant::now();
+    mesh.write_manifest("ledger.yaml", &ledger_policy("").replace("8080", "8081"))?;
+    for end in [&mut client, &mut server] {
+        let error = end.read(&mut [0]).expect_err("a reset");
+        ensure!(error.kind() == ErrorKind::ConnectionReset, "got {error}");
+    }
+    ensure!(changed.elapsed() < Duration::from_secs(5), "cut after {:?}", changed.elapsed());
+    let record = mesh.record("machine-b", |record| is(record, "close_reason", "policy_revoked"))?;
+    ensure!(is(&record, "reason", "policy_revoked"), "{record}");
+
+    drop(peers);
+    before.files_are_closed(&mesh, 0)
+}
+
+/// Sends until nothing has gone for a second: every buffer on the way is full.
+fn fill(mut stream: &TcpStream) -> anyhow::Result<()> {
+    // More than all sockets on the way may hold.
+    const ENDLESS: usize = 128 << 20;
+    stream.set_write_timeout(Some(Duration::from_secs(1)))?;
+    let block = vec![0x5a; 64 * 1024];
+    let mut sent = 0;
+    while sent < ENDLESS {
+        match stream.write(&block) {
+            Ok(count) => sent += count,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error).with_context(|| format!("after {sent} bytes")),
+        }
+    }
+    bail!("{sent} bytes went to a peer that reads none")
+}
+
+/// Far more than the buffers of the agents, far less than what is sent.
+const UNREAD: u64 = 64 << 20;
+
+fn a_peer_that_never_reads_costs_bounded_memory_and_leaves_nothing() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    applications_that_never_read(&mesh, &listener).context("applications")?;
+    an_agent_that_never_reads(&mesh, &listener).context("an agent")
+}
+
+fn applications_that_never_read(mesh: &Mesh, listener: &TcpListener) -> anyhow::Result<()> {
+    const AT_ONCE: u32 = 32;
+    let agents = [Held::now(mesh, "machine-a")?, Held::now(mesh, "machine-b")?];
+    let mut connections = Vec::new();
+    for _ in 0..AT_ONCE {
+        connections.push(open(mesh, listener, "checkout")?);
+    }
+    thread::scope(|scope| {
+        let all = connections.iter().map(|(_, server)| scope.spawn(move || fill(server)));
+        let all: Vec<_> = all.collect();
+        all.into_iter().try_for_each(|one| one.join().unwrap())
+    })?;
+    for agent in &agents {
+        agent.memory_is_bounded(mesh, UNREAD, AT_ONCE)?;
+    }
+    still_carries(&mut open(mesh, listener, "checkout")?)?;
+    drop(connections);
+    for agent in &agents {
+        // Each connection had two files at each agent: its session and its application.
+        agent.files_are_closed(mesh, usize::try_from(AT_ONCE)? + 1)?;
+        mesh.wait("the count to go back", PATIENCE, |mesh| {
+            let count = mesh.metric(agent.machine, "hauberk_open_connections", &[])?;
+            ensure!(count.abs() < f64::EPSILON, "{} counts {count} open ones", agent.machine);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn an_agent_that_never_reads(mesh: &Mesh, listener: &TcpListener) -> anyhow::Result<()> {
+    let before = Held::now(mesh, "machine-b")?;
+    // Everything about it is in order, but that it is not the agent that we wrote.
+    let leaf =
+        Forger::with_the_key_of(mesh)?.leaf("spiffe://example.org/ns/shop/sa/checkout", |_| {})?;
+    let mut hostile = tls_stream(mesh, Some(leaf))?;
+    let wish = Open {
+        trace_id: [0; 16],
+        connection_id: [7; 16],
+        original_destination: listener.local_addr()?,
+        source_address: SocketAddr::new(ipv4(CHECKOUT), 40_000),
+    }
+    .encode();
+    hostile.write_all(&Header::encode(FrameType::Open, wish.len())?)?;
+    hostile.write_all(&wish)?;
+    let mut answer = [0; HEADER_LENGTH];
+    hostile.read_exact(&mut answer)?;
+    ensure!(Header::decode(answer)?.frame_type == FrameType::Accept, "got {answer:?}");
+    let (mut server, _) = listener.accept()?;
+    fill(&server)?;
+    before.memory_is_bounded(mesh, UNREAD, 1)?;
+    // It vanishes without a word, and the application is told so.
+    socket2::SockRef::from(&hostile.sock).set_linger(Some(Duration::ZERO))?;
+    drop(hostile);
+    server.set_read_timeout(Some(PATIENCE))?;
+    let error = server.read(&mut [0]).expect_err("a reset");
+    ensure!(error.kind() == ErrorKind::ConnectionReset, "got {error}");
+    before.files_are_closed(mesh, 0)?;
+    let record = mesh.record("machine-b", |record| is(record, "conn_id", &"07".repeat(16)))?;
+    ensure!(
+        is(&record, "decision", "allow") && is(&record, "close_reason", "session_failed"),
+        "{record}"
+    );
     Ok(())
 }
 
@@ -251,14 +451,14 @@ fn a_workload_cannot_use_anothers_address() -> anyhow::Result<()> {
     // web takes checkout's address in its own namespace and calls from it: the identity stays web's.
     mesh.namespace("web")?.run(|| hauberk_linux::links::add_address("eth0", ipv4(12), 24))??;
     let target = mesh.ledger(8080);
-    let stream = mesh.namespace("web")?.run(move || -> std::io::Result<std::net::TcpStream> {
+    let stream = mesh.namespace("web")?.run(move || -> std::io::Result<TcpStream> {
         let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
         socket.bind(&SocketAddr::new(ipv4(12), 0).into())?;
         socket.connect(&target.into())?;
         Ok(socket.into())
     })?;
     if let Ok(mut stream) = stream {
-        stream.set_read_timeout(Some(hauberk_tests::mesh::PATIENCE))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
         ensure!(!matches!(stream.read(&mut [0]), Ok(count) if count > 0), "it got bytes");
     }
     let record = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;

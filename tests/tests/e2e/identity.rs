@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{Read, Write},
-    net::SocketAddr,
+    net::{SocketAddr, TcpStream},
     process::Output,
     sync::Arc,
     thread,
@@ -38,6 +38,7 @@ crate::trials!(
     a_call_without_certificate_is_refused,
     loose_file_modes_are_refused,
     no_key_or_token_is_in_any_log,
+    no_core_file_can_hold_a_key,
 );
 
 const LEDGER: &str = "spiffe://example.org/ns/payments/sa/ledger";
@@ -101,9 +102,23 @@ impl Forger {
     }
 }
 
-/// Tries to open a session to the ledger with this certificate, taking whatever the ledger shows.
-/// TLS 1.3 tells a refused client only when it reads.
+/// Tries to open a session to the ledger with this certificate. TLS 1.3 tells a refused client only
+/// when it reads.
 pub(crate) fn tls_attempt(mesh: &Mesh, forged: Option<Forged>) -> anyhow::Result<()> {
+    let mut stream = tls_stream(mesh, forged)?;
+    stream.write_all(b"\x01\0\0\0")?;
+    match stream.read(&mut [0])? {
+        0 => bail!("closed"),
+        _ => Ok(()),
+    }
+}
+
+/// A TLS connection from outside to the ledger's agent with this certificate, taking whatever the
+/// ledger shows. Its handshake comes with the first byte.
+pub(crate) fn tls_stream(
+    mesh: &Mesh,
+    forged: Option<Forged>,
+) -> anyhow::Result<rustls::StreamOwned<rustls::ClientConnection, TcpStream>> {
     let builder = rustls::ClientConfig::builder_with_provider(hauberk_tls::provider().clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
@@ -117,14 +132,9 @@ pub(crate) fn tls_attempt(mesh: &Mesh, forged: Option<Forged>) -> anyhow::Result
     };
     config.alpn_protocols = vec![b"hauberk/1".to_vec()];
     let name = ServerName::try_from(LEDGER.parse::<SpiffeId>()?.server_name())?;
-    let mut connection = rustls::ClientConnection::new(Arc::new(config), name)?;
-    let mut socket = mesh.connect("outside", mesh.ledger(15_008))?;
-    let mut stream = rustls::Stream::new(&mut connection, &mut socket);
-    stream.write_all(b"\x01\0\0\0")?;
-    match stream.read(&mut [0])? {
-        0 => bail!("closed"),
-        _ => Ok(()),
-    }
+    let connection = rustls::ClientConnection::new(Arc::new(config), name)?;
+    let socket = mesh.connect("outside", mesh.ledger(15_008))?;
+    Ok(rustls::StreamOwned::new(connection, socket))
 }
 
 #[derive(Debug)]
@@ -182,7 +192,7 @@ fn ten_renewals_under_load_cost_no_connection() -> anyhow::Result<()> {
         }
     });
     let mut long = mesh.connect("checkout", mesh.ledger(8080))?;
-    let echo = |stream: &mut std::net::TcpStream, number: u32| -> anyhow::Result<()> {
+    let echo = |stream: &mut TcpStream, number: u32| -> anyhow::Result<()> {
         stream.write_all(&number.to_be_bytes())?;
         let mut back = [0; 4];
         stream.read_exact(&mut back)?;
@@ -539,5 +549,20 @@ fn no_key_or_token_is_in_any_log() -> anyhow::Result<()> {
         !stored.windows(secret.len()).any(|window| window == secret.as_bytes()),
         "the store has the token in clear"
     );
+    Ok(())
+}
+
+fn no_core_file_can_hold_a_key() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    for process in ["control-plane", "machine-a", "machine-b"] {
+        let limits = fs::read_to_string(mesh.proc_folder(process)?.join("limits"))?;
+        let limit = limits
+            .lines()
+            .find_map(|line| line.strip_prefix("Max core file size"))
+            .with_context(|| limits.clone())?;
+        // The soft limit; the hard one, so that nobody raises it again; and what they count.
+        let values: Vec<&str> = limit.split_whitespace().collect();
+        ensure!(values == ["0", "0", "bytes"], "{process}: {limit}");
+    }
     Ok(())
 }

@@ -98,7 +98,7 @@ const WEB_RULE: &str = "  - name: web
 ";
 
 /// An open connection of a workload to the ledger, and its other end.
-fn open(
+pub(crate) fn open(
     mesh: &Mesh,
     listener: &std::net::TcpListener,
     from: &str,
@@ -111,7 +111,8 @@ fn open(
     Ok((client, server))
 }
 
-fn still_carries(ends: &mut (TcpStream, TcpStream)) -> anyhow::Result<()> {
+/// Bytes go both ways on it.
+pub(crate) fn still_carries(ends: &mut (TcpStream, TcpStream)) -> anyhow::Result<()> {
     ends.0.write_all(b"b")?;
     ends.1.read_exact(&mut [0]).context("the other connection does not go on")?;
     ends.1.write_all(b"c")?;

@@ -1,6 +1,12 @@
 //! Real programs through the mesh, unmodified.
 
-use std::{fs, os::unix::process::CommandExt, process::Command, time::Duration};
+use std::{
+    fs,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use anyhow::{Context, ensure};
 use hauberk_tests::mesh::{Mesh, PATIENCE};
@@ -10,6 +16,7 @@ crate::trials!(
     postgresql_serves_psql_and_pgbench,
     redis_serves_redis_benchmark,
     users_of_a_host_are_captured,
+    cgroups_of_a_host_are_captured,
     one_process_is_a_whole_mesh,
 );
 
@@ -61,7 +68,7 @@ fn postgresql_serves_psql_and_pgbench() -> anyhow::Result<()> {
         .max()
         .context("PostgreSQL is missing; ./test installs it")?;
     let user = nix::unistd::User::from_name("postgres")?.context("there is no user postgres")?;
-    let data = std::path::PathBuf::from(format!("/tmp/hauberk-pg-{}", std::process::id()));
+    let data = PathBuf::from(format!("/tmp/hauberk-pg-{}", std::process::id()));
     let _removed = Removed(data.clone());
     fs::create_dir(&data)?;
     // PostgreSQL refuses to run as root.
@@ -113,7 +120,7 @@ fn postgresql_serves_psql_and_pgbench() -> anyhow::Result<()> {
     Ok(())
 }
 
-struct Removed(std::path::PathBuf);
+struct Removed(PathBuf);
 
 impl Drop for Removed {
     fn drop(&mut self) {
@@ -147,40 +154,137 @@ fn redis_serves_redis_benchmark() -> anyhow::Result<()> {
     Ok(())
 }
 
-const HOSTS: &str = "apiVersion: hauberk.dev/v1alpha1
+/// What tells a process of a host from the others there.
+enum Process {
+    User(u32),
+    Cgroup(Cgroup),
+}
+
+impl Process {
+    fn in_cgroup(name: &str) -> anyhow::Result<Self> {
+        Ok(Self::Cgroup(Cgroup::create(name)?))
+    }
+
+    /// As a manifest writes it.
+    fn selector(&self) -> String {
+        match self {
+            Self::User(user) => format!("{{user: '{user}'}}"),
+            Self::Cgroup(cgroup) => format!("{{cgroup: {}}}", cgroup.name),
+        }
+    }
+
+    /// A program as such a process.
+    fn command(&self, program: &str) -> Command {
+        match self {
+            Self::User(user) => {
+                let mut command = Command::new(program);
+                command.uid(*user).gid(*user);
+                command
+            }
+            Self::Cgroup(cgroup) => {
+                // The shell goes into the cgroup, and becomes the program there.
+                let mut command = Command::new("sh");
+                command
+                    .args(["-c", "echo $$ > \"$0\" && exec \"$@\""])
+                    .arg(cgroup.folder.join("cgroup.procs"))
+                    .arg(program);
+                command
+            }
+        }
+    }
+}
+
+/// A cgroup that is gone after the test.
+struct Cgroup {
+    /// Its path below the root.
+    name: String,
+    folder: PathBuf,
+}
+
+impl Cgroup {
+    fn create(name: &str) -> anyhow::Result<Self> {
+        let root = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
+            .into_iter()
+            .map(Path::new)
+            .find(|root| root.join("cgroup.procs").exists())
+            .context("there is no cgroup2 file system")?;
+        let name = format!("hauberk-e2e-{}-{name}", std::process::id());
+        let folder = root.join(&name);
+        fs::create_dir_all(&folder)
+            .with_context(|| format!("make {}; this test needs real root", folder.display()))?;
+        Ok(Self { name, folder })
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // The kernel lets go of the last process a moment after its end.
+        for _ in 0..50 {
+            if fs::remove_dir(&self.folder).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// A batch on machine-a that may call a store on machine-b.
+fn hosts(batch: &Process, store: &Process) -> String {
+    format!(
+        "apiVersion: hauberk.dev/v1alpha1
 kind: Workload
-metadata: {name: batch, namespace: jobs, labels: {app: batch}}
+metadata: {{name: batch, namespace: jobs, labels: {{app: batch}}}}
 spec:
   machine: machine-a
   serviceAccount: batch
-  process: {user: '4242'}
+  process: {}
   ports: []
 ---
 apiVersion: hauberk.dev/v1alpha1
 kind: Workload
-metadata: {name: store, namespace: jobs, labels: {app: store}}
+metadata: {{name: store, namespace: jobs, labels: {{app: store}}}}
 spec:
   machine: machine-b
   serviceAccount: store
-  process: {user: '4343'}
+  process: {}
   ports: [7070]
 ---
 apiVersion: hauberk.dev/v1alpha1
 kind: AccessPolicy
-metadata: {name: store, namespace: jobs}
+metadata: {{name: store, namespace: jobs}}
 spec:
-  owner: {team: jobs, contact: '#jobs'}
-  target: {serviceAccount: store}
+  owner: {{team: jobs, contact: '#jobs'}}
+  target: {{serviceAccount: store}}
   rules:
   - name: batch
     ports: [7070]
-    from: [{serviceAccount: {namespace: jobs, name: batch}}]
-";
+    from: [{{serviceAccount: {{namespace: jobs, name: batch}}}}]
+",
+        batch.selector(),
+        store.selector()
+    )
+}
 
 fn users_of_a_host_are_captured() -> anyhow::Result<()> {
+    let [batch, store, stranger] = [4242, 4343, 4444].map(Process::User);
+    processes_of_a_host_are_captured(&batch, &store, &stranger)
+}
+
+fn cgroups_of_a_host_are_captured() -> anyhow::Result<()> {
+    let batch = Process::in_cgroup("batch")?;
+    let store = Process::in_cgroup("store")?;
+    let stranger = Process::in_cgroup("stranger")?;
+    processes_of_a_host_are_captured(&batch, &store, &stranger)
+}
+
+fn processes_of_a_host_are_captured(
+    batch: &Process,
+    store: &Process,
+    stranger: &Process,
+) -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let before = mesh.wait_revision(0)?;
-    mesh.write_manifest("hosts.yaml", HOSTS)?;
+    mesh.write_manifest("hosts.yaml", &hosts(batch, store))?;
     mesh.wait_revision(before)?;
     mesh.wait_ready().with_context(|| mesh.logs())?;
     let page = mesh.folder().join("page");
@@ -193,28 +297,26 @@ fn users_of_a_host_are_captured() -> anyhow::Result<()> {
         .spawn(
             "machine-b",
             "store",
-            Command::new("python3")
+            store
+                .command("python3")
                 .args(["-m", "http.server", "7070", "--bind", "0.0.0.0", "--directory"])
-                .arg(&page)
-                .uid(4343)
-                .gid(4343),
+                .arg(&page),
         )
         .context("this test needs real root, to run programs as other users")?;
-    let url = "http://10.77.0.3:7070/";
-    let curl = |user: u32| {
-        let mut command = Command::new("curl");
-        command.args(["-sS", "--max-time", "8", url]).uid(user).gid(user);
+    let curl = |process: &Process| {
+        let mut command = process.command("curl");
+        command.args(["-sS", "--max-time", "8", "http://10.77.0.3:7070/"]);
         command
     };
     mesh.wait("the store", Duration::from_secs(20), |mesh| {
-        let body = mesh.run("machine-a", &mut curl(4242))?;
+        let body = mesh.run("machine-a", &mut curl(batch))?;
         ensure!(body == "from the store\n", "got {body:?}");
         Ok(())
     })?;
-    // Another user of the same machine is nobody to the mesh; so is a user of the store's machine.
-    for (machine, user) in [("machine-a", 4444), ("machine-b", 4444), ("outside", 0)] {
-        let denied = mesh.output(machine, &mut curl(user))?;
-        ensure!(!denied.status.success(), "user {user} of {machine} was served: {denied:?}");
+    // Another process of the same machine is nobody to the mesh; so is one of the store's machine.
+    for machine in ["machine-a", "machine-b", "outside"] {
+        let denied = mesh.output(machine, &mut curl(stranger))?;
+        ensure!(!denied.status.success(), "a stranger on {machine} was served: {denied:?}");
     }
     let record = mesh.record("machine-b", |record| {
         record["src"]["workload"] == "batch" && record["decision"] == "allow"

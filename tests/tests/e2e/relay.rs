@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, addresses, is};
 
 crate::trials!(
@@ -18,6 +18,7 @@ crate::trials!(
     a_gibibyte_arrives_unchanged_both_ways,
     a_thousand_connections_at_once_all_succeed,
     an_idle_connection_outlives_the_keep_alive,
+    a_reader_that_pauses_for_longer_than_any_timeout_loses_nothing,
     a_refused_application_port_looks_refused,
 );
 
@@ -159,10 +160,10 @@ impl Pattern {
 
 const GIBIBYTE: usize = 1 << 30;
 
-fn send_pattern(mut stream: &TcpStream, seed: u64) -> anyhow::Result<u64> {
+fn send_pattern(mut stream: &TcpStream, seed: u64, length: usize) -> anyhow::Result<u64> {
     let mut pattern = Pattern::new(seed);
     let mut buffer = vec![0; 256 * 1024];
-    for _ in 0..GIBIBYTE / buffer.len() {
+    for _ in 0..length / buffer.len() {
         pattern.fill(&mut buffer);
         stream.write_all(&buffer)?;
     }
@@ -191,8 +192,8 @@ fn a_gibibyte_arrives_unchanged_both_ways() -> anyhow::Result<()> {
     let client = mesh.connect("checkout", mesh.ledger(8080))?;
     let (server, _) = listener.accept()?;
     thread::scope(|scope| {
-        let up = scope.spawn(|| send_pattern(&client, 1));
-        let down = scope.spawn(|| send_pattern(&server, 2));
+        let up = scope.spawn(|| send_pattern(&client, 1, GIBIBYTE));
+        let down = scope.spawn(|| send_pattern(&server, 2, GIBIBYTE));
         let at_server = scope.spawn(|| receive_pattern(&server));
         let at_client = scope.spawn(|| receive_pattern(&client));
         let up = up.join().unwrap()?;
@@ -250,6 +251,46 @@ fn an_idle_connection_outlives_the_keep_alive() -> anyhow::Result<()> {
     server.read_exact(&mut byte)?;
     ensure!(&byte == b"b", "got {byte:?}");
     Ok(())
+}
+
+/// Longer than any timeout of the agents' sockets.
+const PAUSE: Duration = Duration::from_secs(45);
+
+/// One end sends more than agents and sockets on the way hold. The other is busy meanwhile, which
+/// no timeout may take for a peer that is gone, and reads all of it afterwards.
+fn read_after_a_pause(sender: &TcpStream, reader: &TcpStream) -> anyhow::Result<()> {
+    const LENGTH: usize = 64 << 20;
+    for end in [sender, reader] {
+        end.set_read_timeout(Some(2 * PAUSE))?;
+        end.set_write_timeout(Some(2 * PAUSE))?;
+    }
+    thread::scope(|scope| {
+        let sent = scope.spawn(|| send_pattern(sender, 3, LENGTH));
+        thread::sleep(PAUSE);
+        let received = receive_pattern(reader);
+        let sent = sent.join().unwrap().context("sending")?;
+        let received = received.context("reading after the pause")?;
+        ensure!(received == (LENGTH, sent), "{} bytes came, or others", received.0);
+        Ok(())
+    })
+}
+
+fn a_reader_that_pauses_for_longer_than_any_timeout_loses_nothing() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let connect = || -> anyhow::Result<(TcpStream, TcpStream)> {
+        let client = mesh.connect("checkout", mesh.ledger(8080))?;
+        let (server, _) = listener.accept()?;
+        Ok((client, server))
+    };
+    let (down, up) = (connect()?, connect()?);
+    thread::scope(|scope| {
+        let at_client = scope.spawn(|| read_after_a_pause(&down.1, &down.0));
+        let at_server = scope.spawn(|| read_after_a_pause(&up.0, &up.1));
+        let (at_client, at_server) = (at_client.join().unwrap(), at_server.join().unwrap());
+        at_client.context("the ledger sends, and checkout pauses")?;
+        at_server.context("checkout sends, and the ledger pauses")
+    })
 }
 
 fn a_refused_application_port_looks_refused() -> anyhow::Result<()> {

@@ -1,0 +1,176 @@
+//! Idle sessions of one local workload, to be used again: a stream on one of them costs no handshake.
+//!
+//! Every workload has a pool of its own, so that no stream can come upon a session of another
+//! identity. What comes out of it is checked again: the same own certificate and roots as when it was
+//! made, a peer whose certificate has not ended, nothing said by the peer meanwhile. The lock is held
+//! for a look-up, never across a handshake.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use hauberk_core::identity::SpiffeId;
+use hauberk_telemetry::metrics::{AgentMetrics, IdleSession};
+use hauberk_tls::{CredentialSlot, TrustSlot};
+
+use crate::session::Session;
+
+/// Idle sessions of one edge: what a burst of short connections leaves behind.
+const MAX_OF_EDGE: usize = 256;
+
+/// Idle sessions of all workloads of this node.
+const MAX_OF_NODE: usize = 4_096;
+
+/// A session that nobody used for this long is closed. Below the destination's patience
+/// ([`crate::inbound::IDLE_TIMEOUT`]), so that the side closes that knows whether it needs it.
+const MAX_IDLE: Duration = Duration::from_secs(60);
+
+/// A session is not used for new streams after this long, so that load spreads anew.
+const MAX_AGE: Duration = Duration::from_secs(600);
+
+/// To whom a session leads.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Edge {
+    pub(crate) destination: SpiffeId,
+    /// The destination's agent.
+    pub(crate) agent: SocketAddr,
+}
+
+/// The idle sessions of one workload.
+pub(crate) struct Pool {
+    own: Arc<CredentialSlot>,
+    trust: Arc<TrustSlot>,
+    metrics: AgentMetrics,
+    edges: Mutex<HashMap<Edge, OfEdge>>,
+}
+
+#[derive(Default)]
+struct OfEdge {
+    /// The longest idle first.
+    idle: Vec<Idle>,
+    /// A spare one is being made.
+    warming: bool,
+}
+
+struct Idle {
+    session: Session,
+    /// The port of its last stream.
+    port: u16,
+    since: Instant,
+    _counted: IdleSession,
+}
+
+/// What the pool has for an edge.
+pub(crate) struct Taken {
+    /// A session to use.
+    pub(crate) session: Option<Session>,
+    /// The edge is in use and has no spare session left: one should be made, and given back with
+    /// [`Pool::put`] or [`Pool::warm_failed`].
+    pub(crate) warm: bool,
+}
+
+impl Pool {
+    pub(crate) fn new(
+        own: Arc<CredentialSlot>,
+        trust: Arc<TrustSlot>,
+        metrics: AgentMetrics,
+    ) -> Self {
+        Self { own, trust, metrics, edges: Mutex::default() }
+    }
+
+    /// The session that was used last: the others may grow old.
+    pub(crate) fn take(&self, edge: &Edge) -> Taken {
+        let (own, trust, now) = (self.own.load(), self.trust.load(), hauberk_tls::now());
+        let mut old = Vec::new();
+        let mut edges = self.lock();
+        let Some(of_edge) = edges.get_mut(edge) else {
+            // Warmed from its second use on: many edges are used once.
+            edges.insert(edge.clone(), OfEdge::default());
+            return Taken { session: None, warm: false };
+        };
+        let session = loop {
+            match of_edge.idle.pop() {
+                None => break None,
+                Some(idle)
+                    if idle.session.is_current(own.as_ref(), &trust, now)
+                        && idle.session.made().elapsed() < MAX_AGE
+                        && idle.session.is_quiet() =>
+                {
+                    break Some(idle.session);
+                }
+                Some(idle) => old.push(idle.session),
+            }
+        };
+        let warm = session.is_some() && of_edge.idle.is_empty() && !of_edge.warming;
+        of_edge.warming |= warm;
+        drop(edges);
+        old.into_iter().for_each(Session::close_idle);
+        Taken { session, warm }
+    }
+
+    /// Takes a session back after a stream to this port, or a fresh one. Closes it if it is not fit
+    /// for another stream, or there are enough.
+    pub(crate) fn put(&self, edge: &Edge, session: Session, port: u16) {
+        let (own, trust, now) = (self.own.load(), self.trust.load(), hauberk_tls::now());
+        let fit = session.is_current(own.as_ref(), &trust, now)
+            && session.made().elapsed() < MAX_AGE
+            && session.is_quiet()
+            && self.metrics.idle_sessions() < MAX_OF_NODE;
+        let mut edges = self.lock();
+        let of_edge = edges.entry(edge.clone()).or_default();
+        of_edge.warming = false;
+        if fit && of_edge.idle.len() < MAX_OF_EDGE {
+            let counted = self.metrics.session_idle();
+            of_edge.idle.push(Idle { session, port, since: Instant::now(), _counted: counted });
+            return;
+        }
+        drop(edges);
+        session.close_idle();
+    }
+
+    /// The spare session could not be made.
+    pub(crate) fn warm_failed(&self, edge: &Edge) {
+        if let Some(of_edge) = self.lock().get_mut(edge) {
+            of_edge.warming = false;
+        }
+    }
+
+    /// Closes what is too old, no longer current, or leads where `allows` says no.
+    pub(crate) fn sweep(&self, allows: impl Fn(&Edge, u16) -> bool) {
+        let (own, trust, now) = (self.own.load(), self.trust.load(), hauberk_tls::now());
+        let mut old = Vec::new();
+        self.lock().retain(|edge, of_edge| {
+            for idle in std::mem::take(&mut of_edge.idle) {
+                let stays = idle.since.elapsed() < MAX_IDLE
+                    && idle.session.made().elapsed() < MAX_AGE
+                    && idle.session.is_current(own.as_ref(), &trust, now)
+                    && idle.session.is_quiet()
+                    && allows(edge, idle.port);
+                if stays {
+                    of_edge.idle.push(idle);
+                } else {
+                    old.push(idle.session);
+                }
+            }
+            !of_edge.idle.is_empty() || of_edge.warming
+        });
+        old.into_iter().for_each(Session::close_idle);
+    }
+
+    /// Plain data: a panic elsewhere leaves nothing half-changed in it.
+    fn lock(&self) -> MutexGuard<'_, HashMap<Edge, OfEdge>> {
+        self.edges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let edges = std::mem::take(&mut *self.lock());
+        for idle in edges.into_values().flat_map(|of_edge| of_edge.idle) {
+            idle.session.close_idle();
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! Making a session, on either side.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use hauberk_core::{
+    policy::Reason,
+    session::{ALPN, Machine, Role},
+};
+use hauberk_telemetry::record::TlsInfo;
+use hauberk_tls::{
+    Credential, HandshakeFailure, PeerError, TrustBundle,
+    channel::{Established, FinishError, Handshake, HelloName, Progress, hello_name},
+};
+use rustls::{ClientConfig, ServerConfig};
+use rustls_pki_types::ServerName;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+use super::{Facts, Session, SessionError};
+
+/// How long a handshake may take. A peer that is silent for longer is given up.
+pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A ClientHello with post-quantum key shares is 1.5 kB, a server's flight with two certificates
+/// 3 kB.
+const BUFFER: usize = 4 * 1024;
+
+/// The side that connects. The last flight of the handshake is not sent yet: it goes out with the
+/// first frame.
+pub(crate) async fn connect(
+    mut socket: TcpStream,
+    config: Arc<ClientConfig>,
+    name: ServerName<'static>,
+    own: Option<Arc<Credential>>,
+    trust: Arc<TrustBundle>,
+) -> Result<Session, SessionError> {
+    let mut handshake = Handshake::client(config, name)?;
+    let mut out = Vec::with_capacity(BUFFER);
+    let mut input = Vec::with_capacity(BUFFER);
+    drive(&mut handshake, &mut socket, &mut input, &mut out).await?;
+    let established = handshake.finish(&trust, hauberk_tls::now()).map_err(refused)?;
+    Session::new(socket, established, Role::Source, None, own, trust, out)
+}
+
+/// The side that is connected to. `ready` is given the name that the caller asks for, and may wait
+/// for its certificate.
+pub(crate) async fn accept<F: Future<Output = ()>>(
+    mut socket: TcpStream,
+    config: Arc<ServerConfig>,
+    trust: Arc<TrustBundle>,
+    ready: impl FnOnce(Option<String>) -> F,
+) -> Result<Session, SessionError> {
+    let mut out = Vec::new();
+    let mut input = Vec::with_capacity(BUFFER);
+    let name = loop {
+        match hello_name(&input, &mut out) {
+            Ok(HelloName::Read(name)) => break name,
+            Ok(HelloName::Incomplete) => {}
+            Err(error) => return Err(fail(&mut socket, &out, error).await),
+        }
+        read(&mut socket, &mut input).await?;
+    };
+    ready(name.clone()).await;
+    let mut handshake = Handshake::server(config)?;
+    drive(&mut handshake, &mut socket, &mut input, &mut out).await?;
+    let established = handshake.finish(&trust, hauberk_tls::now()).map_err(refused)?;
+    Session::new(socket, established, Role::Destination, name, None, trust, out)
+}
+
+async fn drive(
+    handshake: &mut Handshake,
+    socket: &mut TcpStream,
+    input: &mut Vec<u8>,
+    out: &mut Vec<u8>,
+) -> Result<(), SessionError> {
+    loop {
+        match handshake.advance(input, out) {
+            Ok(Progress::Done) => return Ok(()),
+            Ok(Progress::NeedsBytes) => {}
+            Err(error) => return Err(fail(socket, out, error).await),
+        }
+        socket.write_all(out).await?;
+        out.clear();
+        input.clear();
+        read(socket, input).await?;
+    }
+}
+
+async fn read(socket: &mut TcpStream, input: &mut Vec<u8>) -> Result<(), SessionError> {
+    input.reserve(BUFFER);
+    if socket.read_buf(input).await? == 0 {
+        return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
+    }
+    Ok(())
+}
+
+/// Sends the alert, as far as the peer listens.
+async fn fail(socket: &mut TcpStream, alert: &[u8], error: rustls::Error) -> SessionError {
+    // It may be gone.
+    drop(socket.write_all(alert).await);
+    drop(socket.shutdown().await);
+    error.into()
+}
+
+fn refused(error: FinishError) -> SessionError {
+    let reason = match &error {
+        FinishError::Peer(PeerError::NoCertificate) => Reason::NoClientCert,
+        FinishError::Peer(PeerError::Verify(error)) => error.reason(),
+        FinishError::Tls(_) => Reason::NotReady,
+    };
+    SessionError::Refused(HandshakeFailure { reason, by_peer: false, detail: error.to_string() })
+}
+
+impl Session {
+    fn new(
+        socket: TcpStream,
+        established: Established,
+        role: Role,
+        server_name: Option<String>,
+        own: Option<Arc<Credential>>,
+        trust: Arc<TrustBundle>,
+        unsent: Vec<u8>,
+    ) -> Result<Self, SessionError> {
+        if established.alpn.as_deref() != Some(ALPN) {
+            return Err(SessionError::Refused(HandshakeFailure {
+                reason: Reason::Plaintext,
+                by_peer: false,
+                detail: "the peer does not speak hauberk/1".to_owned(),
+            }));
+        }
+        let facts = established.peer.facts();
+        let tls = TlsInfo {
+            version: established.version.map(str::to_owned),
+            group: established.group.map(str::to_owned),
+            local_serial: own.as_ref().map(|own| own.facts().serial().to_string()),
+            peer_serial: Some(facts.serial().to_string()),
+            peer_not_after: Some(facts.not_after().to_string()),
+        };
+        Ok(Self {
+            socket,
+            channel: established.channel,
+            machine: Machine::new(role),
+            partial: established.ciphertext,
+            plain: established.plaintext,
+            plain_used: 0,
+            unsent,
+            unsent_used: 0,
+            control: Vec::new(),
+            proof: None,
+            facts: Box::new(Facts {
+                peer: established.peer,
+                binding: established.binding,
+                is_source: role == Role::Source,
+                tls: Arc::new(tls),
+                server_name,
+                own,
+                trust,
+                made: Instant::now(),
+                proofs_sent: 0,
+                proofs_taken: 0,
+            }),
+            closed: false,
+        })
+    }
+}

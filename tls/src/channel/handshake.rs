@@ -1,0 +1,308 @@
+//! The handshake, by rustls, without a socket: bytes in, bytes out, and at the end a [`Channel`] with a
+//! proven peer.
+
+use std::sync::Arc;
+
+use aws_lc_rs::hkdf;
+use hauberk_core::{svid::VerifiedSvid, time::Timestamp};
+use rustls::{
+    ClientConfig, CommonState, ConnectionTrafficSecrets, Error, ServerConfig,
+    client::UnbufferedClientConnection,
+    server::{Acceptor, UnbufferedServerConnection},
+    unbuffered::{ConnectionState, EncodeError, UnbufferedStatus},
+};
+use rustls_pki_types::ServerName;
+
+use super::{Channel, Secrets};
+use crate::{PeerError, TrustBundle, peer_of};
+
+/// More bytes than any handshake of ours has, in either direction: two certificate chains and the
+/// post-quantum key shares come to about 8 kB.
+const MAX_HANDSHAKE: usize = 64 * 1024;
+
+/// A handshake under way.
+pub struct Handshake {
+    connection: Connection,
+    /// What the peer sent and rustls has not used.
+    incoming: Vec<u8>,
+    taken: usize,
+    early: Vec<u8>,
+}
+
+enum Connection {
+    Client(UnbufferedClientConnection),
+    Server(UnbufferedServerConnection),
+}
+
+/// How far a handshake is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// The peer must speak next.
+    NeedsBytes,
+    /// It is done.
+    Done,
+}
+
+/// A finished handshake.
+#[derive(Debug)]
+pub struct Established {
+    /// The connection.
+    pub channel: Channel,
+    /// Who the peer is.
+    pub peer: VerifiedSvid,
+    /// A value that only the two ends of this very connection know.
+    pub binding: [u8; 32],
+    /// Application bytes that came along with the handshake.
+    pub plaintext: Vec<u8>,
+    /// The beginning of a record that did.
+    pub ciphertext: Vec<u8>,
+    /// The application protocol that both speak.
+    pub alpn: Option<Vec<u8>>,
+    /// The TLS version, such as `TLSv1_3`.
+    pub version: Option<&'static str>,
+    /// The group of the key exchange, such as `X25519MLKEM768`.
+    pub group: Option<&'static str>,
+}
+
+/// Why a finished handshake gives no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum FinishError {
+    /// Who the peer is cannot be proven.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// rustls does not hand the connection over.
+    #[error("take over the connection after its handshake")]
+    Tls(#[from] Error),
+}
+
+impl Handshake {
+    /// The side that connects.
+    ///
+    /// # Errors
+    /// If rustls does not take the configuration.
+    pub fn client(config: Arc<ClientConfig>, name: ServerName<'static>) -> Result<Self, Error> {
+        Ok(Self::new(Connection::Client(UnbufferedClientConnection::new(config, name)?)))
+    }
+
+    /// The side that is connected to.
+    ///
+    /// # Errors
+    /// If rustls does not take the configuration.
+    pub fn server(config: Arc<ServerConfig>) -> Result<Self, Error> {
+        Ok(Self::new(Connection::Server(UnbufferedServerConnection::new(config)?)))
+    }
+
+    fn new(connection: Connection) -> Self {
+        Self { connection, incoming: Vec::new(), taken: 0, early: Vec::new() }
+    }
+
+    /// Takes bytes of the peer and writes the answer behind what is in `out`: to be sent also after
+    /// an error, for it is the alert then.
+    ///
+    /// # Errors
+    /// If the handshake fails.
+    pub fn advance(&mut self, bytes: &[u8], out: &mut Vec<u8>) -> Result<Progress, Error> {
+        self.taken = self.taken.saturating_add(bytes.len());
+        if self.taken > MAX_HANDSHAKE {
+            return Err(Error::General(format!("a handshake of more than {MAX_HANDSHAKE} bytes")));
+        }
+        self.incoming.extend_from_slice(bytes);
+        loop {
+            let (used, step) = self.step(out);
+            match step {
+                Ok(Step::Again) => {}
+                Ok(Step::Blocked) => {
+                    self.discard(used);
+                    return Ok(Progress::NeedsBytes);
+                }
+                Ok(Step::Done) => {
+                    self.discard(used);
+                    return Ok(Progress::Done);
+                }
+                Err(error) => {
+                    // What rustls wants to say about it comes out of the next calls. They get the
+                    // same bytes: its places in them stay where they are.
+                    while let (_, Ok(Step::Again)) = self.step(out) {}
+                    return Err(error);
+                }
+            }
+            self.discard(used);
+        }
+    }
+
+    fn step(&mut self, out: &mut Vec<u8>) -> (usize, Result<Step, Error>) {
+        let Self { connection, incoming, early, .. } = self;
+        match connection {
+            Connection::Client(connection) => {
+                step(connection.process_tls_records(incoming), out, early)
+            }
+            Connection::Server(connection) => {
+                step(connection.process_tls_records(incoming), out, early)
+            }
+        }
+    }
+
+    fn discard(&mut self, used: usize) {
+        self.incoming.drain(..used.min(self.incoming.len()));
+    }
+
+    /// Proves the peer and takes the connection over. Only after [`Progress::Done`].
+    ///
+    /// # Errors
+    /// If the peer's certificate is not acceptable, or the handshake is not done.
+    pub fn finish(self, bundle: &TrustBundle, now: Timestamp) -> Result<Established, FinishError> {
+        let (state, peer_is_server): (&CommonState, _) = match &self.connection {
+            Connection::Client(connection) => (connection, true),
+            Connection::Server(connection) => (connection, false),
+        };
+        let peer = peer_of(state, bundle, peer_is_server, now)?;
+        let alpn = state.alpn_protocol().map(<[u8]>::to_vec);
+        let version = state.protocol_version().and_then(|version| version.as_str());
+        let group = state.negotiated_key_exchange_group().and_then(|group| group.name().as_str());
+        let suite = state.negotiated_cipher_suite().ok_or(Error::HandshakeNotComplete)?;
+        let key_limit = match suite {
+            rustls::SupportedCipherSuite::Tls13(suite) => suite.common.confidentiality_limit,
+        };
+        let (extracted, secrets) = match self.connection {
+            Connection::Client(connection) => {
+                let (extracted, kernel) = connection.dangerous_into_kernel_connection()?;
+                (extracted, Secrets::Client(kernel))
+            }
+            Connection::Server(connection) => {
+                let (extracted, kernel) = connection.dangerous_into_kernel_connection()?;
+                (extracted, Secrets::Server(kernel))
+            }
+        };
+        let binding = match secrets {
+            Secrets::Client(_) => binding(&extracted.tx.1, &extracted.rx.1),
+            Secrets::Server(_) => binding(&extracted.rx.1, &extracted.tx.1),
+        }?;
+        let channel = Channel::new(extracted.tx, extracted.rx, secrets, key_limit)?;
+        Ok(Established {
+            channel,
+            peer,
+            binding,
+            plaintext: self.early,
+            ciphertext: self.incoming,
+            alpn,
+            version,
+            group,
+        })
+    }
+}
+
+enum Step {
+    Again,
+    Blocked,
+    Done,
+}
+
+fn step<Data>(
+    status: UnbufferedStatus<'_, '_, Data>,
+    out: &mut Vec<u8>,
+    early: &mut Vec<u8>,
+) -> (usize, Result<Step, Error>) {
+    let mut discard = status.discard;
+    let step = match status.state {
+        Err(error) => Err(error),
+        Ok(ConnectionState::EncodeTlsData(mut encode)) => {
+            let start = out.len();
+            let encoded = match encode.encode(&mut []) {
+                Ok(length) => Ok(length),
+                Err(EncodeError::InsufficientSize(size)) => {
+                    out.resize(start + size.required_size, 0);
+                    encode.encode(out.get_mut(start..).unwrap_or_default())
+                }
+                Err(error) => Err(error),
+            };
+            encoded.map(|_| Step::Again).map_err(|error| Error::General(error.to_string()))
+        }
+        Ok(ConnectionState::TransmitTlsData(transmit)) => {
+            // The caller sends `out` before it waits for an answer.
+            transmit.done();
+            Ok(Step::Again)
+        }
+        Ok(ConnectionState::ReadTraffic(mut traffic)) => {
+            let mut read = Ok(Step::Again);
+            while let Some(record) = traffic.next_record() {
+                match record {
+                    Ok(record) => {
+                        discard += record.discard;
+                        early.extend_from_slice(record.payload);
+                    }
+                    Err(error) => read = Err(error),
+                }
+            }
+            read
+        }
+        Ok(ConnectionState::BlockedHandshake) => Ok(Step::Blocked),
+        Ok(ConnectionState::WriteTraffic(_)) => Ok(Step::Done),
+        // 0-RTT is never offered nor taken; a peer that closes now has said nothing.
+        Ok(_) => Err(Error::General("the peer closed in its handshake".to_owned())),
+    };
+    (discard, step)
+}
+
+/// One way from the first traffic keys, which depend on the whole transcript of the handshake: two
+/// connections with the same value would have to have the same keys.
+fn binding(
+    of_client: &ConnectionTrafficSecrets,
+    of_server: &ConnectionTrafficSecrets,
+) -> Result<[u8; 32], Error> {
+    let mut keys = zeroize::Zeroizing::new(Vec::with_capacity(96));
+    for secrets in [of_client, of_server] {
+        let (key, iv) = match secrets {
+            ConnectionTrafficSecrets::Aes128Gcm { key, iv }
+            | ConnectionTrafficSecrets::Aes256Gcm { key, iv }
+            | ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (key, iv),
+            _ => return Err(Error::General("a cipher that is not known here".to_owned())),
+        };
+        keys.extend_from_slice(key.as_ref());
+        keys.extend_from_slice(iv.as_ref());
+    }
+    let mut value = [0; 32];
+    hkdf::Salt::new(hkdf::HKDF_SHA256, b"hauberk/1")
+        .extract(&keys)
+        .expand(&[b"channel binding"], hkdf::HKDF_SHA256)
+        .and_then(|okm| okm.fill(&mut value))
+        .map_err(|_| Error::General("derive the channel binding".to_owned()))?;
+    Ok(value)
+}
+
+/// What the beginning of a connection says about the name it is for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum HelloName {
+    /// The ClientHello is not whole.
+    Incomplete,
+    /// It is; with the server name, if it has one.
+    Read(Option<String>),
+}
+
+/// Reads the server name out of a ClientHello, so that a certificate can be waited for before the
+/// handshake begins. After an error `out` holds the alert to send.
+///
+/// # Errors
+/// If the bytes are not the beginning of a TLS handshake.
+pub fn hello_name(bytes: &[u8], out: &mut Vec<u8>) -> Result<HelloName, Error> {
+    if bytes.len() > MAX_HANDSHAKE {
+        return Err(Error::General(format!("a handshake of more than {MAX_HANDSHAKE} bytes")));
+    }
+    let mut acceptor = Acceptor::default();
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        acceptor.read_tls(&mut rest).map_err(|error| Error::General(error.to_string()))?;
+        match acceptor.accept() {
+            Ok(None) => {}
+            Ok(Some(accepted)) => {
+                let name = accepted.client_hello().server_name().map(str::to_owned);
+                return Ok(HelloName::Read(name));
+            }
+            Err((error, mut alert)) => {
+                // Into memory: cannot fail.
+                drop(alert.write_all(out));
+                return Err(error);
+            }
+        }
+    }
+    Ok(HelloName::Incomplete)
+}
