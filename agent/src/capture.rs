@@ -63,12 +63,19 @@ impl Captured {
         }
     }
 
+    /// Who lives in each of the places.
+    fn locals(&self) -> impl Iterator<Item = &Locals> {
+        let namespaces = self.namespaces.values().map(NamespaceCapture::locals);
+        namespaces.chain(self.host.as_ref().map(HostCapture::locals))
+    }
+
     /// Workloads that are gone from the registry leave; those whose time is over have left.
     fn retain(&mut self, keys: &BTreeSet<String>) {
         let gone: Vec<String> =
             self.namespaces.keys().filter(|key| !keys.contains(*key)).cloned().collect();
         for key in gone {
             if let Some(capture) = self.namespaces.remove(&key) {
+                capture.locals().retire_pools();
                 self.leaving.insert(key, (capture, Instant::now()));
             }
         }
@@ -103,7 +110,10 @@ impl Captures {
                 known = true;
             }
             tokio::select! {
-                () = self.context.stopping.cancelled() => return current,
+                () = self.context.stopping.cancelled() => {
+                    current.locals().for_each(Locals::retire_pools);
+                    return current;
+                }
                 changed = self.snapshots.changed() => if changed.is_err() { return current },
                 () = tokio::time::sleep(RECONCILE) => {}
             }
@@ -129,12 +139,7 @@ impl Captures {
             }
         }
         self.host(&on_host, current);
-        for capture in current.namespaces.values() {
-            capture.locals().sweep_pools(snapshot);
-        }
-        if let Some(host) = &current.host {
-            host.locals().sweep_pools(snapshot);
-        }
+        current.locals().for_each(|locals| locals.sweep_pools(snapshot));
         if !known {
             tracing::info!(workloads = keys.len(), "took up the workloads of this node");
         }

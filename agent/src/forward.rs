@@ -76,6 +76,14 @@ impl Forward<'_> {
         let mut proof_until = None;
         let mut installed = local.identity.installed.clone();
         installed.mark_unchanged();
+        // Renewed since the session was made, and nobody has told the peer.
+        if let Some(own) = local.identity.slot.load()
+            && !relay.session.was_made_with(&own)
+            && let Err(error) = relay.session.show_proof(&own)
+        {
+            cut_off(relay, &Cut::Proof(error), report).await;
+            return Outcome::Over(None);
+        }
         let cut = loop {
             let pause = next_look(&relay, &permit, unanswered);
             tokio::select! {

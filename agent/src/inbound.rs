@@ -36,6 +36,10 @@ use crate::{
 /// one, so that this side's end only meets those that forgot theirs.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 
+/// Idle sessions of all callers together, so that they leave files for everything else. Above it a session
+/// carries the stream it was made for and is closed.
+const MAX_IDLE: usize = 8_192;
+
 /// How often an idle session is held against what is current.
 const IDLE_LOOK: Duration = Duration::from_secs(5);
 
@@ -73,7 +77,10 @@ pub(crate) async fn serve_mesh(
             Next::Leave => {
                 // The caller's agent may be gone.
                 if session.go_away().is_ok() {
-                    session.close().await;
+                    tokio::select! {
+                        () = session.close() => {}
+                        () = stopped(context) => {}
+                    }
                 }
                 return;
             }
@@ -96,6 +103,12 @@ pub(crate) async fn serve_mesh(
     }
 }
 
+/// The agent stops: a moment for the goodbye to leave.
+async fn stopped(context: &Context) {
+    context.stopping.cancelled().await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+}
+
 enum Next {
     Stream(Open),
     /// No further stream is wanted here.
@@ -113,6 +126,10 @@ async fn next_stream(
     session: &mut Session,
     last: Option<&Asked>,
 ) -> Next {
+    let _counted = context.metrics.session_idle(Direction::Inbound);
+    if context.metrics.idle_sessions(Direction::Inbound) > MAX_IDLE {
+        return Next::Leave;
+    }
     let mut snapshots = context.subscribe();
     let own = session.server_name().and_then(|name| locals.names.find(name));
     let idle = tokio::time::sleep(IDLE_TIMEOUT);
@@ -153,7 +170,7 @@ async fn next_stream(
             Ok(_) => {}
             Err(SessionError::Closed) => return Next::Ended,
             // An idle session that is reset takes nothing away from anybody.
-            Err(SessionError::Io(_)) if session.machine.streams() > 0 => return Next::Ended,
+            Err(SessionError::Io(_)) => return Next::Ended,
             Err(error) => return Next::Broken(error),
         }
     }
@@ -244,13 +261,11 @@ async fn handshake(
     let started = Instant::now();
     let accepting = session::accept(stream, tls, context.trust.load(), |name| async move {
         locals.wait_for_certificate(name.as_deref()).await;
+        locals.names.find(&name?)?.load()
     });
-    let mut session = tokio::time::timeout(HANDSHAKE_TIMEOUT, accepting)
+    let session = tokio::time::timeout(HANDSHAKE_TIMEOUT, accepting)
         .await
         .unwrap_or(Err(SessionError::TimedOut));
-    if let Ok(session) = &mut session {
-        session.made_with(session.server_name().and_then(|name| locals.names.find(name)?.load()));
-    }
     context.metrics.observe_handshake(
         Side::Destination,
         Handshake::from(&session),

@@ -117,14 +117,23 @@ async fn carry(
         agent: SocketAddr::new(wanted.ip(), MESH_PORT),
     };
     let (mut application, mut permit) = (Application::new(application), permit);
-    for _ in 0..ATTEMPTS {
-        let mut session = match obtain(context, local, &edge).await {
+    for attempt in 1..=ATTEMPTS {
+        // The last one does not depend on what the pool believes.
+        let idle =
+            if attempt < ATTEMPTS { idle(context, local, &edge, wanted.port()) } else { None };
+        let reused = idle.is_some();
+        let obtained = match idle {
+            Some(session) => Ok(session),
+            None => Box::pin(connect(context, local, &edge)).await,
+        };
+        let mut session = match obtained {
             Ok(session) => session,
             Err(error) => {
                 failed(&error, &permit, report);
                 return Some(application.stream);
             }
         };
+        context.metrics.stream_opened(if reused { SessionKind::Reused } else { SessionKind::New });
         report.tls(session.tls());
         if *session.peer().id() != edge.destination {
             let detail = format!("{} answered for {}", session.peer().id(), edge.destination);
@@ -143,7 +152,13 @@ async fn carry(
                 local.pool.put(&edge, session, wanted.port());
                 return None;
             }
-            Outcome::Over(None) => return None,
+            Outcome::Over(None) => {
+                if reused && !report.is_open() {
+                    // The destination's machine may have gone without a word, and all sessions with it.
+                    local.pool.forget(&edge);
+                }
+                return None;
+            }
             Outcome::NotTaken(again, still) => (application, permit) = (again, still),
         }
     }
@@ -153,32 +168,26 @@ async fn carry(
     Some(application.stream)
 }
 
-/// A session that is idle, or a new one.
-async fn obtain(
-    context: &Arc<Context>,
-    local: &Arc<Local>,
-    edge: &Edge,
-) -> Result<Session, SessionError> {
+/// A session that is idle, if there is one. If it was the last, another one is made for the next
+/// connection to this port.
+fn idle(context: &Arc<Context>, local: &Arc<Local>, edge: &Edge, port: u16) -> Option<Session> {
     let taken = local.pool.take(edge);
-    if taken.warm {
+    if taken.warm && !context.stopping.is_cancelled() {
         let (context, local, edge) = (context.clone(), local.clone(), edge.clone());
         tokio::spawn(async move {
-            match connect(&context, &local, &edge).await {
-                Ok(session) => local.pool.put(&edge, session, 0),
-                Err(error) => {
-                    tracing::debug!(%error, agent = %edge.agent, "no spare session could be made");
-                    local.pool.warm_failed(&edge);
-                }
-            }
+            let made = async {
+                let mut session = connect(&context, &local, &edge).await?;
+                // The end of the handshake, which otherwise goes out with the first stream.
+                session.flush().await?;
+                Ok::<_, SessionError>(session)
+            };
+            let made = made.await.inspect_err(|error| {
+                tracing::debug!(%error, agent = %edge.agent, "no spare session could be made");
+            });
+            local.pool.put_spare(&edge, made.ok(), port);
         });
     }
-    if let Some(session) = taken.session {
-        context.metrics.stream_opened(SessionKind::Reused);
-        return Ok(session);
-    }
-    let session = Box::pin(connect(context, local, edge)).await?;
-    context.metrics.stream_opened(SessionKind::New);
-    Ok(session)
+    taken.session
 }
 
 async fn connect(context: &Context, local: &Local, edge: &Edge) -> Result<Session, SessionError> {

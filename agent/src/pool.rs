@@ -13,7 +13,7 @@ use std::{
 };
 
 use hauberk_core::identity::SpiffeId;
-use hauberk_telemetry::metrics::{AgentMetrics, IdleSession};
+use hauberk_telemetry::metrics::{AgentMetrics, Direction, IdleSession};
 use hauberk_tls::{CredentialSlot, TrustSlot};
 
 use crate::session::Session;
@@ -27,6 +27,9 @@ const MAX_OF_NODE: usize = 4_096;
 /// A session that nobody used for this long is closed. Below the destination's patience
 /// ([`crate::inbound::IDLE_TIMEOUT`]), so that the side closes that knows whether it needs it.
 const MAX_IDLE: Duration = Duration::from_secs(60);
+
+/// How long after a failure no spare session is made.
+const WARM_PAUSE: Duration = Duration::from_secs(10);
 
 /// A session is not used for new streams after this long, so that load spreads anew.
 const MAX_AGE: Duration = Duration::from_secs(600);
@@ -44,7 +47,14 @@ pub(crate) struct Pool {
     own: Arc<CredentialSlot>,
     trust: Arc<TrustSlot>,
     metrics: AgentMetrics,
-    edges: Mutex<HashMap<Edge, OfEdge>>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    edges: HashMap<Edge, OfEdge>,
+    /// The workload has changed or is gone: nothing is kept any more.
+    retired: bool,
 }
 
 #[derive(Default)]
@@ -53,6 +63,8 @@ struct OfEdge {
     idle: Vec<Idle>,
     /// A spare one is being made.
     warming: bool,
+    /// The last spare one could not be made: not again before this.
+    warm_after: Option<Instant>,
 }
 
 struct Idle {
@@ -67,8 +79,8 @@ struct Idle {
 pub(crate) struct Taken {
     /// A session to use.
     pub(crate) session: Option<Session>,
-    /// The edge is in use and has no spare session left: one should be made, and given back with
-    /// [`Pool::put`] or [`Pool::warm_failed`].
+    /// The edge is in use and has no spare session left: one should be made, and the outcome told with
+    /// [`Pool::put_spare`].
     pub(crate) warm: bool,
 }
 
@@ -78,17 +90,17 @@ impl Pool {
         trust: Arc<TrustSlot>,
         metrics: AgentMetrics,
     ) -> Self {
-        Self { own, trust, metrics, edges: Mutex::default() }
+        Self { own, trust, metrics, state: Mutex::default() }
     }
 
     /// The session that was used last: the others may grow old.
     pub(crate) fn take(&self, edge: &Edge) -> Taken {
         let (own, trust, now) = (self.own.load(), self.trust.load(), hauberk_tls::now());
         let mut old = Vec::new();
-        let mut edges = self.lock();
-        let Some(of_edge) = edges.get_mut(edge) else {
+        let mut state = self.lock();
+        let Some(of_edge) = state.edges.get_mut(edge) else {
             // Warmed from its second use on: many edges are used once.
-            edges.insert(edge.clone(), OfEdge::default());
+            state.edges.insert(edge.clone(), OfEdge::default());
             return Taken { session: None, warm: false };
         };
         let session = loop {
@@ -104,37 +116,65 @@ impl Pool {
                 Some(idle) => old.push(idle.session),
             }
         };
-        let warm = session.is_some() && of_edge.idle.is_empty() && !of_edge.warming;
+        let warm = session.is_some()
+            && of_edge.idle.is_empty()
+            && !of_edge.warming
+            && of_edge.warm_after.is_none_or(|after| Instant::now() >= after);
         of_edge.warming |= warm;
-        drop(edges);
+        drop(state);
         old.into_iter().for_each(Session::close_idle);
         Taken { session, warm }
     }
 
-    /// Takes a session back after a stream to this port, or a fresh one. Closes it if it is not fit
-    /// for another stream, or there are enough.
+    /// Takes a session back after a stream to this port. Closes it if it is not fit for another
+    /// stream, or there are enough.
     pub(crate) fn put(&self, edge: &Edge, session: Session, port: u16) {
         let (own, trust, now) = (self.own.load(), self.trust.load(), hauberk_tls::now());
         let fit = session.is_current(own.as_ref(), &trust, now)
             && session.made().elapsed() < MAX_AGE
             && session.is_quiet()
-            && self.metrics.idle_sessions() < MAX_OF_NODE;
-        let mut edges = self.lock();
-        let of_edge = edges.entry(edge.clone()).or_default();
-        of_edge.warming = false;
-        if fit && of_edge.idle.len() < MAX_OF_EDGE {
-            let counted = self.metrics.session_idle();
-            of_edge.idle.push(Idle { session, port, since: Instant::now(), _counted: counted });
-            return;
+            && self.metrics.idle_sessions(Direction::Outbound) < MAX_OF_NODE;
+        let mut state = self.lock();
+        if fit && !state.retired {
+            let of_edge = state.edges.entry(edge.clone()).or_default();
+            if of_edge.idle.len() < MAX_OF_EDGE {
+                let counted = self.metrics.session_idle(Direction::Outbound);
+                of_edge.idle.push(Idle { session, port, since: Instant::now(), _counted: counted });
+                return;
+            }
         }
-        drop(edges);
+        drop(state);
         session.close_idle();
     }
 
-    /// The spare session could not be made.
-    pub(crate) fn warm_failed(&self, edge: &Edge) {
-        if let Some(of_edge) = self.lock().get_mut(edge) {
+    /// Takes a spare session, or that none could be made.
+    pub(crate) fn put_spare(&self, edge: &Edge, session: Option<Session>, port: u16) {
+        if let Some(of_edge) = self.lock().edges.get_mut(edge) {
             of_edge.warming = false;
+            of_edge.warm_after = session.is_none().then(|| Instant::now() + WARM_PAUSE);
+        }
+        if let Some(session) = session {
+            self.put(edge, session, port);
+        }
+    }
+
+    /// Closes all sessions of an edge.
+    pub(crate) fn forget(&self, edge: &Edge) {
+        let of_edge = self.lock().edges.remove(edge);
+        for idle in of_edge.into_iter().flat_map(|of_edge| of_edge.idle) {
+            idle.session.close_idle();
+        }
+    }
+
+    /// Closes all sessions, and from now on each that comes back.
+    pub(crate) fn retire(&self) {
+        let edges = {
+            let mut state = self.lock();
+            state.retired = true;
+            std::mem::take(&mut state.edges)
+        };
+        for idle in edges.into_values().flat_map(|of_edge| of_edge.idle) {
+            idle.session.close_idle();
         }
     }
 
@@ -142,7 +182,7 @@ impl Pool {
     pub(crate) fn sweep(&self, allows: impl Fn(&Edge, u16) -> bool) {
         let (own, trust, now) = (self.own.load(), self.trust.load(), hauberk_tls::now());
         let mut old = Vec::new();
-        self.lock().retain(|edge, of_edge| {
+        self.lock().edges.retain(|edge, of_edge| {
             for idle in std::mem::take(&mut of_edge.idle) {
                 let stays = idle.since.elapsed() < MAX_IDLE
                     && idle.session.made().elapsed() < MAX_AGE
@@ -155,22 +195,20 @@ impl Pool {
                     old.push(idle.session);
                 }
             }
-            !of_edge.idle.is_empty() || of_edge.warming
+            let pausing = of_edge.warm_after.is_some_and(|after| Instant::now() < after);
+            !of_edge.idle.is_empty() || of_edge.warming || pausing
         });
         old.into_iter().for_each(Session::close_idle);
     }
 
     /// Plain data: a panic elsewhere leaves nothing half-changed in it.
-    fn lock(&self) -> MutexGuard<'_, HashMap<Edge, OfEdge>> {
-        self.edges.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        let edges = std::mem::take(&mut *self.lock());
-        for idle in edges.into_values().flat_map(|of_edge| of_edge.idle) {
-            idle.session.close_idle();
-        }
+        self.retire();
     }
 }

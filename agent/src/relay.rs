@@ -137,7 +137,8 @@ impl Relay {
         })
     }
 
-    pub(crate) fn into_parts(self) -> (Application, Session) {
+    pub(crate) fn into_parts(mut self) -> (Application, Session) {
+        self.session.skip_plain(self.undelivered);
         (self.application, self.session)
     }
 
@@ -161,11 +162,13 @@ impl Relay {
         Poll::Pending
     }
 
+    /// Both directions are over, and all that came is delivered.
+    fn is_over(&self) -> bool {
+        self.session.machine.is_idle() && self.undelivered == 0 && self.then.is_none()
+    }
+
     fn is_complete(&self) -> bool {
-        self.session.machine.is_idle()
-            && self.undelivered == 0
-            && self.then.is_none()
-            && !self.session.has_unsent()
+        self.is_over() && !self.session.has_unsent()
     }
 
     /// Application → session. Ready only at an end that is not the good one.
@@ -186,26 +189,18 @@ impl Relay {
 
     /// One read, one write. Pending if there is nothing to send.
     fn poll_burst(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<Result<(), End>> {
-        self.session.prepare_burst().map_err(end_of)?;
+        let waiting = self.session.prepare_burst().map_err(end_of)?;
         if self.session.is_blocked() {
             return Poll::Ready(Ok(()));
         }
-        let frames = self.session.take_control().map_err(end_of)?;
-        if self.session.is_blocked() {
-            return Poll::Ready(Ok(()));
-        }
-        let start = frames.len() + HEADER_LENGTH;
+        let start = waiting + HEADER_LENGTH;
         let read = match self.poll_read(cx, scratch, start) {
             Poll::Ready(Ok(read)) => read,
             Poll::Ready(Err(error)) => return Poll::Ready(Err(End::ApplicationFailed(error))),
-            Poll::Pending if frames.is_empty() => return Poll::Pending,
-            Poll::Pending => {
-                self.session.seal_frames(&frames).map_err(end_of)?;
-                return Poll::Ready(Ok(()));
-            }
+            Poll::Pending if waiting == 0 => return Poll::Pending,
+            Poll::Pending => return Poll::Ready(self.session.seal_control().map_err(end_of)),
         };
         if read == 0 {
-            self.session.seal_frames(&frames).map_err(end_of)?;
             self.application.ended = true;
             return Poll::Ready(self.session.fin().map_err(end_of));
         }
@@ -219,6 +214,7 @@ impl Relay {
             .machine
             .data(read)
             .map_err(|error| End::SessionFailed(SessionError::Io(io::Error::other(error))))?;
+        let frames = self.session.take_control();
         let front = scratch.cipher.get_mut(RECORD_HEADER..RECORD_HEADER + start);
         for (to, from) in front.unwrap_or_default().iter_mut().zip(frames.iter().chain(&header)) {
             *to = *from;
@@ -298,10 +294,17 @@ impl Relay {
     fn poll_down(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<Event> {
         let mut bursts = 0;
         loop {
+            if self.is_over() {
+                return Poll::Pending;
+            }
             if let Some((plain, used)) = self.session.take_plain() {
                 let rest = plain.get(used..).unwrap_or_default();
                 match self.deliver(cx, rest) {
                     Delivered::All => {}
+                    Delivered::Over(more) => {
+                        self.session.keep_plain(plain, used + more);
+                        return Poll::Pending;
+                    }
                     Delivered::Blocked(kept) => {
                         match kept {
                             None => self.session.keep_plain(plain, used),
@@ -315,7 +318,7 @@ impl Relay {
                     }
                 }
             }
-            if self.session.machine.is_idle() {
+            if self.is_over() {
                 return Poll::Pending;
             }
             if bursts == BURSTS {
@@ -336,6 +339,11 @@ impl Relay {
             let plain = scratch.plain.get(..length).unwrap_or_default();
             match self.deliver(cx, plain) {
                 Delivered::All => {}
+                Delivered::Over(used) => {
+                    let rest = plain.get(used..).unwrap_or_default();
+                    self.session.keep_plain(rest.to_vec(), 0);
+                    return Poll::Pending;
+                }
                 Delivered::Blocked(kept) => {
                     self.session.keep_plain(kept.unwrap_or_else(|| plain.to_vec()), 0);
                     return Poll::Pending;
@@ -419,8 +427,7 @@ impl Relay {
                 return Delivered::All;
             }
             if self.session.machine.is_idle() {
-                // The rest belongs to the next stream.
-                return Delivered::Event(Event::End(End::Complete), used);
+                return Delivered::Over(used);
             }
         }
     }
@@ -462,6 +469,8 @@ impl Relay {
 
 enum Delivered {
     All,
+    /// The stream is over after so many bytes of the input. The rest belongs to the next one.
+    Over(usize),
     /// The application takes no more for now. What is left, if it is not the input as it was.
     Blocked(Option<Vec<u8>>),
     /// After so many bytes of the input.

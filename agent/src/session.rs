@@ -11,6 +11,7 @@ mod scratch;
 
 use std::{
     io,
+    mem::MaybeUninit,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -69,6 +70,9 @@ pub(crate) struct Session {
     /// The newest proof, not sent yet. One that waits gives way to a newer one.
     proof: Option<Box<Reauthenticate>>,
     facts: Box<Facts>,
+    /// The peer has said that nothing comes any more.
+    peer_closed: bool,
+    /// This side has said goodbye.
     closed: bool,
 }
 
@@ -160,9 +164,9 @@ impl Session {
         self.facts.server_name.as_deref()
     }
 
-    /// At the destination the certificate is chosen in the middle of the handshake.
-    pub(crate) fn made_with(&mut self, own: Option<Arc<Credential>>) {
-        self.facts.own = own;
+    /// Whether the peer was shown this certificate in the handshake.
+    pub(crate) fn was_made_with(&self, own: &Arc<Credential>) -> bool {
+        self.facts.own.as_ref().is_some_and(|then| Arc::ptr_eq(then, own))
     }
 
     /// When it was made.
@@ -198,14 +202,9 @@ impl Session {
         {
             return false;
         }
-        let mut cx = Context::from_waker(std::task::Waker::noop());
-        match self.socket.poll_read_ready(&mut cx) {
-            Poll::Pending => true,
-            Poll::Ready(_) => matches!(
-                self.socket.try_read(&mut [0]),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock
-            ),
-        }
+        // The kernel is asked, not the runtime, which may not have heard of it yet.
+        let peeked = socket2::SockRef::from(&self.socket).peek(&mut [MaybeUninit::uninit()]);
+        matches!(peeked, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
 
     /// Asks for a stream. The frame goes out with the first bytes, or by itself.
@@ -289,15 +288,22 @@ impl Session {
         socket::unacknowledged_for(&self.socket).ok().flatten()
     }
 
-    /// Takes the frames that wait, to be sealed together with data.
-    pub(crate) fn take_control(&mut self) -> Result<Vec<u8>, SessionError> {
+    /// Gets ready for a burst of records: seals what must go out before it, which is in the way until it
+    /// is sent ([`Self::is_blocked`]). Returns the length of the frames that wait, to ride along.
+    pub(crate) fn prepare_burst(&mut self) -> Result<usize, SessionError> {
+        self.channel.prepare(&mut self.unsent)?;
         if let Some(proof) = self.proof.take() {
             self.machine.reauthenticate(&proof, &mut self.control);
         }
         if self.control.len() > RIDE_ALONG {
             self.seal_control()?;
         }
-        Ok(std::mem::take(&mut self.control))
+        Ok(self.control.len())
+    }
+
+    /// Takes the frames that wait, to be sealed together with data.
+    pub(crate) fn take_control(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.control)
     }
 
     /// Seals the frames that wait.
@@ -307,16 +313,6 @@ impl Session {
         }
         let control = std::mem::take(&mut self.control);
         Ok(self.channel.seal(&control, &mut self.unsent)?)
-    }
-
-    /// Seals frames that [`Self::take_control`] gave, after all.
-    pub(crate) fn seal_frames(&mut self, frames: &[u8]) -> Result<(), SessionError> {
-        Ok(self.channel.seal(frames, &mut self.unsent)?)
-    }
-
-    /// What must go out before a burst of records; it is in the way until it is sent.
-    pub(crate) fn prepare_burst(&mut self) -> Result<(), SessionError> {
-        Ok(self.channel.prepare(&mut self.unsent)?)
     }
 
     /// Seals one record in place.
@@ -381,6 +377,12 @@ impl Session {
         Some((std::mem::take(&mut self.plain), std::mem::take(&mut self.plain_used)))
     }
 
+    /// Throws away the first of them, which are data of a stream that was broken off: not a byte of them
+    /// may be taken for a frame.
+    pub(crate) fn skip_plain(&mut self, count: usize) {
+        self.plain_used = self.plain_used.saturating_add(count).min(self.plain.len());
+    }
+
     /// Gives them back.
     pub(crate) fn keep_plain(&mut self, plain: Vec<u8>, used: usize) {
         self.plain = plain;
@@ -396,6 +398,9 @@ impl Session {
         limit: usize,
     ) -> Poll<Result<usize, SessionError>> {
         loop {
+            if self.peer_closed {
+                return Poll::Ready(Err(SessionError::Closed));
+            }
             let have = self.partial.len();
             let (front, rest) = scratch.cipher.split_at_mut(have.min(scratch.cipher.len()));
             let room = limit.max(RECORD).min(rest.len());
@@ -421,7 +426,7 @@ impl Session {
         scratch: &mut Scratch,
         length: usize,
     ) -> Result<usize, SessionError> {
-        let (mut used, mut opened, mut closed) = (0, 0, false);
+        let (mut used, mut opened) = (0, 0);
         loop {
             let input = scratch.cipher.get(used..length).unwrap_or_default();
             let output = scratch.plain.get_mut(opened..).unwrap_or_default();
@@ -432,17 +437,14 @@ impl Session {
                     opened += length;
                 }
                 Opened::Closed => {
-                    closed = true;
+                    self.peer_closed = true;
                     break;
                 }
             }
         }
         let rest = scratch.cipher.get(used..length).unwrap_or_default();
-        if closed && opened == 0 {
-            return Err(SessionError::Closed);
-        }
-        // A close after data is seen again at the end of the connection, which follows it.
-        self.partial = if closed { Vec::new() } else { rest.to_vec() };
+        // Nothing counts behind a close.
+        self.partial = if self.peer_closed { Vec::new() } else { rest.to_vec() };
         Ok(opened)
     }
 
@@ -527,11 +529,11 @@ impl Session {
 
     /// The same without waiting, for a session that carries nothing.
     pub(crate) fn close_idle(mut self) {
-        if self.is_blocked() || self.channel.close(&mut self.unsent).is_err() {
+        if self.seal_control().is_err() || self.channel.close(&mut self.unsent).is_err() {
             return;
         }
-        self.closed =
-            matches!(self.socket.try_write(&self.unsent), Ok(n) if n == self.unsent.len());
+        let rest = self.unsent.get(self.unsent_used..).unwrap_or_default();
+        self.closed = matches!(self.socket.try_write(rest), Ok(sent) if sent == rest.len());
     }
 }
 

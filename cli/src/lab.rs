@@ -415,6 +415,12 @@ fn http_get(to: SocketAddr, path: &str) -> anyhow::Result<String> {
 }
 
 impl Running {
+    /// Its process number.
+    #[must_use]
+    pub fn process(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Ends it at once.
     pub fn kill(&mut self) {
         // It may have ended already.

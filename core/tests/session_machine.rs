@@ -208,7 +208,14 @@ type OutOfTurn<'a> = (&'a str, Role, &'a [FrameType], Vec<u8>, FrameError);
 #[test]
 fn frames_out_of_turn_end_the_session() {
     let stale_reset = frame(FrameType::Reset, &[0, 0, 0, 2, 1]);
-    let cases: [OutOfTurn<'_>; 9] = [
+    let cases: [OutOfTurn<'_>; 10] = [
+        (
+            "more streams taken than were opened",
+            Role::Source,
+            &[FrameType::Open],
+            frame(FrameType::GoingAway, &[0, 0, 0, 2]),
+            FrameError::UnknownStream { got: 2, last: 1 },
+        ),
         (
             "data before the open frame",
             Role::Destination,

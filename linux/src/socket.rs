@@ -138,11 +138,18 @@ pub fn tune_local(socket: &impl AsFd) -> io::Result<()> {
 }
 
 /// How long the peer's kernel has acknowledged nothing although something was sent to it; none if
-/// nothing is under way, as when its reader pauses.
+/// nothing is under way, as when its reader pauses. The longest time there is if the connection is closed.
 pub fn unacknowledged_for(socket: &impl AsFd) -> io::Result<Option<Duration>> {
+    /// `TCP_CLOSE` of `include/net/tcp_states.h`: the peer reset it, and nobody has looked since.
+    const CLOSED: u8 = 7;
     let info = sys::tcp_info(socket)?;
-    let silent = Duration::from_millis(info.tcpi_last_ack_recv.into());
-    Ok((info.tcpi_unacked > 0).then_some(silent))
+    if info.tcpi_state == CLOSED {
+        return Ok(Some(Duration::MAX));
+    }
+    // Acknowledgements that ride on a stream of data do not count as such; a peer that sends is there.
+    let silent = info.tcpi_last_ack_recv.min(info.tcpi_last_data_recv);
+    let lost = info.tcpi_unacked > 0 && info.tcpi_retransmits > 0;
+    Ok(lost.then_some(Duration::from_millis(silent.into())))
 }
 
 /// Makes closing the socket send a reset, so that the peer sees a refusal and not a clean end.

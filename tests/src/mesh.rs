@@ -234,17 +234,25 @@ impl Mesh {
     pub fn record(&self, machine: &str, wanted: impl Fn(&Value) -> bool) -> anyhow::Result<Value> {
         let mut found = None;
         self.wait("a record", PATIENCE, |mesh| {
-            let text = fs::read_to_string(mesh.records(machine))?;
-            found = text
-                .lines()
-                .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-                .find(|record| wanted(record));
+            let records = mesh.all_records(machine)?;
+            found = records.iter().find(|record| wanted(record)).cloned();
             if found.is_none() {
-                bail!("records of {machine}:\n{text}");
+                let lines: Vec<String> = records.iter().map(Value::to_string).collect();
+                bail!("records of {machine}:\n{}", lines.join("\n"));
             }
             Ok(())
         })?;
         found.context("no record")
+    }
+
+    /// What an agent has told so far, in its order.
+    ///
+    /// # Errors
+    /// If it has told nothing yet.
+    pub fn all_records(&self, machine: &str) -> anyhow::Result<Vec<Value>> {
+        let text = fs::read_to_string(self.records(machine))?;
+        // The last line may be on its way.
+        Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
     }
 
     /// A metric's value: the sum over all series whose line has all the parts.
@@ -290,6 +298,35 @@ impl Mesh {
     /// If it does not run.
     pub fn open_files(&self, name: &str) -> anyhow::Result<usize> {
         Ok(fs::read_dir(self.proc_folder(name)?.join("fd"))?.count())
+    }
+
+    /// Cuts the wire to some of the lab's namespaces, by their numbers: nothing gets through any more,
+    /// and nobody is told of it.
+    ///
+    /// # Errors
+    /// If the kernel does not do it.
+    pub fn cut(&self, numbers: &[u8]) -> anyhow::Result<()> {
+        self.set_links(numbers, "down")
+    }
+
+    /// Undoes [`Self::cut`].
+    ///
+    /// # Errors
+    /// If the kernel does not do it.
+    pub fn mend(&self, numbers: &[u8]) -> anyhow::Result<()> {
+        self.set_links(numbers, "up")
+    }
+
+    fn set_links(&self, numbers: &[u8], state: &str) -> anyhow::Result<()> {
+        for number in numbers {
+            let mut command = Command::new("ip");
+            command.args(["link", "set", &format!("veth{number}"), state]);
+            let done = self.wire().run(|| command.status())??;
+            if !done.success() {
+                bail!("{command:?} failed");
+            }
+        }
+        Ok(())
     }
 
     /// Removes a manifest.

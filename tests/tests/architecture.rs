@@ -90,11 +90,11 @@ fn the_control_plane_does_not_see_the_agent() {
 }
 
 #[test]
-fn nothing_but_the_tests_sees_the_command() {
+fn nothing_but_tests_and_benchmark_sees_the_command() {
     let allowed = ["agent", "control-plane", "core", "linux", "proto", "telemetry"];
     sees_only("hauberk-cli", &allowed, "it runs the programs and leaves TLS to them");
     for (name, dependencies) in dependencies() {
-        let may = name == "hauberk-tests";
+        let may = ["hauberk-tests", "hauberk-bench"].contains(&name.as_str());
         assert!(
             may || !dependencies.contains("hauberk-cli"),
             "{name} must not see hauberk-cli: the command is the top"
@@ -106,7 +106,7 @@ fn nothing_but_the_tests_sees_the_command() {
 fn every_crate_has_its_arrows_here() {
     let known: BTreeSet<String> = OURS
         .iter()
-        .chain(&["proto-generate", "tests"])
+        .chain(&["proto-generate", "tests", "bench"])
         .map(|name| format!("hauberk-{name}"))
         .collect();
     let all: BTreeSet<String> = dependencies().into_keys().collect();

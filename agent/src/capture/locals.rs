@@ -24,17 +24,27 @@ impl Locals {
         for local in self.by_key.load().values() {
             let source = &local.workload.identity;
             local.pool.sweep(|edge, port| {
-                // A spare one has carried nothing yet.
-                port == 0 || authorize::check(snapshot, source, &edge.destination, port).is_ok()
+                authorize::check(snapshot, source, &edge.destination, port).is_ok()
             });
         }
     }
 
+    /// They open nothing new any more.
+    pub(super) fn retire_pools(&self) {
+        self.by_key.load().values().for_each(|local| local.pool.retire());
+    }
+
     pub(super) fn store(&self, locals: Vec<Arc<Local>>) {
         self.names.store(locals.iter().map(|local| local.identity.slot.clone()));
-        self.by_key.store(Arc::new(
-            locals.into_iter().map(|local| (local.workload.key(), local)).collect(),
-        ));
+        let locals: HashMap<String, Arc<Local>> =
+            locals.into_iter().map(|local| (local.workload.key(), local)).collect();
+        let before = self.by_key.swap(Arc::new(locals));
+        let now = self.by_key.load();
+        for (key, old) in before.iter() {
+            if now.get(key).is_none_or(|new| !Arc::ptr_eq(new, old)) {
+                old.pool.retire();
+            }
+        }
     }
 
     /// A caller that comes before the first certificate of the one it wants waits for that, rather

@@ -47,9 +47,9 @@ pub(crate) async fn connect(
     Session::new(socket, established, Role::Source, None, own, trust, out)
 }
 
-/// The side that is connected to. `ready` is given the name that the caller asks for, and may wait
-/// for its certificate.
-pub(crate) async fn accept<F: Future<Output = ()>>(
+/// The side that is connected to. `ready` is given the name that the caller asks for, may wait for its
+/// certificate, and returns it.
+pub(crate) async fn accept<F: Future<Output = Option<Arc<Credential>>>>(
     mut socket: TcpStream,
     config: Arc<ServerConfig>,
     trust: Arc<TrustBundle>,
@@ -65,11 +65,12 @@ pub(crate) async fn accept<F: Future<Output = ()>>(
         }
         read(&mut socket, &mut input).await?;
     };
-    ready(name.clone()).await;
+    // Where it is renewed before the handshake is over, the peer is shown the newer one once more.
+    let own = ready(name.clone()).await;
     let mut handshake = Handshake::server(config)?;
     drive(&mut handshake, &mut socket, &mut input, &mut out).await?;
     let established = handshake.finish(&trust, hauberk_tls::now()).map_err(refused)?;
-    Session::new(socket, established, Role::Destination, name, None, trust, out)
+    Session::new(socket, established, Role::Destination, name, own, trust, out)
 }
 
 async fn drive(
@@ -152,6 +153,7 @@ impl Session {
             unsent_used: 0,
             control: Vec::new(),
             proof: None,
+            peer_closed: false,
             facts: Box::new(Facts {
                 peer: established.peer,
                 binding: established.binding,

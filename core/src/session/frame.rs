@@ -163,8 +163,8 @@ pub enum FrameError {
     /// A frame at a time when it may not come.
     #[error("{0:?} frame out of turn")]
     OutOfTurn(FrameType),
-    /// A reset of a stream that was never opened.
-    #[error("reset of stream {got}, the last one is {last}")]
+    /// Something about a stream that was never opened.
+    #[error("stream {got} is spoken of, the last one is {last}")]
     UnknownStream {
         /// What came.
         got: u32,

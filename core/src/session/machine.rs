@@ -354,6 +354,9 @@ impl Machine {
             FrameType::Reauthenticate => Some(Event::Reauthenticate(Reauthenticate::decode(body)?)),
             FrameType::GoingAway => {
                 let taken = body.first_chunk().map_or(0, |count| u32::from_be_bytes(*count));
+                if taken > self.stream {
+                    return Err(FrameError::UnknownStream { got: taken, last: self.stream });
+                }
                 self.going_away = true;
                 if self.awaits_answer() && self.stream > taken {
                     self.sending = Sending::Idle;

@@ -41,7 +41,7 @@ pub struct AgentMetrics {
     captured: PerDirection<IntCounter>,
     handshakes: Handshakes,
     handshake_wait: Histogram,
-    idle_sessions: IntGauge,
+    idle_sessions: PerDirection<IntGauge>,
     streams: Streams,
     certificate_expiry: CappedVec<IntGauge>,
     renewals: IntCounterVec,
@@ -183,6 +183,12 @@ impl AgentMetrics {
              them (new) or idle before (reused).",
             &["session"],
         )?;
+        let idle_sessions = make.gauges(
+            "hauberk_idle_sessions",
+            "Sessions with other agents that are kept for the next connection, by the direction \
+             of their connections.",
+            &["direction"],
+        )?;
         let stream = |kind: SessionKind| streams.with_label_values(&[kind.as_str()]);
         let metrics = Self {
             edges,
@@ -194,10 +200,9 @@ impl AgentMetrics {
                 "hauberk_handshake_wait_seconds",
                 "Seconds an incoming TLS handshake waited for its turn.",
             )?,
-            idle_sessions: make.gauge(
-                "hauberk_idle_sessions",
-                "Sessions to other agents that are kept for the next connection.",
-            )?,
+            idle_sessions: PerDirection::resolve(|direction| {
+                idle_sessions.with_label_values(&[direction])
+            }),
             streams: Streams { new: stream(SessionKind::New), reused: stream(SessionKind::Reused) },
             certificate_expiry: make.capped(
                 "hauberk_certificate_expiry_timestamp_seconds",
@@ -281,16 +286,16 @@ impl AgentMetrics {
     }
 
     /// Counts a session as idle for as long as the answer lives.
-    pub fn session_idle(&self) -> IdleSession {
-        let gauge = self.idle_sessions.clone();
+    pub fn session_idle(&self, direction: Direction) -> IdleSession {
+        let gauge = self.idle_sessions.of(direction).clone();
         gauge.inc();
         IdleSession { gauge }
     }
 
     /// How many sessions are idle.
     #[must_use]
-    pub fn idle_sessions(&self) -> usize {
-        usize::try_from(self.idle_sessions.get()).unwrap_or(0)
+    pub fn idle_sessions(&self, direction: Direction) -> usize {
+        usize::try_from(self.idle_sessions.of(direction).get()).unwrap_or(0)
     }
 
     /// Counts an outgoing connection by the session it got.

@@ -14,6 +14,7 @@ mod policy;
 mod programs;
 mod relay;
 mod restart;
+mod sessions;
 
 use std::ffi::OsString;
 
@@ -45,6 +46,7 @@ fn main() -> std::process::ExitCode {
         attacks::trials(),
         identity::trials(),
         restart::trials(),
+        sessions::trials(),
         programs::trials(),
     ]
     .concat_trials();

@@ -25,7 +25,7 @@ crate::trials!(
 
 /// The application's view of a denial: a reset, and not one byte. It may show in connecting already,
 /// or in writing, as fast as it comes.
-fn expect_reset(stream: anyhow::Result<TcpStream>) -> anyhow::Result<()> {
+pub(crate) fn expect_reset(stream: anyhow::Result<TcpStream>) -> anyhow::Result<()> {
     let mut outcome = match stream {
         Ok(mut stream) => stream.write_all(b"x").and_then(|()| stream.read(&mut [0])),
         Err(error) => Err(error.downcast::<std::io::Error>()?),
@@ -92,7 +92,8 @@ fn an_address_outside_the_mesh_is_denied_from_inside() -> anyhow::Result<()> {
     Ok(())
 }
 
-const WEB_RULE: &str = "  - name: web
+/// A rule that lets `web` in.
+pub(crate) const WEB_RULE: &str = "  - name: web
     ports: [8080]
     from: [{serviceAccount: {namespace: shop, name: web}}]
 ";

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use hauberk_tests::mesh::{Mesh, PATIENCE, is, ledger_policy};
+use hauberk_tests::mesh::{LEDGER, Mesh, PATIENCE, is, ledger_policy};
 
 crate::trials!(
     an_agent_without_control_plane_enforces_from_disk,
@@ -271,18 +271,8 @@ fn a_network_that_is_cut_and_comes_back_heals() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let listener = mesh.listen("ledger", mesh.ledger(8080))?;
     carries(&mesh, &listener)?;
-    let link = |up: bool| -> anyhow::Result<()> {
-        for number in [1, 3, 21] {
-            let end = format!("veth{number}");
-            let state = if up { "up" } else { "down" };
-            let mut command = std::process::Command::new("ip");
-            command.args(["link", "set", &end, state]);
-            let done = mesh.wire().run(|| command.status())??;
-            ensure!(done.success(), "ip link set {end} {state}");
-        }
-        Ok(())
-    };
-    link(false)?;
+    let ends = [hauberk_cli::lab::CONTROL_PLANE, 3, LEDGER];
+    mesh.cut(&ends)?;
     listener.set_nonblocking(true)?;
     let mut lost = mesh.connect("checkout", mesh.ledger(8080))?;
     drop(lost.write_all(b"x"));
@@ -291,7 +281,7 @@ fn a_network_that_is_cut_and_comes_back_heals() -> anyhow::Result<()> {
     ensure!(error.kind() == std::io::ErrorKind::ConnectionReset, "got {error}");
     let record = mesh.record("machine-a", |record| is(record, "close_reason", "unreachable"))?;
     ensure!(is(&record, "decision", "allow"), "{record}");
-    link(true)?;
+    mesh.mend(&ends)?;
     mesh.wait("the network", PATIENCE, |mesh| carries(mesh, &listener))?;
     mesh.wait_ready()
 }

@@ -20,6 +20,9 @@ use crate::{PeerError, TrustBundle, peer_of};
 /// post-quantum key shares come to about 8 kB.
 const MAX_HANDSHAKE: usize = 64 * 1024;
 
+/// More bytes than a ClientHello has, by far. They are read from the start each time that more come.
+const MAX_HELLO: usize = 8 * 1024;
+
 /// A handshake under way.
 pub struct Handshake {
     connection: Connection,
@@ -284,8 +287,8 @@ pub enum HelloName {
 /// # Errors
 /// If the bytes are not the beginning of a TLS handshake.
 pub fn hello_name(bytes: &[u8], out: &mut Vec<u8>) -> Result<HelloName, Error> {
-    if bytes.len() > MAX_HANDSHAKE {
-        return Err(Error::General(format!("a handshake of more than {MAX_HANDSHAKE} bytes")));
+    if bytes.len() > MAX_HELLO {
+        return Err(Error::General(format!("a ClientHello of more than {MAX_HELLO} bytes")));
     }
     let mut acceptor = Acceptor::default();
     let mut rest = bytes;

@@ -1,0 +1,239 @@
+//! The rounds: every figure of every contender, in another order each time.
+
+use std::{collections::BTreeMap, time::Instant};
+
+use anyhow::{Context, ensure};
+use serde::Serialize;
+
+use crate::{
+    RunArgs,
+    contenders::{Contender, Field, Ready},
+    load::Kind,
+    processes, report,
+};
+
+/// A figure of merit.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Figure {
+    pub(crate) name: &'static str,
+    pub(crate) unit: &'static str,
+    /// More is better.
+    pub(crate) more: bool,
+}
+
+const fn figure(name: &'static str, unit: &'static str, more: bool) -> Figure {
+    Figure { name, unit, more }
+}
+
+/// In the order of the table.
+pub(crate) const FIGURES: &[Figure] = &[
+    figure("throughput, 1 stream up", "Gbit/s", true),
+    figure("throughput, 8 streams up", "Gbit/s", true),
+    figure("throughput, 1 stream down", "Gbit/s", true),
+    figure("throughput, 8 streams down", "Gbit/s", true),
+    figure("CPU, both relays", "s/GB", false),
+    figure("round trips of 64 bytes, 1 connection", "1/s", true),
+    figure("round trips of 64 bytes, 16 connections", "1/s", true),
+    figure("round trips of 64 bytes, 64 connections", "1/s", true),
+    figure("round trip p50, 1 connection", "µs", false),
+    figure("round trip p99, 1 connection", "µs", false),
+    figure("round trip p99.9, 64 connections", "µs", false),
+    figure("new connections, 1 at once", "1/s", true),
+    figure("new connections, 16 at once", "1/s", true),
+    figure("new connections, 64 at once", "1/s", true),
+    figure("connect and 1 byte p50, 1 at once", "µs", false),
+    figure("connect and 1 byte p99, 16 at once", "µs", false),
+    figure("CPU, both relays", "s/1000 connections", false),
+    figure("memory of an idle connection of 1,000, caller's relay", "kB", false),
+    figure("memory of an idle connection of 1,000, server's relay", "kB", false),
+    figure("memory of an idle connection of 10,000, caller's relay", "kB", false),
+    figure("memory of an idle connection of 10,000, server's relay", "kB", false),
+    figure("the same after a burst, caller's relay", "kB", false),
+    figure("the same after a burst, server's relay", "kB", false),
+    figure("small exchanges p99, 1,000 connections", "µs", false),
+    figure("small exchanges p99, 1,000 connections beside a bulk stream", "µs", false),
+];
+
+/// Every value that was measured, by figure and contender.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Results(pub(crate) BTreeMap<String, BTreeMap<&'static str, Vec<f64>>>);
+
+impl Results {
+    fn add(&mut self, name: &str, unit: &str, contender: Contender, value: f64) {
+        let of_figure = self.0.entry(format!("{name} [{unit}]")).or_default();
+        of_figure.entry(contender.name()).or_default().push(value);
+    }
+
+    pub(crate) fn of(&self, figure: &Figure, contender: Contender) -> &[f64] {
+        self.0
+            .get(&format!("{} [{}]", figure.name, figure.unit))
+            .and_then(|of_figure| of_figure.get(contender.name()))
+            .map_or(&[], Vec::as_slice)
+    }
+}
+
+/// Runs it all.
+pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
+    hauberk_cli::lab::become_root()?;
+    hauberk_cli::lab::listen_for_interrupts()?;
+    processes::raise_file_limit()?;
+    let wanted: Vec<Contender> = Contender::ALL
+        .into_iter()
+        .filter(|contender| {
+            args.contenders.is_empty() || args.contenders.iter().any(|w| w == contender.word())
+        })
+        .collect();
+    ensure!(!wanted.is_empty(), "no contender of {:?} is known", args.contenders);
+    let started = Instant::now();
+    let field = Field::new(args.rules)?;
+    eprintln!("the field is ready: {}, {} rules", field.status()?, args.rules);
+    let mut results = Results::default();
+    for round in 0..args.rounds() {
+        for place in 0..wanted.len() {
+            let number = (place + round * 2) % wanted.len();
+            let contender = wanted.get(number).copied().unwrap_or(Contender::Hauberk);
+            eprintln!(
+                "round {} of {}: {} ({:.0} s)",
+                round + 1,
+                args.rounds(),
+                contender.name(),
+                started.elapsed().as_secs_f64()
+            );
+            let ready = field.ready(contender)?;
+            let mut turn = Turn { args, contender, ready, results: &mut results };
+            turn.measure(round == 0).with_context(|| contender.name())?;
+        }
+    }
+    report::write(args, &wanted, &field.status()?, &results)
+}
+
+struct Turn<'a> {
+    args: &'a RunArgs,
+    contender: Contender,
+    ready: Ready<'a>,
+    results: &'a mut Results,
+}
+
+impl Turn<'_> {
+    fn wants(&self, word: &str) -> bool {
+        self.args.figures.is_empty() || self.args.figures.iter().any(|part| word.contains(part))
+    }
+
+    fn add(&mut self, name: &str, unit: &str, value: f64) {
+        self.results.add(name, unit, self.contender, value);
+    }
+
+    fn measure(&mut self, first_round: bool) -> anyhow::Result<()> {
+        let seconds = self.args.duration().as_secs_f64();
+        if self.wants("throughput") {
+            self.throughput(seconds)?;
+        }
+        if self.wants("round trips") {
+            self.rounds(seconds)?;
+        }
+        if self.wants("new connections") {
+            self.connects(seconds)?;
+        }
+        if self.wants("fairness") {
+            self.fairness(seconds)?;
+        }
+        // Memory does not vary as speed does: once is enough.
+        if first_round && self.wants("memory") && self.contender != Contender::Raw {
+            self.memory()?;
+        }
+        Ok(())
+    }
+
+    fn throughput(&mut self, seconds: f64) -> anyhow::Result<()> {
+        let (mut cpu, mut gigabytes) = (0.0, 0.0);
+        for (kind, streams, name) in [
+            (Kind::Up, 1, "throughput, 1 stream up"),
+            (Kind::Up, 8, "throughput, 8 streams up"),
+            (Kind::Down, 1, "throughput, 1 stream down"),
+            (Kind::Down, 8, "throughput, 8 streams down"),
+        ] {
+            let cost = self.ready.cost(kind, streams, seconds)?;
+            ensure!(cost.measured.failed == 0, "{name}: {} streams failed", cost.measured.failed);
+            let bytes = cost.measured.per_second();
+            self.add(name, "Gbit/s", bytes * 8.0 / 1e9);
+            cpu += cost.cpu_seconds;
+            gigabytes += bytes * cost.measured.seconds / 1e9;
+        }
+        if self.contender != Contender::Raw {
+            self.add("CPU, both relays", "s/GB", cpu / gigabytes);
+        }
+        Ok(())
+    }
+
+    fn rounds(&mut self, seconds: f64) -> anyhow::Result<()> {
+        for connections in [1, 16, 64] {
+            let measured = self.ready.load(Kind::Rounds, connections, seconds, &[])?;
+            ensure!(measured.failed == 0, "{} connections failed", measured.failed);
+            let [p50, p99, p999] = measured.latency_us.context("nothing came back")?;
+            let plural = if connections == 1 { "connection" } else { "connections" };
+            self.add(
+                &format!("round trips of 64 bytes, {connections} {plural}"),
+                "1/s",
+                measured.per_second(),
+            );
+            if connections == 1 {
+                self.add("round trip p50, 1 connection", "µs", p50);
+                self.add("round trip p99, 1 connection", "µs", p99);
+            }
+            if connections == 64 {
+                self.add("round trip p99.9, 64 connections", "µs", p999);
+            }
+        }
+        Ok(())
+    }
+
+    fn connects(&mut self, seconds: f64) -> anyhow::Result<()> {
+        for at_once in [1, 16, 64] {
+            let cost = self.ready.cost(Kind::Connects, at_once, seconds)?;
+            let measured = &cost.measured;
+            ensure!(measured.failed == 0, "{} connections failed", measured.failed);
+            let [p50, p99, _] = measured.latency_us.context("no connection succeeded")?;
+            let rate = measured.per_second();
+            self.add(&format!("new connections, {at_once} at once"), "1/s", rate);
+            if at_once == 1 {
+                self.add("connect and 1 byte p50, 1 at once", "µs", p50);
+            }
+            if at_once == 16 {
+                self.add("connect and 1 byte p99, 16 at once", "µs", p99);
+                if self.contender != Contender::Raw {
+                    let thousands = rate * measured.seconds / 1000.0;
+                    let share = cost.cpu_seconds / thousands;
+                    self.add("CPU, both relays", "s/1000 connections", share);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn fairness(&mut self, seconds: f64) -> anyhow::Result<()> {
+        for (more, name) in [
+            (&[][..], "small exchanges p99, 1,000 connections"),
+            (&["--bulk"][..], "small exchanges p99, 1,000 connections beside a bulk stream"),
+        ] {
+            let measured = self.ready.load(Kind::Fair, 1_000, seconds, more)?;
+            ensure!(measured.failed == 0, "{name}: {} connections failed", measured.failed);
+            let [_, p99, _] = measured.latency_us.context("nothing came back")?;
+            self.add(name, "µs", p99);
+        }
+        Ok(())
+    }
+
+    fn memory(&mut self) -> anyhow::Result<()> {
+        let many = processes::many_connections()?;
+        for (connections, burst, name) in [
+            (1_000, false, "memory of an idle connection of 1,000"),
+            (many, false, "memory of an idle connection of 10,000"),
+            (many, true, "the same after a burst"),
+        ] {
+            let [near, far] = self.ready.memory(connections, burst)?;
+            self.add(&format!("{name}, caller's relay"), "kB", near / 1000.0);
+            self.add(&format!("{name}, server's relay"), "kB", far / 1000.0);
+        }
+        Ok(())
+    }
+}

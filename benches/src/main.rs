@@ -1,0 +1,99 @@
+//! The benchmark anyone can run: raw TCP, a plain relay of the project's own, haproxy, stunnel and Hauberk
+//! between the same kind of namespaces, in interleaved rounds, with medians and ratios.
+//!
+//! `just bench` runs all of it, `just bench-quick` a form of under five minutes. See docs/performance.md.
+
+mod contenders;
+mod figures;
+mod load;
+mod plain;
+mod processes;
+mod report;
+mod serve;
+
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+
+use clap::{Parser, Subcommand};
+
+/// The children of the lab are this very program, as the `hauberk` command.
+const AS_HAUBERK: &str = "--as-hauberk";
+
+#[derive(Parser)]
+#[command(about = "Measures Hauberk beside what anyone can install", disable_version_flag = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the rounds and write the table.
+    Run(RunArgs),
+    /// The server of the load: echo, sink, source and one-shot, on ports one after the other.
+    #[command(hide = true)]
+    Serve { address: SocketAddr },
+    /// One load, whose result is printed as JSON.
+    #[command(hide = true)]
+    Load(load::Args),
+    /// One half of the plain relay chain.
+    #[command(hide = true)]
+    Plain { listen: SocketAddr, to: SocketAddr },
+}
+
+/// What is measured, and how long.
+#[derive(clap::Args)]
+pub(crate) struct RunArgs {
+    /// Two rounds of short measurements, under five minutes.
+    #[arg(long)]
+    quick: bool,
+    /// Rounds; each measures every contender, in another order.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Seconds of each measurement.
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// Only these contenders.
+    #[arg(long, value_delimiter = ',')]
+    contenders: Vec<String>,
+    /// Only figures whose name contains one of these.
+    #[arg(long, value_delimiter = ',')]
+    figures: Vec<String>,
+    /// Rules in Hauberk's policy, besides the one that allows the load.
+    #[arg(long, default_value_t = 10_000)]
+    rules: usize,
+    /// The folder for the table (performance-table.md), the plot (performance.svg) and the raw figures
+    /// (performance.json); nothing is written without it.
+    #[arg(long)]
+    out: Option<PathBuf>,
+}
+
+impl RunArgs {
+    fn rounds(&self) -> usize {
+        if self.quick { 2 } else { self.rounds.max(1) }
+    }
+
+    fn duration(&self) -> Duration {
+        Duration::from_secs_f64(if self.quick { 1.0 } else { self.seconds })
+    }
+}
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    if arguments.nth(1).is_some_and(|first| first == AS_HAUBERK) {
+        let rest: Vec<OsString> = arguments.collect();
+        return hauberk_cli::main(std::iter::once(OsString::from("hauberk")).chain(rest));
+    }
+    let outcome = match Cli::parse().command {
+        Command::Run(args) => figures::run(&args),
+        Command::Serve { address } => serve::run(address),
+        Command::Load(args) => load::run(&args),
+        Command::Plain { listen, to } => plain::run(listen, to),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
