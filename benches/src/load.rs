@@ -237,8 +237,10 @@ async fn once(to: SocketAddr) -> io::Result<()> {
     let mut stream = connect(to).await?;
     let mut byte = [9];
     exchange(&mut stream, &mut byte).await?;
-    stream.read(&mut byte).await?;
-    Ok(())
+    match stream.read(&mut byte).await? {
+        0 => Ok(()),
+        _ => Err(io::Error::other("more than one byte came back")),
+    }
 }
 
 async fn idle(args: &Args) -> anyhow::Result<Measured> {

@@ -64,6 +64,8 @@ pub(crate) struct Publisher {
     metrics: Arc<ControlPlaneMetrics>,
     sender: watch::Sender<Arc<Published>>,
     errors: Mutex<Vec<String>>,
+    /// The files as they were read last, and whether they are in force.
+    seen: Mutex<Option<(Vec<(String, String)>, bool)>>,
 }
 
 impl Publisher {
@@ -93,6 +95,7 @@ impl Publisher {
             metrics,
             sender: watch::channel(Arc::new(empty)).0,
             errors: Mutex::default(),
+            seen: Mutex::default(),
         });
         if !publisher.reload()? {
             publisher.fall_back()?;
@@ -116,7 +119,11 @@ impl Publisher {
     /// Watches the folder until the program ends.
     pub(crate) async fn watch(self: Arc<Self>) {
         let (changed, mut changes) = tokio::sync::mpsc::channel::<()>(1);
-        let watcher = notify::recommended_watcher(move |_event| {
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // Our own reading is noticed too, and is no change.
+            if event.is_ok_and(|event| event.kind.is_access()) {
+                return;
+            }
             // A full channel already says that something changed.
             let _full = changed.try_send(());
         });
@@ -154,19 +161,37 @@ impl Publisher {
 
     /// Puts the folder in force if it is whole. Returns whether it is.
     fn reload(&self) -> Result<bool, StoreError> {
-        match read_folder(&self.folder) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let files = match read_folder(&self.folder) {
+            Ok(files) => files,
+            Err(error) => {
+                *seen = None;
+                self.set_errors(error.lines());
+                return Ok(false);
+            }
+        };
+        if let Some((before, good)) = &*seen
+            && *before == files
+        {
+            return Ok(*good);
+        }
+        // What cannot be stored is tried again.
+        *seen = None;
+        let good = match Folder::parse(files.clone()) {
             Ok(folder) => {
                 let good = self.publish(&folder)?;
                 if good {
                     self.set_errors(Vec::new());
                 }
-                Ok(good)
+                good
             }
             Err(error) => {
                 self.set_errors(error.lines());
-                Ok(false)
+                false
             }
-        }
+        };
+        *seen = Some((files, good));
+        Ok(good)
     }
 
     fn fall_back(&self) -> Result<(), StoreError> {

@@ -51,8 +51,9 @@ impl ReadError {
     }
 }
 
-/// Reads every `.yaml` and `.yml` file of the folder and its subfolders.
-pub(crate) fn read_folder(folder: &Path) -> Result<Folder, ReadError> {
+/// Reads every `.yaml` and `.yml` file of the folder and its subfolders: name and text, in the order of
+/// the names.
+pub(crate) fn read_folder(folder: &Path) -> Result<Vec<(String, String)>, ReadError> {
     let mut paths = Vec::new();
     collect(folder, &mut paths)?;
     if paths.len() > MAX_FILES {
@@ -64,7 +65,7 @@ pub(crate) fn read_folder(folder: &Path) -> Result<Folder, ReadError> {
         let name = path.strip_prefix(folder).unwrap_or(&path).display().to_string();
         files.push((name, read_file(&path)?));
     }
-    Folder::parse(files)
+    Ok(files)
 }
 
 impl Folder {

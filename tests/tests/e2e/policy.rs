@@ -1,8 +1,10 @@
 //! Allow-lists: what is denied and why, and what a change does to connections that are open.
 
 use std::{
+    fs,
     io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpStream},
+    time::Duration,
 };
 
 use anyhow::{Context, ensure};
@@ -19,6 +21,7 @@ crate::trials!(
     a_guardrail_beats_an_allow,
     a_rule_that_ends_cuts_its_connections,
     a_manifest_with_errors_leaves_the_last_good_state_in_force,
+    a_control_plane_at_rest_does_not_read_its_manifests_over_and_over,
     why_status_denied_and_check_tell_the_same,
     an_audited_workload_lets_through_and_tells_what_it_would_deny,
 );
@@ -250,6 +253,27 @@ fn a_manifest_with_errors_leaves_the_last_good_state_in_force() -> anyhow::Resul
     mesh.restart_control_plane()?;
     ensure!(mesh.status()?.revision == revision, "{:?}", mesh.status()?);
     ensure!(mesh.status()?.policies == 1, "{:?}", mesh.status()?);
+    Ok(())
+}
+
+/// Reading a file is an event of its folder too.
+fn a_control_plane_at_rest_does_not_read_its_manifests_over_and_over() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let big = format!("# {}\n", "x".repeat(200_000));
+    mesh.write_manifest("remarks.yaml", &big)?;
+    // Until that has been read.
+    std::thread::sleep(Duration::from_secs(2));
+    let read = || -> anyhow::Result<u64> {
+        let process = mesh.process("control-plane").context("no control plane")?;
+        let io = fs::read_to_string(format!("/proc/{process}/io"))?;
+        let line = io.lines().find_map(|line| line.strip_prefix("rchar: "));
+        Ok(line.context("no rchar")?.parse()?)
+    };
+    let before = read()?;
+    std::thread::sleep(Duration::from_secs(3));
+    let more = read()? - before;
+    // Once is the look that it takes every 10 s in any case.
+    ensure!(more < 500_000, "it read {more} bytes in 3 s, its manifests have 200000");
     Ok(())
 }
 
