@@ -1,6 +1,8 @@
 //! Permission to forward, as a value: nothing is forwarded without a [`Permit`], and only the decision
 //! makes one.
 
+use std::sync::Arc;
+
 use hauberk_core::{
     identity::SpiffeId,
     policy::{Allowed, Denial, Reason, Request, Verdict},
@@ -14,7 +16,7 @@ pub(crate) struct Permit {
     source: SpiffeId,
     destination: SpiffeId,
     port: u16,
-    verdict: Permitted,
+    verdict: Arc<Permitted>,
     revision: u64,
 }
 
@@ -44,13 +46,13 @@ pub(crate) fn check(
         source: source.clone(),
         destination: destination.clone(),
         port,
-        verdict,
+        verdict: Arc::new(verdict),
         revision: snapshot.revision,
     })
 }
 
 impl Permit {
-    pub(crate) fn verdict(&self) -> &Permitted {
+    pub(crate) fn verdict(&self) -> &Arc<Permitted> {
         &self.verdict
     }
 
@@ -60,7 +62,7 @@ impl Permit {
 
     /// When the permission ends by itself.
     pub(crate) fn until(&self) -> Option<Timestamp> {
-        match &self.verdict {
+        match self.verdict.as_ref() {
             Permitted::Allowed(allowed) => allowed.until,
             Permitted::Audited(_) => None,
         }

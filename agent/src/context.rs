@@ -100,8 +100,9 @@ impl Context {
         let mut snapshots = self.snapshots.clone();
         if snapshots.borrow_and_update().revision == 0 {
             let first = snapshots.wait_for(|snapshot| snapshot.revision > 0);
-            // Without one the decision says that the agent is not ready.
-            drop(tokio::time::timeout(READY_TIMEOUT, first).await);
+            // Without one the decision says that the agent is not ready. In a box: it is not waited for
+            // but at the very start, and every connection's future would have room for it.
+            drop(Box::pin(tokio::time::timeout(READY_TIMEOUT, first)).await);
         }
         let snapshot = snapshots.borrow_and_update().clone();
         (snapshots, snapshot)
@@ -144,7 +145,7 @@ impl Local {
         }
         let mut installed = self.identity.installed.clone();
         let first = installed.wait_for(|count| *count > 0);
-        drop(tokio::time::timeout(READY_TIMEOUT, first).await);
+        drop(Box::pin(tokio::time::timeout(READY_TIMEOUT, first)).await);
         self.identity.slot.load().is_some()
     }
 }

@@ -10,7 +10,6 @@ use hauberk_core::{
     session::{RefusalCause, ResetCause},
     time::Timestamp,
 };
-use hauberk_telemetry::EdgeCounters;
 use tokio::sync::watch;
 
 use crate::{
@@ -37,16 +36,14 @@ const PROOF_GRACE: Duration = Duration::from_secs(10);
 pub(crate) struct Forward<'a> {
     pub(crate) context: &'a Context,
     pub(crate) local: &'a Local,
-    pub(crate) application: Application,
-    pub(crate) session: Session,
+    pub(crate) relay: Box<Relay>,
     pub(crate) snapshots: watch::Receiver<Arc<Snapshot>>,
-    pub(crate) counters: EdgeCounters,
 }
 
 /// How it went.
 pub(crate) enum Outcome {
     /// The stream is over. The session, if another stream may come on it.
-    Over(Option<Session>),
+    Over(Option<Box<Session>>),
     /// The destination went away before it saw the stream, which may be opened anew elsewhere.
     NotTaken(Application, Permit),
 }
@@ -64,14 +61,7 @@ enum Cut {
 impl Forward<'_> {
     /// Copies until the stream ends or the permission does.
     pub(crate) async fn run(self, mut permit: Permit, report: &mut Report<'_>) -> Outcome {
-        let Self { context, local, application, session, mut snapshots, counters } = self;
-        let mut relay = match Relay::new(application, session, counters) {
-            Ok(relay) => relay,
-            Err(error) => {
-                report.closed("session_failed", Some(error.to_string()));
-                return Outcome::Over(None);
-            }
-        };
+        let Self { context, local, mut relay, mut snapshots } = self;
         let unanswered = Instant::now() + OPEN_TIMEOUT;
         let mut proof_until = None;
         let mut installed = local.identity.installed.clone();
@@ -81,7 +71,7 @@ impl Forward<'_> {
             && !relay.session.was_made_with(&own)
             && let Err(error) = relay.session.show_proof(&own)
         {
-            cut_off(relay, &Cut::Proof(error), report).await;
+            Box::pin(cut_off(relay, &Cut::Proof(error), report)).await;
             return Outcome::Over(None);
         }
         let cut = loop {
@@ -136,13 +126,13 @@ impl Forward<'_> {
                     }
                     Event::End(end) => {
                         report.bytes(relay.sent, relay.received);
-                        return Outcome::Over(finish(relay, end, report).await);
+                        return Outcome::Over(Box::pin(finish(relay, end, report)).await);
                     }
                 },
             }
         };
         report.bytes(relay.sent, relay.received);
-        cut_off(relay, &cut, report).await;
+        Box::pin(cut_off(relay, &cut, report)).await;
         Outcome::Over(None)
     }
 }
@@ -187,7 +177,7 @@ fn look(relay: &mut Relay, unanswered: Instant, proof_until: &mut Option<Instant
     if proof_until.is_some_and(|until| now < until) { None } else { Some(Cut::Certificate) }
 }
 
-async fn cut_off(relay: Relay, cut: &Cut, report: &mut Report<'_>) {
+async fn cut_off(relay: Box<Relay>, cut: &Cut, report: &mut Report<'_>) {
     let cause = match cut {
         Cut::Policy(denial) => {
             report.terminated(Reason::PolicyRevoked, format!("{}: {}", denial.reason, denial.mend));
@@ -226,7 +216,7 @@ async fn cut_off(relay: Relay, cut: &Cut, report: &mut Report<'_>) {
 }
 
 /// Resets the application, tells the peer why, and gives the session up.
-async fn break_off(relay: Relay, cause: ResetCause) {
+async fn break_off(relay: Box<Relay>, cause: ResetCause) {
     let (application, mut session) = relay.into_parts();
     application.reset();
     session.reset(cause);
@@ -236,7 +226,7 @@ async fn break_off(relay: Relay, cause: ResetCause) {
 }
 
 /// The session, if another stream may come on it.
-async fn finish(relay: Relay, end: End, report: &mut Report<'_>) -> Option<Session> {
+async fn finish(relay: Box<Relay>, end: End, report: &mut Report<'_>) -> Option<Box<Session>> {
     let answer = match end {
         End::Complete => {
             report.closed("complete", None);

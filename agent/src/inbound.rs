@@ -27,7 +27,7 @@ use crate::{
     forward::{Forward, Outcome},
     passthrough,
     policy::{Found, Snapshot},
-    relay::Application,
+    relay::{Application, Relay},
     report::Report,
     session::{self, HANDSHAKE_TIMEOUT, Session, SessionError},
 };
@@ -78,14 +78,14 @@ pub(crate) async fn serve_mesh(
                 // The caller's agent may be gone.
                 if session.go_away().is_ok() {
                     tokio::select! {
-                        () = session.close() => {}
+                        () = Box::pin(session.close()) => {}
                         () = stopped(context) => {}
                     }
                 }
                 return;
             }
             Next::Ended => {
-                session.close().await;
+                Box::pin(session.close()).await;
                 return;
             }
             Next::Broken(error) => {
@@ -97,7 +97,7 @@ pub(crate) async fn serve_mesh(
                 return;
             }
         };
-        let served = serve_stream(context, locals, session, from, open).await;
+        let served = Box::pin(serve_stream(context, locals, session, from, open)).await;
         let Some((again, asked)) = served else { return };
         (session, last) = (again, asked);
     }
@@ -180,10 +180,10 @@ async fn next_stream(
 async fn serve_stream(
     context: &Arc<Context>,
     locals: &Locals,
-    mut session: Session,
+    mut session: Box<Session>,
     from: SocketAddr,
     open: Open,
-) -> Option<(Session, Option<Asked>)> {
+) -> Option<(Box<Session>, Option<Asked>)> {
     let wanted = canonical(open.original_destination);
     let mut report =
         Report::new(context, Side::Destination, open.connection_id, Some(from), Some(wanted));
@@ -194,11 +194,11 @@ async fn serve_stream(
     let client = caller_address(&snapshot, &session, claimed, from);
     report.addresses(client, wanted);
     let caller = snapshot.by_identity(session.peer().id(), Some(client.ip()));
-    report.source(session.peer().id(), caller.map(AsRef::as_ref));
+    report.source(session.peer().id(), caller);
 
     let local = match find_local(&snapshot, locals, &session, wanted) {
         Ok(local) => local,
-        Err(denial) => return refuse(session, &denial, &mut report).await,
+        Err(denial) => return Box::pin(refuse(session, &denial, &mut report)).await,
     };
     report.destination(&local.workload.identity, Some(&local.workload));
     let checked =
@@ -206,10 +206,10 @@ async fn serve_stream(
     drop(snapshot);
     let permit = match checked {
         Ok(permit) => permit,
-        Err(denial) => return refuse(session, &denial, &mut report).await,
+        Err(denial) => return Box::pin(refuse(session, &denial, &mut report)).await,
     };
     let counters = report.permitted(&permit);
-    let application = match local.place.dial_as(client, wanted).await {
+    let application = match Box::pin(local.place.dial_as(client, wanted)).await {
         Ok(application) => application,
         Err(error) => {
             report.closed("unreachable", Some(format!("the application: {error}")));
@@ -221,7 +221,7 @@ async fn serve_stream(
                 nearest_miss: String::new(),
                 mend: format!("nothing answers at {wanted}: {error}"),
             };
-            return answer_no(session, &refusal).await;
+            return Box::pin(answer_no(session, &refusal)).await;
         }
     };
     if let Err(error) = session.accept() {
@@ -229,11 +229,17 @@ async fn serve_stream(
         drop(reset_on_close(&application));
         return None;
     }
+    let relay = match Relay::new(Application::new(application), session, counters) {
+        Ok(relay) => relay,
+        Err(error) => {
+            report.closed("session_failed", Some(error.to_string()));
+            return None;
+        }
+    };
     report.opened();
-    let application = Application::new(application);
     let asked = permit.asked();
-    let forward = Forward { context, local: &local, application, session, snapshots, counters };
-    match forward.run(permit, &mut report).await {
+    let forward = Forward { context, local: &local, relay, snapshots };
+    match Box::pin(forward.run(permit, &mut report)).await {
         Outcome::Over(session) => Some((session?, Some(asked))),
         // Only a destination takes no streams, and that is us.
         Outcome::NotTaken(..) => None,
@@ -246,7 +252,7 @@ async fn handshake(
     tls: Arc<ServerConfig>,
     stream: TcpStream,
     from: SocketAddr,
-) -> Result<Session, SessionError> {
+) -> Result<Box<Session>, SessionError> {
     let waiting = Instant::now();
     // Held through the handshake only.
     let turn = context.handshakes.turn(from.ip(), HANDSHAKE_TIMEOUT).await;
@@ -316,10 +322,10 @@ fn find_local(
 }
 
 async fn refuse(
-    session: Session,
+    session: Box<Session>,
     denial: &Denial,
     report: &mut Report<'_>,
-) -> Option<(Session, Option<Asked>)> {
+) -> Option<(Box<Session>, Option<Asked>)> {
     report.denied(denial, None);
     let text = |value: Option<String>| value.unwrap_or_default();
     let refusal = Refusal {
@@ -334,7 +340,10 @@ async fn refuse(
 }
 
 /// Tells the caller's agent why not.
-async fn answer_no(mut session: Session, refusal: &Refusal) -> Option<(Session, Option<Asked>)> {
+async fn answer_no(
+    mut session: Box<Session>,
+    refusal: &Refusal,
+) -> Option<(Box<Session>, Option<Asked>)> {
     session.refuse(refusal).ok()?;
     session.settle().await.then_some((session, None))
 }
@@ -367,8 +376,9 @@ pub(crate) async fn serve_plaintext(
     match (local, wanted) {
         (Some(local), Some(wanted)) if local.workload.mode == Mode::Audit => {
             let counters = report.audited(&denial);
-            passthrough::inbound(context, &local, stream, from, wanted, counters, &mut report)
-                .await;
+            let pass =
+                passthrough::inbound(context, &local, stream, from, wanted, counters, &mut report);
+            Box::pin(pass).await;
         }
         (Some(_) | None, _) => {
             report.denied(&denial, None);

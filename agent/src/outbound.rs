@@ -21,7 +21,7 @@ use crate::{
     passthrough,
     policy::Found,
     pool::Edge,
-    relay::Application,
+    relay::{Application, Relay},
     report::Report,
     session::{self, HANDSHAKE_TIMEOUT, Session, SessionError},
 };
@@ -77,8 +77,15 @@ async fn carry(
             return match local.workload.mode {
                 Mode::Audit if snapshot.revision > 0 => {
                     let counters = report.audited(&denial);
-                    passthrough::outbound(context, local, application, wanted, counters, report)
-                        .await;
+                    let pass = passthrough::outbound(
+                        context,
+                        local,
+                        application,
+                        wanted,
+                        counters,
+                        report,
+                    );
+                    Box::pin(pass).await;
                     None
                 }
                 Mode::Audit | Mode::Enforce => {
@@ -144,10 +151,15 @@ async fn carry(
             failed(&error, &permit, report);
             return Some(application.stream);
         }
-        let counters = report.permitted(&permit);
-        let snapshots = snapshots.clone();
-        let forward = Forward { context, local, application, session, snapshots, counters };
-        match forward.run(permit, report).await {
+        let relay = match Relay::new(application, session, report.permitted(&permit)) {
+            Ok(relay) => relay,
+            Err(error) => {
+                failed(&error, &permit, report);
+                return None;
+            }
+        };
+        let forward = Forward { context, local, relay, snapshots: snapshots.clone() };
+        match Box::pin(forward.run(permit, report)).await {
             Outcome::Over(Some(session)) => {
                 local.pool.put(&edge, session, wanted.port());
                 return None;
@@ -170,7 +182,12 @@ async fn carry(
 
 /// A session that is idle, if there is one. If it was the last, another one is made for the next
 /// connection to this port.
-fn idle(context: &Arc<Context>, local: &Arc<Local>, edge: &Edge, port: u16) -> Option<Session> {
+fn idle(
+    context: &Arc<Context>,
+    local: &Arc<Local>,
+    edge: &Edge,
+    port: u16,
+) -> Option<Box<Session>> {
     let taken = local.pool.take(edge);
     if taken.warm && !context.stopping.is_cancelled() {
         let (context, local, edge) = (context.clone(), local.clone(), edge.clone());
@@ -190,7 +207,11 @@ fn idle(context: &Arc<Context>, local: &Arc<Local>, edge: &Edge, port: u16) -> O
     taken.session
 }
 
-async fn connect(context: &Context, local: &Local, edge: &Edge) -> Result<Session, SessionError> {
+async fn connect(
+    context: &Context,
+    local: &Local,
+    edge: &Edge,
+) -> Result<Box<Session>, SessionError> {
     let stream = local.place.dial(edge.agent).await?;
     let name = ServerName::try_from(edge.destination.server_name())
         .map_err(|error| SessionError::Io(std::io::Error::other(error)))?;

@@ -68,7 +68,7 @@ struct OfEdge {
 }
 
 struct Idle {
-    session: Session,
+    session: Box<Session>,
     /// The port of its last stream.
     port: u16,
     since: Instant,
@@ -78,7 +78,7 @@ struct Idle {
 /// What the pool has for an edge.
 pub(crate) struct Taken {
     /// A session to use.
-    pub(crate) session: Option<Session>,
+    pub(crate) session: Option<Box<Session>>,
     /// The edge is in use and has no spare session left: one should be made, and the outcome told with
     /// [`Pool::put_spare`].
     pub(crate) warm: bool,
@@ -128,7 +128,7 @@ impl Pool {
 
     /// Takes a session back after a stream to this port. Closes it if it is not fit for another
     /// stream, or there are enough.
-    pub(crate) fn put(&self, edge: &Edge, session: Session, port: u16) {
+    pub(crate) fn put(&self, edge: &Edge, session: Box<Session>, port: u16) {
         let (own, trust, now) = (self.own.load(), self.trust.load(), hauberk_tls::now());
         let fit = session.is_current(own.as_ref(), &trust, now)
             && session.made().elapsed() < MAX_AGE
@@ -148,7 +148,7 @@ impl Pool {
     }
 
     /// Takes a spare session, or that none could be made.
-    pub(crate) fn put_spare(&self, edge: &Edge, session: Option<Session>, port: u16) {
+    pub(crate) fn put_spare(&self, edge: &Edge, session: Option<Box<Session>>, port: u16) {
         if let Some(of_edge) = self.lock().edges.get_mut(edge) {
             of_edge.warming = false;
             of_edge.warm_after = session.is_none().then(|| Instant::now() + WARM_PAUSE);

@@ -26,7 +26,7 @@ use tokio::{
 use crate::session::{RECORD, SLOTS, Scratch, Session, SessionError, owned, with_scratch};
 
 /// Bursts in one direction before other connections of the thread get their turn.
-const BURSTS: usize = 4;
+const BURSTS: usize = 1;
 
 /// Runs of data that are written to an application at once.
 const RUNS: usize = 16;
@@ -90,7 +90,7 @@ impl Application {
 /// Both directions of one stream.
 pub(crate) struct Relay {
     application: Application,
-    pub(crate) session: Session,
+    pub(crate) session: Box<Session>,
     counters: EdgeCounters,
     /// Records of the next burst, each way. Grows while everything that is read also goes out, so that
     /// a connection that is held back does not fill memory.
@@ -114,15 +114,18 @@ impl Relay {
     /// For a session whose stream is asked for or taken. What was read before is sent (again).
     pub(crate) fn new(
         application: Application,
-        mut session: Session,
+        mut session: Box<Session>,
         counters: EdgeCounters,
-    ) -> Result<Self, SessionError> {
-        session.queue_data(&application.early)?;
-        if application.ended {
-            session.fin()?;
+    ) -> Result<Box<Self>, SessionError> {
+        let queued = session
+            .queue_data(&application.early)
+            .and_then(|()| if application.ended { session.fin() } else { Ok(()) });
+        if let Err(error) = queued {
+            application.reset();
+            return Err(error);
         }
         let sent = count(application.early.len());
-        Ok(Self {
+        Ok(Box::new(Self {
             application,
             session,
             counters,
@@ -134,10 +137,10 @@ impl Relay {
             suspended: false,
             sent,
             received: 0,
-        })
+        }))
     }
 
-    pub(crate) fn into_parts(mut self) -> (Application, Session) {
+    pub(crate) fn into_parts(mut self) -> (Application, Box<Session>) {
         self.session.skip_plain(self.undelivered);
         (self.application, self.session)
     }

@@ -2,12 +2,13 @@
 
 use std::{
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
 use hauberk_core::{
     identity::SpiffeId,
-    policy::{Denial, Mode, Reason, resolve::MeshWorkload},
+    policy::{Allowed, Denial, Mode, Reason, resolve::MeshWorkload},
     session::Refusal,
 };
 use hauberk_telemetry::{
@@ -21,142 +22,143 @@ use crate::{
     context::Context,
 };
 
-/// Collects what becomes known of a connection, and tells it when it is dropped.
+/// Collects what becomes known of a connection, and tells it when it is dropped. Until then it only points
+/// to what others hold: an open connection has no texts of its own.
 pub(crate) struct Report<'a> {
     context: &'a Context,
-    record: ConnectionRecord,
-    direction: Direction,
+    id: [u8; 16],
+    time: SystemTime,
     started: Instant,
+    side: Side,
+    src: Party,
+    dst: Party,
+    client: Option<SocketAddr>,
+    original_destination: Option<SocketAddr>,
+    tls: Option<Arc<TlsInfo>>,
+    revision: Option<u64>,
+    decided: Decided,
+    detail: Option<Box<str>>,
+    ended: Option<&'static str>,
+    terminated: Option<Reason>,
+    sent: u64,
+    received: u64,
+    opened_after: Option<Duration>,
     counters: Option<EdgeCounters>,
     counted: bool,
     /// From the first byte that could pass.
     open: Option<OpenConnection>,
 }
 
+#[derive(Default)]
+struct Party {
+    id: Option<SpiffeId>,
+    workload: Option<Arc<MeshWorkload>>,
+}
+
+/// What is decided so far.
+enum Decided {
+    /// Counts as denied: a way out that forgets to decide shows.
+    Nothing,
+    Permitted(Arc<Permitted>),
+    WouldDeny(Box<Denial>),
+    Denied(Box<Denial>),
+    DeniedByPeer(Reason, Box<Refusal>),
+}
+
 impl<'a> Report<'a> {
     pub(crate) fn new(
         context: &'a Context,
         side: Side,
-        connection_id: [u8; 16],
+        id: [u8; 16],
         client: Option<SocketAddr>,
         original_destination: Option<SocketAddr>,
     ) -> Self {
-        let direction = match side {
-            Side::Source => Direction::Outbound,
-            Side::Destination => Direction::Inbound,
-        };
-        // Until something is decided it counts as denied: a way out that forgets to decide shows.
-        let mut record = ConnectionRecord::new(
-            hex::encode(connection_id),
-            SystemTime::now(),
-            side,
-            Decision::Deny,
-        );
-        record.src.addr = client;
-        record.original_dst = original_destination;
-        record.dst.addr = original_destination;
-        match side {
-            Side::Source => record.src.node = Some(context.node.clone()),
-            Side::Destination => record.dst.node = Some(context.node.clone()),
-        }
         Self {
             context,
-            record,
-            direction,
+            id,
+            time: SystemTime::now(),
             started: Instant::now(),
+            side,
+            src: Party::default(),
+            dst: Party::default(),
+            client,
+            original_destination,
+            tls: None,
+            revision: None,
+            decided: Decided::Nothing,
+            detail: None,
+            ended: None,
+            terminated: None,
+            sent: 0,
+            received: 0,
+            opened_after: None,
             counters: None,
             counted: false,
             open: None,
         }
     }
 
-    pub(crate) fn source(&mut self, id: &SpiffeId, workload: Option<&MeshWorkload>) {
-        name(&mut self.record.src, id, workload);
+    pub(crate) fn source(&mut self, id: &SpiffeId, workload: Option<&Arc<MeshWorkload>>) {
+        self.src = Party { id: Some(id.clone()), workload: workload.cloned() };
     }
 
-    pub(crate) fn destination(&mut self, id: &SpiffeId, workload: Option<&MeshWorkload>) {
-        name(&mut self.record.dst, id, workload);
-        self.record.mode = workload.map(|workload| match workload.mode {
-            Mode::Enforce => "enforce".to_owned(),
-            Mode::Audit => "audit".to_owned(),
-        });
+    pub(crate) fn destination(&mut self, id: &SpiffeId, workload: Option<&Arc<MeshWorkload>>) {
+        self.dst = Party { id: Some(id.clone()), workload: workload.cloned() };
     }
 
     pub(crate) fn addresses(&mut self, client: SocketAddr, original_destination: SocketAddr) {
-        self.record.src.addr = Some(client);
-        self.record.original_dst = Some(original_destination);
-        self.record.dst.addr = Some(original_destination);
+        self.client = Some(client);
+        self.original_destination = Some(original_destination);
     }
 
-    pub(crate) fn tls(&mut self, tls: &TlsInfo) {
-        self.record.tls = Some(tls.clone());
+    pub(crate) fn tls(&mut self, tls: &Arc<TlsInfo>) {
+        self.tls = Some(tls.clone());
     }
 
     /// It goes on, as far as this side is asked; gives the counters for its bytes. It is counted once a
     /// first byte can pass, or when it ends before that.
     pub(crate) fn permitted(&mut self, permit: &Permit) -> EdgeCounters {
-        self.record.policy_revision = Some(permit.revision());
-        let reason = match permit.verdict() {
-            Permitted::Allowed(allowed) => {
-                self.record.decision = Decision::Allow;
-                self.record.policy = Some(allowed.policy.to_string());
-                self.record.rule = Some(allowed.rule.to_string());
-                self.record.owner = Some(allowed.owner.to_string());
-                ""
-            }
-            Permitted::Audited(denial) => {
-                self.record.decision = Decision::WouldDeny;
-                self.denial(denial);
-                denial.reason.as_str()
-            }
-        };
-        self.resolve(reason)
+        self.revision = Some(permit.revision());
+        self.decided = Decided::Permitted(permit.verdict().clone());
+        self.resolve()
     }
 
     /// It passes only because its workload is audited.
     pub(crate) fn audited(&mut self, denial: &Denial) -> EdgeCounters {
-        self.record.decision = Decision::WouldDeny;
-        self.denial(denial);
-        self.resolve(denial.reason.as_str())
+        self.decided = Decided::WouldDeny(Box::new(denial.clone()));
+        self.resolve()
     }
 
     /// It is refused here.
     pub(crate) fn denied(&mut self, denial: &Denial, detail: Option<String>) {
-        self.record.decision = Decision::Deny;
-        self.record.detail = detail;
-        self.denial(denial);
-        self.record.close_reason = Some("denied".to_owned());
-        self.resolve(denial.reason.as_str());
+        self.decided = Decided::Denied(Box::new(denial.clone()));
+        self.detail = detail.map(String::into_boxed_str);
+        self.ended = Some("denied");
+        self.resolve();
         self.count();
     }
 
     /// It is refused by the destination's agent.
     pub(crate) fn denied_by_peer(&mut self, reason: Reason, refusal: &Refusal) {
-        let some = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
-        self.record.decision = Decision::Deny;
-        self.record.reason = Some(reason.as_str().to_owned());
-        self.record.detail = Some("refused by the destination's agent".to_owned());
-        self.record.policy = some(&refusal.policy);
-        self.record.rule = some(&refusal.rule);
-        self.record.owner = some(&refusal.owner);
-        self.record.nearest_miss = some(&refusal.nearest_miss);
-        self.record.mend = some(&refusal.mend);
-        self.record.close_reason = Some("denied".to_owned());
-        self.resolve(reason.as_str());
+        self.decided = Decided::DeniedByPeer(reason, Box::new(refusal.clone()));
+        self.detail = Some("refused by the destination's agent".into());
+        self.ended = Some("denied");
+        self.resolve();
         self.count();
     }
 
     pub(crate) fn revision(&mut self, revision: u64) {
-        self.record.policy_revision = Some(revision);
+        self.revision = Some(revision);
     }
 
     /// A first byte can pass from now on.
     pub(crate) fn opened(&mut self) {
         self.count();
-        self.open = Some(self.context.metrics.connection_opened(self.direction));
+        let direction = self.direction();
+        self.open = Some(self.context.metrics.connection_opened(direction));
         let elapsed = self.started.elapsed();
-        self.record.open_ms = Some(millis(elapsed));
-        self.context.metrics.observe_open(self.direction, elapsed);
+        self.opened_after = Some(elapsed);
+        self.context.metrics.observe_open(direction, elapsed);
     }
 
     /// Whether a first byte could pass.
@@ -166,45 +168,102 @@ impl<'a> Report<'a> {
 
     /// A live connection is cut, for a reason of the closed set.
     pub(crate) fn terminated(&mut self, reason: Reason, detail: String) {
-        self.record.reason = Some(reason.as_str().to_owned());
-        self.record.detail = Some(detail);
-        self.record.close_reason = Some(reason.as_str().to_owned());
+        self.terminated = Some(reason);
+        self.detail = Some(detail.into_boxed_str());
+        self.ended = Some(reason.as_str());
         let (src, dst) = self.labels();
         self.context.metrics.connection_terminated(reason.as_str(), src, dst);
     }
 
-    pub(crate) fn closed(&mut self, reason: &str, detail: Option<String>) {
-        self.record.close_reason = Some(reason.to_owned());
-        if detail.is_some() {
-            self.record.detail = detail;
+    pub(crate) fn closed(&mut self, reason: &'static str, detail: Option<String>) {
+        self.ended = Some(reason);
+        if let Some(detail) = detail {
+            self.detail = Some(detail.into_boxed_str());
         }
     }
 
     pub(crate) fn bytes(&mut self, sent: u64, received: u64) {
-        self.record.bytes_sent = sent;
-        self.record.bytes_received = received;
+        self.sent = sent;
+        self.received = received;
     }
 
-    fn denial(&mut self, denial: &Denial) {
-        self.record.reason = Some(denial.reason.as_str().to_owned());
-        self.record.policy = denial.policy.as_ref().map(ToString::to_string);
-        self.record.owner = denial.owner.as_ref().map(ToString::to_string);
-        self.record.rule = denial.nearest_miss.as_ref().map(|miss| miss.rule.to_string());
-        self.record.nearest_miss = denial.nearest_miss.as_ref().map(ToString::to_string);
-        self.record.mend = Some(denial.mend.clone()).filter(|mend| !mend.is_empty());
+    fn direction(&self) -> Direction {
+        match self.side {
+            Side::Source => Direction::Outbound,
+            Side::Destination => Direction::Inbound,
+        }
+    }
+
+    fn decision(&self) -> Decision {
+        match &self.decided {
+            Decided::Permitted(permitted) => match permitted.as_ref() {
+                Permitted::Allowed(_) => Decision::Allow,
+                Permitted::Audited(_) => Decision::WouldDeny,
+            },
+            Decided::WouldDeny(_) => Decision::WouldDeny,
+            Decided::Nothing | Decided::Denied(_) | Decided::DeniedByPeer(..) => Decision::Deny,
+        }
+    }
+
+    /// Why not; none if it is allowed.
+    fn reason(&self) -> Option<Reason> {
+        match &self.decided {
+            Decided::Nothing => Some(Reason::NotReady),
+            Decided::DeniedByPeer(reason, _) => Some(*reason),
+            Decided::Permitted(_) | Decided::WouldDeny(_) | Decided::Denied(_) => {
+                self.denial().map(|denial| denial.reason)
+            }
+        }
+    }
+
+    fn denial(&self) -> Option<&Denial> {
+        match &self.decided {
+            Decided::Permitted(permitted) => match permitted.as_ref() {
+                Permitted::Audited(denial) => Some(denial),
+                Permitted::Allowed(_) => None,
+            },
+            Decided::WouldDeny(denial) | Decided::Denied(denial) => Some(denial),
+            Decided::Nothing | Decided::DeniedByPeer(..) => None,
+        }
+    }
+
+    fn allowed(&self) -> Option<&Allowed> {
+        match &self.decided {
+            Decided::Permitted(permitted) => match permitted.as_ref() {
+                Permitted::Allowed(allowed) => Some(allowed),
+                Permitted::Audited(_) => None,
+            },
+            Decided::Nothing
+            | Decided::WouldDeny(_)
+            | Decided::Denied(_)
+            | Decided::DeniedByPeer(..) => None,
+        }
+    }
+
+    fn policy(&self) -> Option<String> {
+        if let Some(allowed) = self.allowed() {
+            return Some(allowed.policy.to_string());
+        }
+        match &self.decided {
+            Decided::DeniedByPeer(_, refusal) => some(&refusal.policy),
+            Decided::Permitted(_)
+            | Decided::WouldDeny(_)
+            | Decided::Denied(_)
+            | Decided::Nothing => self.denial()?.policy.as_ref().map(ToString::to_string),
+        }
     }
 
     /// The counters of what is decided now.
-    fn resolve(&mut self, reason: &'static str) -> EdgeCounters {
+    fn resolve(&mut self) -> EdgeCounters {
         let (src, dst) = self.labels();
         let counters = self.context.metrics.edge(&EdgeLabels {
-            direction: self.direction,
-            decision: self.record.decision,
-            reason,
+            direction: self.direction(),
+            decision: self.decision(),
+            reason: self.reason().map_or("", Reason::as_str),
             src,
             dst,
-            dst_port: self.record.dst_port().unwrap_or(0),
-            policy: self.record.policy.as_deref().unwrap_or(""),
+            dst_port: self.original_destination.map_or(0, |address| address.port()),
+            policy: self.policy().as_deref().unwrap_or(""),
         });
         self.counters = Some(counters.clone());
         counters
@@ -221,37 +280,99 @@ impl<'a> Report<'a> {
     }
 
     fn labels(&self) -> (WorkloadLabels<'_>, WorkloadLabels<'_>) {
-        (labels(&self.record.src), labels(&self.record.dst))
+        (self.src.labels(), self.dst.labels())
+    }
+
+    fn record(&mut self) -> ConnectionRecord {
+        let id = hex::encode(self.id);
+        let mut record = ConnectionRecord::new(id, self.time, self.side, self.decision());
+        record.src = self.src.told(self.client);
+        record.dst = self.dst.told(self.original_destination);
+        let own = match self.side {
+            Side::Source => &mut record.src,
+            Side::Destination => &mut record.dst,
+        };
+        own.node.get_or_insert_with(|| self.context.node.clone());
+        record.original_dst = self.original_destination;
+        record.tls = self.tls.as_deref().cloned();
+        record.mode = self.dst.workload.as_ref().map(|workload| match workload.mode {
+            Mode::Enforce => "enforce".to_owned(),
+            Mode::Audit => "audit".to_owned(),
+        });
+        record.policy = self.policy();
+        if let Some(allowed) = self.allowed() {
+            record.rule = Some(allowed.rule.to_string());
+            record.owner = Some(allowed.owner.to_string());
+        }
+        match &self.decided {
+            Decided::DeniedByPeer(_, refusal) => {
+                record.rule = some(&refusal.rule);
+                record.owner = some(&refusal.owner);
+                record.nearest_miss = some(&refusal.nearest_miss);
+                record.mend = some(&refusal.mend);
+            }
+            Decided::Permitted(_)
+            | Decided::WouldDeny(_)
+            | Decided::Denied(_)
+            | Decided::Nothing => {
+                if let Some(denial) = self.denial() {
+                    let miss = denial.nearest_miss.as_ref();
+                    record.owner = denial.owner.as_ref().map(ToString::to_string);
+                    record.rule = miss.map(|miss| miss.rule.to_string());
+                    record.nearest_miss = miss.map(ToString::to_string);
+                    record.mend = some(&denial.mend);
+                }
+            }
+        }
+        let reason = self.terminated.or(self.reason());
+        record.reason = reason.map(|reason| reason.as_str().to_owned());
+        record.detail = self.detail.take().map(String::from);
+        record.policy_revision = self.revision;
+        record.bytes_sent = self.sent;
+        record.bytes_received = self.received;
+        record.duration_ms = millis(self.started.elapsed());
+        record.open_ms = self.opened_after.map(millis);
+        record.close_reason = Some(self.ended.unwrap_or("aborted").to_owned());
+        record
     }
 }
 
 impl Drop for Report<'_> {
     fn drop(&mut self) {
         if self.counters.is_none() {
-            self.record.reason.get_or_insert_with(|| Reason::NotReady.as_str().to_owned());
-            self.resolve(Reason::NotReady.as_str());
+            self.resolve();
         }
         self.count();
-        self.record.duration_ms = millis(self.started.elapsed());
-        self.record.close_reason.get_or_insert_with(|| "aborted".to_owned());
-        self.context.records.submit(self.record.clone());
+        let record = self.record();
+        self.context.records.submit(record);
     }
 }
 
-fn name(peer: &mut Peer, id: &SpiffeId, workload: Option<&MeshWorkload>) {
-    peer.spiffe_id = Some(id.to_string());
-    if let Some(workload) = workload {
-        peer.node = Some(workload.node.to_string());
-        peer.namespace = workload.namespace.as_ref().map(ToString::to_string);
-        peer.workload = Some(workload.name.to_string());
+impl Party {
+    fn told(&self, address: Option<SocketAddr>) -> Peer {
+        let workload = self.workload.as_ref();
+        Peer {
+            spiffe_id: self.id.as_ref().map(ToString::to_string),
+            node: workload.map(|workload| workload.node.to_string()),
+            namespace: workload
+                .and_then(|workload| workload.namespace.as_ref())
+                .map(ToString::to_string),
+            workload: workload.map(|workload| workload.name.to_string()),
+            addr: address,
+        }
+    }
+
+    fn labels(&self) -> WorkloadLabels<'_> {
+        let Some(workload) = &self.workload else { return WorkloadLabels::default() };
+        WorkloadLabels {
+            namespace: workload.namespace.as_ref().map_or("", |name| name.as_str()),
+            name: workload.name.as_str(),
+        }
     }
 }
 
-fn labels(peer: &Peer) -> WorkloadLabels<'_> {
-    WorkloadLabels {
-        namespace: peer.namespace.as_deref().unwrap_or(""),
-        name: peer.workload.as_deref().unwrap_or(""),
-    }
+fn some(text: &str) -> Option<String> {
+    Some(text.to_owned()).filter(|text| !text.is_empty())
 }
 
 fn millis(duration: Duration) -> u64 {

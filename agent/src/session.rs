@@ -3,7 +3,8 @@
 //! thread shares.
 //!
 //! The protocol is `hauberk_core::session`, the records are `hauberk_tls::channel`; this is the socket
-//! between them. An idle session holds no buffer. One that is dropped without [`Session::close`] is
+//! between them. An idle session holds no buffer, and it is handed around in a box, so that the futures of
+//! connections have no room for it but where it is used. One that is dropped without [`Session::close`] is
 //! reset, so that nothing of it stays behind in the kernel.
 
 mod handshake;
@@ -510,7 +511,7 @@ impl Session {
 
     /// Says goodbye and waits for the peer's, so that the kernel does not throw away what is still on
     /// its way because of a byte that nobody read.
-    pub(crate) async fn close(mut self) {
+    pub(crate) async fn close(mut self: Box<Self>) {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let goodbye = async {
             self.flush().await?;
@@ -528,7 +529,7 @@ impl Session {
     }
 
     /// The same without waiting, for a session that carries nothing.
-    pub(crate) fn close_idle(mut self) {
+    pub(crate) fn close_idle(mut self: Box<Self>) {
         if self.seal_control().is_err() || self.channel.close(&mut self.unsent).is_err() {
             return;
         }

@@ -5,6 +5,7 @@
 use std::{
     ffi::OsString,
     fs,
+    io::{BufRead, BufReader},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -265,31 +266,29 @@ impl Ready<'_> {
         self.processes.iter().map(|process| processes::cpu_seconds(*process)).sum()
     }
 
-    /// User memory for each idle connection, bytes, of the caller's and the server's relay.
-    pub(crate) fn memory(&self, connections: usize, burst: bool) -> anyhow::Result<[f64; 2]> {
+    /// User memory now, bytes, of the caller's and the server's relay.
+    pub(crate) fn memory(&self) -> anyhow::Result<[f64; 2]> {
         let [near, far] = *self.processes.as_slice() else { bail!("it has no two relays") };
-        let now = || anyhow::Ok([processes::memory_bytes(near)?, processes::memory_bytes(far)?]);
-        // What is allocated once for all, such as buffers and pools, is not a connection's.
-        self.load(Kind::Connects, 16, 0.3, &[])?;
-        let before = now()?;
+        Ok([processes::memory_bytes(near)?, processes::memory_bytes(far)?])
+    }
+
+    /// The same with so many idle connections.
+    pub(crate) fn memory_with(&self, connections: usize, burst: bool) -> anyhow::Result<[f64; 2]> {
         let more: &[&str] = if burst { &["--burst"] } else { &[] };
         let mut command = self.command(Kind::Idle, connections, 0.0, more);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let namespace = self.field.lab.namespace(self.client)?;
         let mut child = namespace.run(|| command.spawn())?.context("start the load")?;
         let mut line = String::new();
-        let stdout = child.stdout.take().context("no output")?;
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line)?;
-        let after = now();
+        let mut stdout = BufReader::new(child.stdout.take().context("no output")?);
+        stdout.read_line(&mut line)?;
+        let after = self.memory();
         // Its end lets the connections go.
         drop(child.stdin.take());
+        stdout.read_line(&mut String::new())?;
         let status = child.wait()?;
         ensure!(line.trim() == "holding" && status.success(), "the connections were not held");
-        let [a, b] = after?;
-        let [a_before, b_before] = before;
-        #[allow(clippy::as_conversions, reason = "a count for a share")]
-        let connections = connections as f64;
-        Ok([(a - a_before) / connections, (b - b_before) / connections])
+        after
     }
 }
 

@@ -125,6 +125,10 @@ impl Turn<'_> {
 
     fn measure(&mut self, first_round: bool) -> anyhow::Result<()> {
         let seconds = self.args.duration().as_secs_f64();
+        // Memory does not vary as speed does: once is enough. First, before the heap has grown.
+        if first_round && self.wants("memory") && self.contender != Contender::Raw {
+            self.memory()?;
+        }
         if self.wants("throughput") {
             self.throughput(seconds)?;
         }
@@ -136,10 +140,6 @@ impl Turn<'_> {
         }
         if self.wants("fairness") {
             self.fairness(seconds)?;
-        }
-        // Memory does not vary as speed does: once is enough.
-        if first_round && self.wants("memory") && self.contender != Contender::Raw {
-            self.memory()?;
         }
         Ok(())
     }
@@ -225,14 +225,28 @@ impl Turn<'_> {
 
     fn memory(&mut self) -> anyhow::Result<()> {
         let many = processes::many_connections()?;
+        // What is allocated once for all, such as buffers and pools, is not a connection's.
+        self.ready.load(Kind::Connects, 16, 0.3, &[])?;
+        let [near_before, far_before] = self.ready.memory()?;
         for (connections, burst, name) in [
             (1_000, false, "memory of an idle connection of 1,000"),
             (many, false, "memory of an idle connection of 10,000"),
             (many, true, "the same after a burst"),
         ] {
-            let [near, far] = self.ready.memory(connections, burst)?;
-            self.add(&format!("{name}, caller's relay"), "kB", near / 1000.0);
-            self.add(&format!("{name}, server's relay"), "kB", far / 1000.0);
+            let held = self.ready.memory_with(connections, burst);
+            let [near, far] = match held {
+                Ok(held) => held,
+                Err(error) if self.contender == Contender::Hauberk => return Err(error),
+                Err(error) => {
+                    // A thread for each, for one: it has no figure then.
+                    eprintln!("{}: {connections} connections: {error:#}", self.contender.name());
+                    return Ok(());
+                }
+            };
+            #[allow(clippy::as_conversions, reason = "a count for a share")]
+            let thousands = connections as f64 * 1000.0;
+            self.add(&format!("{name}, caller's relay"), "kB", (near - near_before) / thousands);
+            self.add(&format!("{name}, server's relay"), "kB", (far - far_before) / thousands);
         }
         Ok(())
     }

@@ -279,6 +279,8 @@ async fn fair(args: &Args) -> anyhow::Result<Measured> {
     for number in 0..args.connections {
         let (measuring, stop) = (measuring.clone(), stop.clone());
         let mut stream = connect(address(args, Port::Echo)).await.context("connect")?;
+        // So that the whole way stands before the clock runs.
+        exchange(&mut stream, &mut [5]).await.context("first byte")?;
         tasks.push(tokio::spawn(async move {
             let (mut buffer, mut times) = ([5; 64], Vec::new());
             // Spread over the pause.

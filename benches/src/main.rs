@@ -4,6 +4,7 @@
 //! `just bench` runs all of it, `just bench-quick` a form of under five minutes. See docs/performance.md.
 
 mod contenders;
+mod counts;
 mod figures;
 mod load;
 mod plain;
@@ -29,6 +30,16 @@ struct Cli {
 enum Command {
     /// Run the rounds and write the table.
     Run(RunArgs),
+    /// Count the instructions of the steps of a connection, under valgrind, and hold them against the
+    /// written ones.
+    Counts {
+        /// Write them anew instead.
+        #[arg(long)]
+        write: bool,
+    },
+    /// One of those steps, so many times.
+    #[command(hide = true)]
+    Step { step: counts::Step, times: usize },
     /// The server of the load: echo, sink, source and one-shot, on ports one after the other.
     #[command(hide = true)]
     Serve { address: SocketAddr },
@@ -85,6 +96,8 @@ fn main() -> ExitCode {
     }
     let outcome = match Cli::parse().command {
         Command::Run(args) => figures::run(&args),
+        Command::Counts { write } => counts::run(write),
+        Command::Step { step, times } => counts::steps(step, times),
         Command::Serve { address } => serve::run(address),
         Command::Load(args) => load::run(&args),
         Command::Plain { listen, to } => plain::run(listen, to),

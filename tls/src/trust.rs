@@ -1,9 +1,16 @@
 //! Trust bundles: the roots of a trust domain.
 
-use std::sync::Arc;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use arc_swap::ArcSwap;
-use hauberk_core::{identity::TrustDomain, svid, time::Timestamp};
+use hauberk_core::{
+    identity::TrustDomain,
+    svid::{self, VerifiedSvid},
+    time::Timestamp,
+};
 use rustls_pki_types::{CertificateDer, TrustAnchor};
 
 /// The roots of one trust domain. Never empty, never merged with another domain's.
@@ -13,6 +20,8 @@ pub struct TrustBundle {
     roots: Vec<CertificateDer<'static>>,
     anchors: Vec<TrustAnchor<'static>>,
     first_expiry: Option<Timestamp>,
+    /// Chains that were verified against these very roots.
+    verified: Arc<VerifiedChains>,
 }
 
 /// Roots that cannot be trusted.
@@ -66,7 +75,8 @@ impl TrustBundle {
                 .map_err(|source| TrustError::Anchor { number, source })?;
             anchors.push(anchor.to_owned());
         }
-        Ok(Self { trust_domain, roots, anchors, first_expiry })
+        let verified = Arc::default();
+        Ok(Self { trust_domain, roots, anchors, first_expiry, verified })
     }
 
     /// Whose roots they are.
@@ -87,8 +97,56 @@ impl TrustBundle {
         self.first_expiry
     }
 
+    pub(crate) fn verified(&self) -> &VerifiedChains {
+        &self.verified
+    }
+
     pub(crate) fn anchors(&self) -> &[TrustAnchor<'static>] {
         &self.anchors
+    }
+}
+
+/// The most chains that are remembered: those of the peers of a busy node. They are a few hundred bytes
+/// each.
+const MAX_CHAINS: usize = 4_096;
+
+/// Chains that were verified, by their SHA-256. An agent meets the same chain in every handshake with a
+/// peer, and at each renewal once on every open connection: the signatures on it are checked once.
+/// Only what passed is remembered, together with the time for which that holds.
+#[derive(Debug, Default)]
+pub(crate) struct VerifiedChains(Mutex<HashMap<[u8; 32], VerifiedChain>>);
+
+#[derive(Debug, Clone)]
+pub(crate) struct VerifiedChain {
+    pub(crate) peer: VerifiedSvid,
+    /// When all certificates of the chain are valid.
+    pub(crate) not_before: Timestamp,
+    pub(crate) not_after: Timestamp,
+}
+
+impl VerifiedChains {
+    /// The proof, if this chain was verified before and is valid now.
+    pub(crate) fn find(&self, chain: &[u8; 32], now: Timestamp) -> Option<VerifiedSvid> {
+        let chains = self.lock();
+        let found = chains.get(chain)?;
+        (found.not_before <= now && now < found.not_after).then(|| found.peer.clone())
+    }
+
+    pub(crate) fn remember(&self, chain: [u8; 32], verified: VerifiedChain, now: Timestamp) {
+        let mut chains = self.lock();
+        if chains.len() >= MAX_CHAINS {
+            chains.retain(|_, chain| chain.not_after > now);
+        }
+        if chains.len() >= MAX_CHAINS {
+            // Rather all anew than a bound that is none.
+            chains.clear();
+        }
+        chains.insert(chain, verified);
+    }
+
+    /// Plain data: a panic elsewhere leaves nothing half-changed in it.
+    fn lock(&self) -> MutexGuard<'_, HashMap<[u8; 32], VerifiedChain>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -18,7 +18,12 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use webpki::{EndEntityCert, KeyUsage};
 
-use crate::{TrustBundle, TrustSlot, config::provider, timestamp, trust::sha256};
+use crate::{
+    TrustBundle, TrustSlot,
+    config::provider,
+    timestamp,
+    trust::{VerifiedChain, sha256},
+};
 
 /// The side that the peer plays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,6 +100,10 @@ fn verify(
     time: UnixTime,
 ) -> Result<VerifiedSvid, VerifyError> {
     let now = timestamp(time);
+    let key = chain_key(leaf, intermediates, role);
+    if let Some(peer) = bundle.verified().find(&key, now) {
+        return Ok(peer);
+    }
     let usage = match role {
         PeerRole::Server => KeyUsage::server_auth(),
         PeerRole::Client => KeyUsage::client_auth(),
@@ -113,20 +122,52 @@ fn verify(
             .map(|_| ())
     });
     path.map_err(VerifyError::Chain)?;
+    let (mut not_before, mut not_after) = (None, None);
     for intermediate in intermediates {
         // webpki does not look at key usage; the core does. A root sent along is not part of the
         // path and anchors nothing.
         if !bundle.roots().iter().any(|root| root.as_ref() == intermediate.as_ref()) {
-            check_intermediate(intermediate, now).map_err(VerifyError::Svid)?;
+            let facts = check_intermediate(intermediate, now).map_err(VerifyError::Svid)?;
+            not_before = not_before.max(Some(facts.not_before()));
+            not_after = Some(not_after.unwrap_or(facts.not_after()).min(facts.not_after()));
         }
     }
-    VerifiedSvid::from_verified_chain(
+    let peer = VerifiedSvid::from_verified_chain(
         ChainVerified::assert_signature_path_checked(),
         leaf,
         bundle.trust_domain(),
         now,
     )
-    .map_err(VerifyError::Svid)
+    .map_err(VerifyError::Svid)?;
+    let facts = peer.facts();
+    let verified = VerifiedChain {
+        not_before: not_before.unwrap_or(facts.not_before()).max(facts.not_before()),
+        not_after: not_after.unwrap_or(facts.not_after()).min(facts.not_after()),
+        peer: peer.clone(),
+    };
+    bundle.verified().remember(key, verified, now);
+    Ok(peer)
+}
+
+/// Names the very bytes of a chain in a role.
+fn chain_key(
+    leaf: &CertificateDer<'_>,
+    intermediates: &[CertificateDer<'_>],
+    role: PeerRole,
+) -> [u8; 32] {
+    let mut digest = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+    digest.update(match role {
+        PeerRole::Server => b"server",
+        PeerRole::Client => b"client",
+    });
+    for certificate in std::iter::once(leaf).chain(intermediates) {
+        // Its length, so that no two chains have the same bytes one after the other.
+        digest.update(&u64::try_from(certificate.len()).unwrap_or(u64::MAX).to_be_bytes());
+        digest.update(certificate);
+    }
+    let mut key = [0; 32];
+    key.copy_from_slice(digest.finish().as_ref());
+    key
 }
 
 /// A finished handshake without a usable peer.

@@ -5,23 +5,24 @@
 use std::{
     io::{Read, Write},
     sync::Arc,
+    time::Duration,
 };
 
-use hauberk_core::{identity::SpiffeId, session::ALPN};
+use hauberk_core::{identity::SpiffeId, policy::Reason, session::ALPN};
 use hauberk_tls::{
     ByServerName, Credential, CredentialSlot, PrivateKey, TrustBundle, TrustSlot,
     channel::{
         Channel, Established, Handshake, HelloName, MAX_PLAINTEXT, Opened, Progress, RECORD_HEADER,
         RECORD_OVERHEAD, hello_name,
     },
-    mesh_client_config, mesh_server_config,
+    mesh_client_config, mesh_server_config, verify_chain,
 };
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, SanType,
 };
 use rustls::{AlertDescription, ClientConfig, Error, ServerConfig, ServerConnection};
-use rustls_pki_types::ServerName;
+use rustls_pki_types::{CertificateDer, ServerName};
 
 const CHECKOUT: &str = "spiffe://example.org/ns/shop/sa/checkout";
 const LEDGER: &str = "spiffe://example.org/ns/payments/sa/ledger";
@@ -30,6 +31,7 @@ struct World {
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
     bundle: TrustBundle,
+    ledger: Arc<CredentialSlot>,
 }
 
 impl World {
@@ -44,8 +46,10 @@ impl World {
         let bundle = TrustBundle::new(domain, vec![root], hauberk_tls::now()).unwrap();
         let trust = TrustSlot::new(bundle.clone());
         let names = ByServerName::default();
-        names.store([slot(LEDGER, &issuer)]);
+        let ledger = slot(LEDGER, &issuer);
+        names.store([ledger.clone()]);
         Self {
+            ledger,
             client: Arc::new(
                 mesh_client_config(slot(CHECKOUT, &issuer), trust.clone(), ALPN).unwrap(),
             ),
@@ -402,6 +406,35 @@ fn a_peer_that_only_renews_its_key_is_cut_off() {
     }
     let error = error.expect("it went on for ever");
     assert!(error.to_string().contains("too many records without data"), "{error}");
+}
+
+/// Verified chains are remembered; what is remembered must not outlive them, nor cover anything else.
+#[test]
+fn a_chain_that_was_verified_is_refused_once_it_has_ended() {
+    let (slot, bundle) = {
+        let world = World::new();
+        (world.ledger, world.bundle)
+    };
+    let credential = slot.load().unwrap();
+    let (leaf, rest) = credential.chain().split_first().unwrap();
+    let now = hauberk_tls::now();
+    let verify = |leaf: &CertificateDer<'_>, bundle: &TrustBundle, time| {
+        verify_chain(leaf, rest, bundle, true, time).map(|peer| peer.id().to_string())
+    };
+    for _ in 0..2 {
+        assert_eq!(verify(leaf, &bundle, now).unwrap(), LEDGER);
+    }
+    let after = credential.facts().not_after().saturating_add(Duration::from_secs(1));
+    let expired = verify(leaf, &bundle, after).unwrap_err();
+    assert_eq!(expired.reason(), Reason::ExpiredCert);
+    let early = credential.facts().not_before().saturating_sub(Duration::from_secs(1));
+    assert_eq!(verify(leaf, &bundle, early).unwrap_err().reason(), Reason::ExpiredCert);
+    let mut changed = leaf.to_vec();
+    *changed.last_mut().unwrap() ^= 1;
+    verify(&CertificateDer::from(changed), &bundle, now).expect_err("a changed leaf was taken");
+    // Other roots remember nothing of it.
+    verify(leaf, &World::new().bundle, now).expect_err("a foreign leaf was taken");
+    assert_eq!(verify(leaf, &bundle, now).unwrap(), LEDGER);
 }
 
 #[test]

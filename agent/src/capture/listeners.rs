@@ -55,7 +55,8 @@ where
             };
             match accepted {
                 Ok((stream, from)) => {
-                    let served = serve(context.clone(), stream, from);
+                    // In a box of its own: a future that is moved into a task is in it twice.
+                    let served = Box::pin(serve(context.clone(), stream, from));
                     let open = context.opened();
                     tokio::spawn(async move {
                         served.await;

@@ -38,7 +38,7 @@ pub(crate) async fn connect(
     name: ServerName<'static>,
     own: Option<Arc<Credential>>,
     trust: Arc<TrustBundle>,
-) -> Result<Session, SessionError> {
+) -> Result<Box<Session>, SessionError> {
     let mut handshake = Handshake::client(config, name)?;
     let mut out = Vec::with_capacity(BUFFER);
     let mut input = Vec::with_capacity(BUFFER);
@@ -54,7 +54,7 @@ pub(crate) async fn accept<F: Future<Output = Option<Arc<Credential>>>>(
     config: Arc<ServerConfig>,
     trust: Arc<TrustBundle>,
     ready: impl FnOnce(Option<String>) -> F,
-) -> Result<Session, SessionError> {
+) -> Result<Box<Session>, SessionError> {
     let mut out = Vec::new();
     let mut input = Vec::with_capacity(BUFFER);
     let name = loop {
@@ -126,7 +126,7 @@ impl Session {
         own: Option<Arc<Credential>>,
         trust: Arc<TrustBundle>,
         unsent: Vec<u8>,
-    ) -> Result<Self, SessionError> {
+    ) -> Result<Box<Self>, SessionError> {
         if established.alpn.as_deref() != Some(ALPN) {
             return Err(SessionError::Refused(HandshakeFailure {
                 reason: Reason::Plaintext,
@@ -142,14 +142,15 @@ impl Session {
             peer_serial: Some(facts.serial().to_string()),
             peer_not_after: Some(facts.not_after().to_string()),
         };
-        Ok(Self {
+        Ok(Box::new(Self {
             socket,
             channel: established.channel,
             machine: Machine::new(role),
             partial: established.ciphertext,
             plain: established.plaintext,
             plain_used: 0,
-            unsent,
+            // An exact copy: the room that the handshake needed goes.
+            unsent: unsent.as_slice().to_vec(),
             unsent_used: 0,
             control: Vec::new(),
             proof: None,
@@ -167,6 +168,6 @@ impl Session {
                 proofs_taken: 0,
             }),
             closed: false,
-        })
+        }))
     }
 }

@@ -65,7 +65,12 @@ pub(crate) struct Publisher {
     sender: watch::Sender<Arc<Published>>,
     errors: Mutex<Vec<String>>,
     /// The files as they were read last, and whether they are in force.
-    seen: Mutex<Option<(Vec<(String, String)>, bool)>>,
+    seen: Mutex<Option<Seen>>,
+}
+
+struct Seen {
+    files: Vec<(String, String)>,
+    in_force: bool,
 }
 
 impl Publisher {
@@ -170,10 +175,10 @@ impl Publisher {
                 return Ok(false);
             }
         };
-        if let Some((before, good)) = &*seen
-            && *before == files
+        if let Some(before) = &*seen
+            && before.files == files
         {
-            return Ok(*good);
+            return Ok(before.in_force);
         }
         // What cannot be stored is tried again.
         *seen = None;
@@ -190,7 +195,7 @@ impl Publisher {
                 false
             }
         };
-        *seen = Some((files, good));
+        *seen = Some(Seen { files, in_force: good });
         Ok(good)
     }
 

@@ -357,21 +357,29 @@ impl Stolen {
         Ok(Self { channel, runtime })
     }
 
-    /// Many requests, 64 at once; the first refusal ends it.
+    /// Many requests, 64 at once; after the first refusal no more are made. Those under way are waited
+    /// for: a client that gives up dozens of calls at once is cut off by HTTP/2 itself.
     fn flood(&self, workload: &str, request: &[u8], count: usize) -> Option<tonic::Status> {
         use futures_util::StreamExt;
+        let over = std::cell::Cell::new(false);
         let calls = (0..count).map(|_| {
             let mut client = WorkloadIdentityClient::new(self.channel.clone());
             let request = IssueRequest {
                 workload: workload.to_owned(),
                 certificate_request: request.to_vec(),
             };
-            async move { client.issue(request).await.err() }
+            let over = &over;
+            async move {
+                if over.get() {
+                    return None;
+                }
+                let refused = client.issue(request).await.err();
+                over.set(over.get() || refused.is_some());
+                refused
+            }
         });
-        let mut refused = std::pin::pin!(
-            futures_util::stream::iter(calls).buffer_unordered(64).filter_map(std::future::ready)
-        );
-        self.runtime.block_on(refused.next())
+        let all = futures_util::stream::iter(calls).buffer_unordered(64).collect::<Vec<_>>();
+        self.runtime.block_on(all).into_iter().flatten().next()
     }
 
     fn issue(&self, workload: &str, request: Vec<u8>) -> Result<Vec<Vec<u8>>, tonic::Status> {

@@ -185,8 +185,9 @@ impl Handshake {
             channel,
             peer,
             binding,
-            plaintext: self.early,
-            ciphertext: self.incoming,
+            // An exact copy: the room that the handshake needed goes.
+            plaintext: self.early.as_slice().to_vec(),
+            ciphertext: self.incoming.as_slice().to_vec(),
             alpn,
             version,
             group,
