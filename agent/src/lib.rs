@@ -6,8 +6,8 @@
 pub mod app;
 pub mod config;
 
-/// For every program that runs an agent: a third less CPU for each new connection than with the C
-/// library's, see `docs/performance.md`.
+/// For every program that runs an agent: less CPU for each new connection than with the C library's, see
+/// `docs/performance.md`.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -8,8 +8,8 @@ use hauberk_tls::channel::{MAX_PLAINTEXT, RECORD_OVERHEAD};
 /// The longest record of ours.
 pub(crate) const RECORD: usize = MAX_PLAINTEXT + RECORD_OVERHEAD;
 
-/// Records in one burst. 16 of them, 256 KiB, is where a longer burst no longer saves system calls that
-/// show; see `docs/performance.md`.
+/// Records in one burst. Of 4, 8 and 16 the last costs the least CPU for each byte; see
+/// `docs/performance.md`.
 pub(crate) const SLOTS: usize = 16;
 
 /// Two buffers of a burst's length.
