@@ -132,11 +132,11 @@ fn removed_rules_come_back() -> anyhow::Result<()> {
     mesh.namespace("ledger")?.run(hauberk_linux::capture::remove)??;
     mesh.wait("the rules", PATIENCE, |mesh| {
         ensure!(rules(mesh, "ledger")?, "still missing");
+        // It is told once they are back.
+        let log = fs::read_to_string(mesh.log("machine-b"))?;
+        ensure!(log.contains("the capture rules were altered, they are restored"), "{log}");
         Ok(())
-    })?;
-    let log = fs::read_to_string(mesh.log("machine-b"))?;
-    ensure!(log.contains("the capture rules were altered, they are restored"), "{log}");
-    Ok(())
+    })
 }
 
 fn a_damaged_state_file_opens_nothing() -> anyhow::Result<()> {
