@@ -3,7 +3,7 @@
 //!
 //! rustls makes the connection and stays in charge of its secrets; what is done here is the record
 //! protection of RFC 8446 alone. Why not by rustls as well:
-//! [ADR 4](https://docs/adr/0004-records-without-copies.md). `handshake.rs` makes a [`Channel`],
+//! `docs/adr/0004-records-without-copies.md`. `handshake.rs` makes a [`Channel`],
 //! `record.rs` protects and unprotects single records.
 //!
 //! Fails closed: after any error nothing more is opened or sealed.
