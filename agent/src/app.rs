@@ -14,7 +14,7 @@ use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
     capture::{Captures, StatusBoard},
-    config::{Args, LogFormat},
+    config::{Args, LocalEdges, LogFormat},
     context::Context,
     identity::{Identities, Node, draw_jitter, open_node, renew_node, system_time},
     policy::{Enforcer, POLICY_CHECK, Subscription},
@@ -95,6 +95,8 @@ pub async fn run(
         node.trust.clone(),
         metrics.clone(),
         records.clone(),
+        args.local_edges,
+        args.records_per_key.unwrap_or(u64::MAX),
         enforcer.subscribe(),
     ));
     let identities = Identities::new(
@@ -120,6 +122,11 @@ pub async fn run(
         status: board,
         node_renewed,
     };
+    if args.local_edges == LocalEdges::VerifiedLocal {
+        tracing::info!(
+            "connections between workloads of this node are carried without TLS, once both are verified"
+        );
+    }
     tracing::info!(node = node.name, metrics = %args.metrics, control_plane = node.control_plane.address(), "ready");
 
     let server = tokio::spawn(hauberk_telemetry::serve(

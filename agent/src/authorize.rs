@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use hauberk_core::{
     identity::SpiffeId,
-    policy::{Allowed, Denial, Reason, Request, Verdict},
+    policy::{Allowed, Denial, Mode, Reason, Request, Verdict, resolve::MeshWorkload},
     time::Timestamp,
 };
 
@@ -80,6 +80,31 @@ impl Permit {
     /// Asks again, for a newer state or a later time.
     pub(crate) fn renew(self, snapshot: &Snapshot) -> Result<Self, Denial> {
         check(snapshot, &self.source, &self.destination, self.port)
+    }
+}
+
+/// An audited workload's connection with the world outside of the mesh may go on, although no policy can
+/// allow it. Only [`pass_audited`] makes one.
+pub(crate) struct AuditPass {
+    denial: Denial,
+}
+
+impl AuditPass {
+    /// Why it would be denied.
+    pub(crate) fn denial(&self) -> &Denial {
+        &self.denial
+    }
+}
+
+/// Lets the connection pass if the workload of this node is only audited; else the denial stands.
+pub(crate) fn pass_audited(
+    snapshot: &Snapshot,
+    workload: &MeshWorkload,
+    denial: Denial,
+) -> Result<AuditPass, Denial> {
+    match workload.mode {
+        Mode::Audit if snapshot.revision > 0 => Ok(AuditPass { denial }),
+        Mode::Audit | Mode::Enforce => Err(denial),
     }
 }
 

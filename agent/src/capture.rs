@@ -26,6 +26,9 @@ use place::{HostCapture, NamespaceCapture};
 /// How often what is there is compared with what should be.
 const RECONCILE: Duration = Duration::from_secs(2);
 
+/// How often cgroups are looked at: a service that is started anew has another one, which no rule knows yet.
+const CGROUP_LOOK: Duration = Duration::from_millis(50);
+
 /// How long the rules of a workload that is gone stay, for the resets of its connections. These are
 /// cut at once.
 const LEAVING: Duration = Duration::from_secs(2);
@@ -97,6 +100,14 @@ impl Captured {
     }
 }
 
+/// Done when it is time, or earlier if a cgroup is not what it was.
+async fn next_reconcile(current: &Captured) {
+    let due = Instant::now() + RECONCILE;
+    while Instant::now() < due && !current.host.as_ref().is_some_and(HostCapture::cgroups_differ) {
+        tokio::time::sleep(CGROUP_LOOK).await;
+    }
+}
+
 impl Captures {
     /// Runs until the agent stops taking connections. What is captured then stays so: its rules are
     /// needed while connections drain.
@@ -115,7 +126,7 @@ impl Captures {
                     return current;
                 }
                 changed = self.snapshots.changed() => if changed.is_err() { return current },
-                () = tokio::time::sleep(RECONCILE) => {}
+                () = next_reconcile(&current) => {}
             }
         }
     }
@@ -139,6 +150,9 @@ impl Captures {
             }
         }
         self.host(&on_host, current);
+        if let Some(neighbours) = &self.context.neighbours {
+            neighbours.store(current.locals().flat_map(Locals::all));
+        }
         current.locals().for_each(|locals| locals.sweep_pools(snapshot));
         if !known {
             tracing::info!(workloads = keys.len(), "took up the workloads of this node");
@@ -186,7 +200,10 @@ impl Captures {
             None => match HostCapture::start(&self.context) {
                 Ok(host) => current.host.insert(host),
                 Err(error) => {
-                    let text = format!("{error:#}");
+                    let mut text = format!("{error:#}");
+                    if let Err(error) = HostCapture::close(workloads) {
+                        text = format!("{text}; nor could its ports be closed: {error:#}");
+                    }
                     for workload in workloads {
                         self.note(workload, Err(anyhow::anyhow!("{text}")));
                     }

@@ -38,6 +38,16 @@ pub struct Args {
     #[arg(long, env = "HAUBERK_NETNS_DIR", value_name = "DIR", default_value = "/run/netns")]
     pub netns_dir: PathBuf,
 
+    /// How connections between two workloads of this node are carried.
+    #[arg(long, env = "HAUBERK_LOCAL_EDGES", value_enum, default_value_t = LocalEdges::Mtls)]
+    pub local_edges: LocalEdges,
+
+    /// Renew the keys of a session after so many records, if that is earlier than its cipher demands
+    /// (2^24.5 records for AES-GCM); at least 64.
+    #[arg(long, env = "HAUBERK_RECORDS_PER_KEY", value_name = "NUMBER",
+          value_parser = clap::value_parser!(u64).range(64..))]
+    pub records_per_key: Option<u64>,
+
     /// How long open connections may go on after SIGTERM.
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration)]
     pub drain: Duration,
@@ -54,6 +64,17 @@ pub struct Args {
     /// Stop when standard input ends: for a parent that must not leave children behind.
     #[arg(long, hide = true)]
     pub stop_with_stdin: bool,
+}
+
+/// How connections between two workloads of one node are carried. They are proven, decided and recorded
+/// alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LocalEdges {
+    /// In mutual TLS, as between two nodes.
+    Mtls,
+    /// Without TLS, once this agent has verified the certificates of both: their bytes pass over the
+    /// loopback interfaces of the two workloads and through the agent, and nowhere else.
+    VerifiedLocal,
 }
 
 /// How logs are written.
@@ -76,6 +97,8 @@ impl Args {
             metrics: SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 9465)),
             records: "-".into(),
             netns_dir: "/run/netns".into(),
+            local_edges: LocalEdges::Mtls,
+            records_per_key: None,
             drain: Duration::from_secs(10),
             remove_rules_on_stop: false,
             log_format: LogFormat::Text,

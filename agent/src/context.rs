@@ -1,6 +1,7 @@
 //! What the tasks of connections share, and the local workloads they act for.
 
 use std::{
+    collections::HashMap,
     io,
     net::{Ipv6Addr, SocketAddr},
     sync::{
@@ -10,17 +11,18 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use hauberk_core::policy::resolve::MeshWorkload;
 use hauberk_linux::{NetnsWorker, socket};
 use hauberk_telemetry::{RecordSink, metrics::AgentMetrics};
-use hauberk_tls::TrustSlot;
+use hauberk_tls::{TrustSlot, turns::Handshakes};
 use tokio::{
     net::{TcpSocket, TcpStream},
     sync::watch,
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{handshakes::Handshakes, identity::LocalIdentity, policy::Snapshot, pool::Pool};
+use crate::{config::LocalEdges, identity::LocalIdentity, policy::Snapshot, pool::Pool};
 
 /// A connection that comes before the agent can decide waits this long, rather than being refused.
 const READY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -37,7 +39,11 @@ pub(crate) struct Context {
     pub(crate) trust: Arc<TrustSlot>,
     pub(crate) metrics: AgentMetrics,
     pub(crate) records: RecordSink,
-    pub(crate) handshakes: Handshakes,
+    /// Records that are sent under one key, if that is less than TLS allows.
+    pub(crate) records_per_key: u64,
+    pub(crate) handshakes: Arc<Handshakes>,
+    /// The captured workloads of this node by their keys, for `verified-local`; none under `mtls`.
+    pub(crate) neighbours: Option<Neighbours>,
     /// Take no more connections.
     pub(crate) stopping: CancellationToken,
     /// End the open ones.
@@ -61,6 +67,8 @@ impl Context {
         trust: Arc<TrustSlot>,
         metrics: AgentMetrics,
         records: RecordSink,
+        local_edges: LocalEdges,
+        records_per_key: u64,
         snapshots: watch::Receiver<Arc<Snapshot>>,
     ) -> Self {
         Self {
@@ -68,7 +76,12 @@ impl Context {
             trust,
             metrics,
             records,
-            handshakes: Handshakes::default(),
+            records_per_key,
+            handshakes: Arc::default(),
+            neighbours: match local_edges {
+                LocalEdges::Mtls => None,
+                LocalEdges::VerifiedLocal => Some(Neighbours::default()),
+            },
             stopping: CancellationToken::new(),
             cut: CancellationToken::new(),
             open: AtomicUsize::new(0),
@@ -106,6 +119,20 @@ impl Context {
         }
         let snapshot = snapshots.borrow_and_update().clone();
         (snapshots, snapshot)
+    }
+}
+
+/// Who lives on this node, over all places.
+#[derive(Default)]
+pub(crate) struct Neighbours(ArcSwap<HashMap<String, Arc<Local>>>);
+
+impl Neighbours {
+    pub(crate) fn find(&self, workload: &MeshWorkload) -> Option<Arc<Local>> {
+        self.0.load().get(&workload.key()).cloned()
+    }
+
+    pub(crate) fn store(&self, locals: impl Iterator<Item = Arc<Local>>) {
+        self.0.store(Arc::new(locals.map(|local| (local.workload.key(), local)).collect()));
     }
 }
 

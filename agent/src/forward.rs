@@ -10,6 +10,7 @@ use hauberk_core::{
     session::{RefusalCause, ResetCause},
     time::Timestamp,
 };
+use hauberk_telemetry::record::Path;
 use tokio::sync::watch;
 
 use crate::{
@@ -110,7 +111,7 @@ impl Forward<'_> {
                     }
                 }
                 event = relay.run() => match event {
-                    Event::Accepted => report.opened(),
+                    Event::Accepted => report.opened(Path::Mtls),
                     Event::Reauthenticate(frame) => {
                         let trust = context.trust.load();
                         if let Err(error) =
@@ -126,6 +127,7 @@ impl Forward<'_> {
                     }
                     Event::End(end) => {
                         report.bytes(relay.sent, relay.received);
+                        context.metrics.keys_renewed(relay.session.take_renewals());
                         return Outcome::Over(Box::pin(finish(relay, end, report)).await);
                     }
                 },

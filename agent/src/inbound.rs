@@ -8,13 +8,14 @@ use std::{
 };
 
 use hauberk_core::{
-    policy::{Denial, Mode, Reason},
+    policy::{Denial, Reason},
     session::{Event, Open, Refusal, RefusalCause},
 };
 use hauberk_linux::socket::{original_destination, reset_on_close, tune_mesh};
 use hauberk_telemetry::{
     Side,
     metrics::{Direction, Outcome as Handshake},
+    record::Path,
 };
 use hauberk_tls::HandshakeFailure;
 use rustls::ServerConfig;
@@ -236,7 +237,7 @@ async fn serve_stream(
             return None;
         }
     };
-    report.opened();
+    report.opened(Path::Mtls);
     let asked = permit.asked();
     let forward = Forward { context, local: &local, relay, snapshots };
     match Box::pin(forward.run(permit, &mut report)).await {
@@ -265,10 +266,16 @@ async fn handshake(
         }));
     };
     let started = Instant::now();
-    let accepting = session::accept(stream, tls, context.trust.load(), |name| async move {
-        locals.wait_for_certificate(name.as_deref()).await;
-        locals.names.find(&name?)?.load()
-    });
+    let accepting = session::accept(
+        stream,
+        tls,
+        context.trust.load(),
+        context.records_per_key,
+        |name| async move {
+            locals.wait_for_certificate(name.as_deref()).await;
+            locals.names.find(&name?)?.load()
+        },
+    );
     let session = tokio::time::timeout(HANDSHAKE_TIMEOUT, accepting)
         .await
         .unwrap_or(Err(SessionError::TimedOut));
@@ -373,14 +380,22 @@ pub(crate) async fn serve_plaintext(
         Reason::Plaintext,
         "connect from a workload that is registered in the mesh, so that its agent carries the connection",
     );
-    match (local, wanted) {
-        (Some(local), Some(wanted)) if local.workload.mode == Mode::Audit => {
-            let counters = report.audited(&denial);
-            let pass =
-                passthrough::inbound(context, &local, stream, from, wanted, counters, &mut report);
-            Box::pin(pass).await;
+    let pass = match &local {
+        Some(local) => authorize::pass_audited(&snapshot, &local.workload, denial),
+        None => Err(denial),
+    };
+    drop(snapshot);
+    match (pass, local, wanted) {
+        (Ok(pass), Some(local), Some(wanted)) => {
+            let passing =
+                passthrough::inbound(context, &local, stream, from, wanted, pass, &mut report);
+            Box::pin(passing).await;
         }
-        (Some(_) | None, _) => {
+        (Ok(pass), ..) => {
+            report.denied(pass.denial(), None);
+            drop(reset_on_close(&stream));
+        }
+        (Err(denial), ..) => {
             report.denied(&denial, None);
             drop(reset_on_close(&stream));
         }

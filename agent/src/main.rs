@@ -5,7 +5,7 @@ use hauberk_agent::{app, config::Args};
 
 /// The Hauberk agent: captures the connections of this node's workloads and carries them in mutual TLS.
 #[derive(Parser)]
-#[command(name = "hauberk-agent", version, about)]
+#[command(name = "hauberk-agent", version)]
 struct Command {
     #[command(flatten)]
     args: Args,

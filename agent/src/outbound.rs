@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use hauberk_core::{
-    policy::{Denial, Mode, Reason, resolve::MeshWorkload},
+    policy::{Denial, Reason, resolve::MeshWorkload},
     session::Open,
 };
 use hauberk_linux::socket::{original_destination, reset_on_close, tune_local};
@@ -18,6 +18,7 @@ use crate::{
     authorize::{self, Permit, not_ready, without_policy},
     context::{Context, Local, MESH_PORT, canonical, connection_id},
     forward::{Forward, Outcome},
+    local_edge::LocalEdge,
     passthrough,
     policy::Found,
     pool::Edge,
@@ -42,14 +43,17 @@ pub(crate) async fn serve(
     let wanted = original_destination(&application).map(canonical).ok();
     let mut report = Report::new(context, Side::Source, id, Some(canonical(from)), wanted);
     report.source(&local.workload.identity, Some(&local.workload));
+    let own = application.local_addr().map(canonical).ok();
     let refused = match wanted {
-        // Dialled directly, not captured: there is nowhere to go.
-        None => Some(application),
-        Some(wanted) if application.local_addr().is_ok_and(|own| canonical(own) == wanted) => {
-            Some(application)
-        }
-        Some(wanted) => {
+        Some(wanted) if own != Some(wanted) => {
             carry(context, local, application, canonical(from), wanted, id, &mut report).await
+        }
+        // Dialled directly, not captured: there is nowhere to go.
+        None | Some(_) => {
+            let mend = "this is the agent's own port; connect to the destination's address, and the \
+                        connection is taken up on its way";
+            report.denied(&without_policy(Reason::UnknownDestination, mend), None);
+            Some(application)
         }
     };
     if let Some(application) = refused {
@@ -74,21 +78,15 @@ async fn carry(
         Found::Workload(destination) => destination.clone(),
         found @ (Found::UndeclaredPort | Found::Unknown) => {
             let denial = unknown(&found, wanted, snapshot.revision);
-            return match local.workload.mode {
-                Mode::Audit if snapshot.revision > 0 => {
-                    let counters = report.audited(&denial);
-                    let pass = passthrough::outbound(
-                        context,
-                        local,
-                        application,
-                        wanted,
-                        counters,
-                        report,
-                    );
-                    Box::pin(pass).await;
+            return match authorize::pass_audited(&snapshot, &local.workload, denial) {
+                Ok(pass) => {
+                    drop(snapshot);
+                    let passing =
+                        passthrough::outbound(context, local, application, wanted, pass, report);
+                    Box::pin(passing).await;
                     None
                 }
-                Mode::Audit | Mode::Enforce => {
+                Err(denial) => {
                     report.denied(&denial, None);
                     Some(application)
                 }
@@ -98,6 +96,11 @@ async fn carry(
     report.destination(&destination.identity, Some(&destination));
     let checked =
         authorize::check(&snapshot, &local.workload.identity, &destination.identity, wanted.port());
+    let neighbour = context
+        .neighbours
+        .as_ref()
+        .filter(|_| snapshot.owns_address(&local.workload.identity, from.ip()))
+        .and_then(|neighbours| neighbours.find(&destination));
     drop(snapshot);
     let permit = match checked {
         Ok(permit) => permit,
@@ -119,6 +122,10 @@ async fn carry(
     };
     // Best effort: the connection works without.
     drop(tune_local(&application));
+    if let Some(neighbour) = neighbour {
+        let edge = LocalEdge { context, source: local, destination: neighbour, id, from, wanted };
+        return Box::pin(edge.carry(application, permit, snapshots, report)).await;
+    }
     let edge = Edge {
         destination: destination.identity.clone(),
         agent: SocketAddr::new(wanted.ip(), MESH_PORT),
@@ -222,6 +229,7 @@ async fn connect(
         name,
         local.identity.slot.load(),
         context.trust.load(),
+        context.records_per_key,
     );
     let session = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake)
         .await

@@ -4,11 +4,13 @@ use std::net::SocketAddr;
 
 use hauberk_core::policy::{Mode, Reason};
 use hauberk_linux::socket::reset_on_close;
-use hauberk_telemetry::EdgeCounters;
+use hauberk_telemetry::record::Path;
 use tokio::net::TcpStream;
 
 use crate::{
+    authorize::AuditPass,
     context::{Context, Local},
+    copy::{Broken, Joined},
     report::Report,
 };
 
@@ -18,11 +20,15 @@ pub(crate) async fn outbound(
     local: &Local,
     application: TcpStream,
     wanted: SocketAddr,
-    counters: EdgeCounters,
+    pass: AuditPass,
     report: &mut Report<'_>,
 ) {
+    let counters = report.audited(pass.denial());
     match local.place.dial(wanted).await {
-        Ok(peer) => copy(context, local, application, peer, &counters, report).await,
+        Ok(peer) => {
+            let joined = Joined::new(application, peer, Some(counters), None);
+            copy(context, local, joined, true, report).await;
+        }
         Err(error) => {
             report.closed("unreachable", Some(error.to_string()));
             drop(reset_on_close(&application));
@@ -37,11 +43,15 @@ pub(crate) async fn inbound(
     caller: TcpStream,
     from: SocketAddr,
     wanted: SocketAddr,
-    counters: EdgeCounters,
+    pass: AuditPass,
     report: &mut Report<'_>,
 ) {
+    let counters = report.audited(pass.denial());
     match local.place.dial_as_address(from, wanted).await {
-        Ok(application) => copy(context, local, application, caller, &counters, report).await,
+        Ok(application) => {
+            let joined = Joined::new(caller, application, None, Some(counters));
+            copy(context, local, joined, false, report).await;
+        }
         Err(error) => {
             report.closed("unreachable", Some(error.to_string()));
             drop(reset_on_close(&caller));
@@ -52,42 +62,43 @@ pub(crate) async fn inbound(
 async fn copy(
     context: &Context,
     local: &Local,
-    mut application: TcpStream,
-    mut peer: TcpStream,
-    counters: &EdgeCounters,
+    mut joined: Joined,
+    local_is_caller: bool,
     report: &mut Report<'_>,
 ) {
-    report.opened();
+    report.opened(Path::Clear);
     let ended = tokio::select! {
         () = context.cut.cancelled() => Ended::Draining,
         () = no_longer_audited(context, local) => Ended::Enforced,
-        copied = tokio::io::copy_bidirectional(&mut application, &mut peer) => match copied {
-            Ok((sent, received)) => {
-                counters.add_sent(sent);
-                counters.add_received(received);
-                report.bytes(sent, received);
-                report.closed("complete", None);
-                return;
-            }
-            Err(error) => Ended::Failed(error),
-        }
+        copied = joined.run() => match copied {
+            Ok(()) => Ended::Complete,
+            Err(broken) => Ended::Broken(broken),
+        },
     };
+    let (there, back) = joined.bytes();
+    let (sent, received) = if local_is_caller { (there, back) } else { (back, there) };
+    report.bytes(sent, received);
     match ended {
+        Ended::Complete => report.closed("complete", None),
         Ended::Draining => report.closed("draining", None),
         Ended::Enforced => {
             let text = "the workload is no longer only audited".to_owned();
             report.terminated(Reason::PolicyRevoked, text);
         }
-        Ended::Failed(error) => report.closed("application_reset", Some(error.to_string())),
+        Ended::Broken(Broken { caller, error }) if caller == local_is_caller => {
+            report.closed("application_reset", Some(error.to_string()));
+        }
+        Ended::Broken(Broken { error, .. }) => {
+            report.closed("peer_application_reset", Some(error.to_string()));
+        }
     }
-    drop(reset_on_close(&application));
-    drop(reset_on_close(&peer));
 }
 
 enum Ended {
+    Complete,
     Draining,
     Enforced,
-    Failed(std::io::Error),
+    Broken(Broken),
 }
 
 /// Done when the workload is enforced, or gone.

@@ -15,7 +15,7 @@ use std::{
 use hauberk_core::session::{
     Event as Frame, FrameError, HEADER_LENGTH, Reauthenticate, Refusal, ResetCause,
 };
-use hauberk_linux::socket::reset_on_close;
+use hauberk_linux::socket::{linger_on_close, reset_on_close};
 use hauberk_telemetry::EdgeCounters;
 use hauberk_tls::channel::{MAX_PLAINTEXT, RECORD_HEADER, RECORD_OVERHEAD};
 use tokio::{
@@ -76,14 +76,23 @@ pub(crate) struct Application {
 }
 
 impl Application {
+    /// Whatever ends this process, or this connection before both have sent their last byte, the application
+    /// sees as a reset: never as an end, which could be taken for the last byte.
     pub(crate) fn new(stream: TcpStream) -> Self {
+        // The connection may be gone already.
+        drop(reset_on_close(&stream));
         Self { stream, early: Vec::new(), ended: false }
+    }
+
+    /// Lets what was written go out, now that both have sent their last byte.
+    fn complete(&self) {
+        // The connection may be gone already.
+        drop(linger_on_close(&self.stream));
     }
 
     /// Makes the application see a reset, as it would without us in between.
     pub(crate) fn reset(self) {
-        // The connection may be gone already.
-        drop(reset_on_close(&self.stream));
+        drop(self.stream);
     }
 }
 
@@ -160,6 +169,7 @@ impl Relay {
             return Poll::Ready(Event::End(end));
         }
         if self.is_complete() {
+            self.application.complete();
             return Poll::Ready(Event::End(End::Complete));
         }
         Poll::Pending

@@ -14,7 +14,7 @@ use hauberk_core::{
 use hauberk_telemetry::{
     ConnectionRecord, Decision, EdgeCounters, EdgeLabels, Side,
     metrics::{Direction, OpenConnection, WorkloadLabels},
-    record::{Peer, TlsInfo},
+    record::{Path, Peer, TlsInfo},
 };
 
 use crate::{
@@ -35,6 +35,7 @@ pub(crate) struct Report<'a> {
     client: Option<SocketAddr>,
     original_destination: Option<SocketAddr>,
     tls: Option<Arc<TlsInfo>>,
+    path: Option<Path>,
     revision: Option<u64>,
     decided: Decided,
     detail: Option<Box<str>>,
@@ -84,6 +85,7 @@ impl<'a> Report<'a> {
             client,
             original_destination,
             tls: None,
+            path: None,
             revision: None,
             decided: Decided::Nothing,
             detail: None,
@@ -152,7 +154,8 @@ impl<'a> Report<'a> {
     }
 
     /// A first byte can pass from now on.
-    pub(crate) fn opened(&mut self) {
+    pub(crate) fn opened(&mut self, path: Path) {
+        self.path = Some(path);
         self.count();
         let direction = self.direction();
         self.open = Some(self.context.metrics.connection_opened(direction));
@@ -295,6 +298,7 @@ impl<'a> Report<'a> {
         own.node.get_or_insert_with(|| self.context.node.clone());
         record.original_dst = self.original_destination;
         record.tls = self.tls.as_deref().cloned();
+        record.path = self.path;
         record.mode = self.dst.workload.as_ref().map(|workload| match workload.mode {
             Mode::Enforce => "enforce".to_owned(),
             Mode::Audit => "audit".to_owned(),

@@ -284,6 +284,11 @@ impl Session {
         self.is_blocked() || !self.control.is_empty() || self.proof.is_some()
     }
 
+    /// How often its sending key was renewed since this was last asked.
+    pub(crate) fn take_renewals(&mut self) -> u32 {
+        self.channel.take_renewals()
+    }
+
     /// How long the peer's kernel has acknowledged nothing of what was sent to it.
     pub(crate) fn silence(&self) -> Option<Duration> {
         socket::unacknowledged_for(&self.socket).ok().flatten()

@@ -5,7 +5,7 @@
 use std::{
     ffi::OsString,
     fs,
-    io::{BufRead, BufReader},
+    io::{self, BufRead, BufReader},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -14,8 +14,12 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use hauberk_cli::lab::{Lab, Running, ipv4};
+use serde::de::DeserializeOwned;
 
 use crate::{AS_HAUBERK, load::Kind, load::Measured, processes, serve::Port};
+
+/// Those with an agent: the caller's and the server's.
+const MACHINES: [&str; 2] = ["machine-a", "machine-b"];
 
 const MESHED_CLIENT: u8 = 11;
 const MESHED_SERVER: u8 = 21;
@@ -84,7 +88,8 @@ pub(crate) struct Ready<'a> {
 }
 
 impl Field {
-    pub(crate) fn new(rules: usize) -> anyhow::Result<Self> {
+    /// With so many rules in Hauberk's policy, and with these arguments to its agents.
+    pub(crate) fn new(rules: usize, agent_arguments: &[&str]) -> anyhow::Result<Self> {
         let program = std::env::current_exe()?;
         // Each agent sees one CPU from its start on, and sets itself up for one.
         let hauberk = ["taskset", "-c", "1"].map(OsString::from).into_iter();
@@ -117,8 +122,8 @@ impl Field {
         write_manifests(&lab, rules)?;
         // Certificates of a minute: rotation goes on all the time.
         lab.start_control_plane(&["--workload-certificate-lifetime", "60s"])?;
-        for machine in ["machine-a", "machine-b"] {
-            lab.start_agent(machine, &[])?;
+        for machine in MACHINES {
+            lab.start_agent(machine, agent_arguments)?;
         }
         lab.wait_ready().context("the mesh")?;
         Ok(Self { lab, program, _servers: servers })
@@ -135,10 +140,7 @@ impl Field {
         };
         let (running, processes) = match contender {
             Contender::Raw => (Vec::new(), Vec::new()),
-            Contender::Hauberk => {
-                let agent = |machine| self.lab.process(machine).context("no agent");
-                (Vec::new(), vec![agent("machine-a")?, agent("machine-b")?])
-            }
+            Contender::Hauberk => (Vec::new(), self.agents()?.to_vec()),
             Contender::Plain | Contender::Haproxy | Contender::Stunnel => {
                 let running = self.start(contender)?;
                 let processes = running.iter().map(Running::process).collect();
@@ -194,6 +196,26 @@ impl Field {
         command
     }
 
+    /// Hauberk's agents, the caller's and the server's.
+    pub(crate) fn agents(&self) -> anyhow::Result<[u32; 2]> {
+        let [near, far] = MACHINES.map(|machine| self.lab.process(machine).context("no agent"));
+        Ok([near?, far?])
+    }
+
+    /// Throws away what the agents have recorded, as a log rotation does: millions of connections would fill
+    /// a disk.
+    pub(crate) fn drop_records(&self) -> anyhow::Result<()> {
+        for machine in MACHINES {
+            let records = self.lab.records(machine);
+            match fs::remove_file(&records) {
+                // The last one was thrown away a moment ago.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                removed => removed.with_context(|| format!("remove {}", records.display()))?,
+            }
+        }
+        Ok(())
+    }
+
     /// How many policies the control plane has, and what the kernel does.
     pub(crate) fn status(&self) -> anyhow::Result<String> {
         let status = self.lab.status()?;
@@ -219,7 +241,18 @@ impl Ready<'_> {
         seconds: f64,
         more: &[&str],
     ) -> anyhow::Result<Measured> {
-        let mut command = self.command(kind, connections, seconds, more);
+        self.finish(self.command(kind, connections, seconds, more))
+    }
+
+    /// A load of another kind: this program with other arguments, and the server's address behind them.
+    pub(crate) fn load_with<T: DeserializeOwned>(&self, arguments: &[String]) -> anyhow::Result<T> {
+        let mut command = on_cpu(0, &self.field.program);
+        command.args(arguments).arg(self.address.to_string());
+        self.finish(command)
+    }
+
+    /// Runs a load to its end, and reads its result.
+    fn finish<T: DeserializeOwned>(&self, mut command: Command) -> anyhow::Result<T> {
         let namespace = self.field.lab.namespace(self.client)?;
         let output = namespace.run(|| command.output())?.context("start the load")?;
         if !output.status.success() {

@@ -2,21 +2,14 @@
 //! half a percent on any machine of the kind, so that a regression shows at once. Under valgrind the crypto
 //! takes its AVX2 way, and the build is that of the tests: the numbers are for comparing, not for quoting.
 
-use std::{process::Command, sync::Arc};
+use std::process::Command;
 
 use anyhow::{Context, bail, ensure};
 use clap::ValueEnum;
-use hauberk_core::{
-    identity::SpiffeId,
-    session::{ALPN, Event, Machine, Open, Role},
-};
-use hauberk_tls::{
-    ByServerName, Credential, CredentialSlot, PrivateKey, TrustBundle, TrustSlot,
-    channel::{Channel, Established, Handshake, MAX_PLAINTEXT, Opened},
-    mesh_client_config, mesh_server_config,
-};
-use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
-use rustls_pki_types::ServerName;
+use hauberk_core::session::{Event, Machine, Open, Role};
+use hauberk_tls::channel::{Channel, MAX_PLAINTEXT, Opened};
+
+use crate::{decide, world::World};
 
 /// How far a count may be from the written one, in a hundred.
 const BAND: f64 = 5.0;
@@ -34,16 +27,21 @@ pub(crate) enum Step {
     RoundTrip,
     /// 1 MiB one way.
     Mebibyte,
+    /// One decision of one side that allows, with 10,000 policies about its destination.
+    Decision,
 }
 
 impl Step {
-    const ALL: [Self; 4] = [Self::Handshake, Self::Stream, Self::RoundTrip, Self::Mebibyte];
+    const ALL: [Self; 5] =
+        [Self::Handshake, Self::Stream, Self::RoundTrip, Self::Mebibyte, Self::Decision];
 
     /// Enough that what starting costs, which is never quite the same, does not show.
     fn times(self) -> usize {
         match self {
             Self::Handshake | Self::Mebibyte => 20,
             Self::Stream | Self::RoundTrip => 4_000,
+            // Reading in the policies is a lot of what starting costs.
+            Self::Decision => 50_000,
         }
     }
 
@@ -53,6 +51,7 @@ impl Step {
             Self::Stream => "stream",
             Self::RoundTrip => "round-trip",
             Self::Mebibyte => "mebibyte",
+            Self::Decision => "decision",
         }
     }
 }
@@ -114,13 +113,13 @@ fn instructions(step: Step, times: usize) -> anyhow::Result<u64> {
 /// Takes a step so many times.
 pub(crate) fn steps(step: Step, times: usize) -> anyhow::Result<()> {
     let world = World::new()?;
-    let mut ends = world.connect()?;
+    let mut ends = Ends::connect(&world)?;
     if matches!(step, Step::RoundTrip | Step::Mebibyte) {
         ends.open()?;
     }
     for _ in 0..times {
         match step {
-            Step::Handshake => drop(world.connect()?),
+            Step::Handshake => drop(Ends::connect(&world)?),
             Step::Stream => {
                 ends.open()?;
                 ends.pass(true, b"1")?;
@@ -132,80 +131,11 @@ pub(crate) fn steps(step: Step, times: usize) -> anyhow::Result<()> {
                 ends.pass(false, &[7; 64])?;
             }
             Step::Mebibyte => ends.pass(true, &vec![7; 1 << 20])?,
+            // All at once: what loading the policies costs must not count.
+            Step::Decision => return decide::repeat(times),
         }
     }
     Ok(())
-}
-
-const CALLER: &str = "spiffe://example.org/ns/bench/sa/caller";
-const SERVER: &str = "spiffe://example.org/ns/bench/sa/server";
-
-struct World {
-    client: Arc<rustls::ClientConfig>,
-    server: Arc<rustls::ServerConfig>,
-    bundle: TrustBundle,
-    name: ServerName<'static>,
-}
-
-impl World {
-    fn new() -> anyhow::Result<Self> {
-        let key = KeyPair::generate()?;
-        let mut ca = CertificateParams::default();
-        ca.is_ca = IsCa::Ca(rcgen::BasicConstraints::Constrained(0));
-        ca.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        let root = ca.self_signed(&key)?.der().clone();
-        let issuer = Issuer::from_ca_cert_der(&root, key)?;
-        let id: SpiffeId = SERVER.parse()?;
-        let bundle = TrustBundle::new(id.trust_domain().clone(), vec![root], hauberk_tls::now())?;
-        let trust = TrustSlot::new(bundle.clone());
-        let names = ByServerName::default();
-        names.store([slot(SERVER, &issuer)?]);
-        Ok(Self {
-            client: Arc::new(mesh_client_config(slot(CALLER, &issuer)?, trust.clone(), ALPN)?),
-            server: Arc::new(mesh_server_config(Arc::new(names), trust, ALPN)?),
-            bundle,
-            name: ServerName::try_from(id.server_name())?,
-        })
-    }
-
-    fn connect(&self) -> anyhow::Result<Ends> {
-        let mut client = Handshake::client(self.client.clone(), self.name.clone())?;
-        let mut server = Handshake::server(self.server.clone())?;
-        let (mut to_server, mut to_client) = (Vec::new(), Vec::new());
-        client.advance(&[], &mut to_server)?;
-        server.advance(&to_server, &mut to_client)?;
-        to_server.clear();
-        client.advance(&to_client, &mut to_server)?;
-        server.advance(&to_server, &mut to_client)?;
-        let finish = |handshake: Handshake| -> anyhow::Result<Established> {
-            Ok(handshake.finish(&self.bundle, hauberk_tls::now())?)
-        };
-        Ok(Ends {
-            source: (finish(client)?.channel, Machine::new(Role::Source)),
-            destination: (finish(server)?.channel, Machine::new(Role::Destination)),
-            wire: Vec::new(),
-            plain: vec![0; MAX_PLAINTEXT + 256],
-        })
-    }
-}
-
-fn slot(id: &str, issuer: &Issuer<'_, KeyPair>) -> anyhow::Result<Arc<CredentialSlot>> {
-    let key = KeyPair::generate()?;
-    let mut parameters = CertificateParams::default();
-    parameters.distinguished_name = rcgen::DistinguishedName::new();
-    parameters.subject_alt_names = vec![rcgen::SanType::URI(id.try_into()?)];
-    parameters.is_ca = IsCa::ExplicitNoCa;
-    parameters.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    parameters.extended_key_usages =
-        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-    parameters.not_before = time::OffsetDateTime::now_utc() - time::Duration::minutes(1);
-    parameters.not_after = time::OffsetDateTime::now_utc() + time::Duration::hours(1);
-    let leaf = parameters.signed_by(&key, issuer)?.der().clone();
-    let key = PrivateKey::from_pkcs8(key.serialize_der());
-    let slot = CredentialSlot::new(id.parse()?);
-    let credential = Credential::new(vec![leaf], &key, hauberk_tls::now())?;
-    slot.store(credential).map_err(|_| anyhow::anyhow!("a credential of another identity"))?;
-    Ok(slot)
 }
 
 /// Both ends of a session, and the wire between them.
@@ -217,6 +147,16 @@ struct Ends {
 }
 
 impl Ends {
+    fn connect(world: &World) -> anyhow::Result<Self> {
+        let (source, destination) = world.connect()?;
+        Ok(Self {
+            source: (source, Machine::new(Role::Source)),
+            destination: (destination, Machine::new(Role::Destination)),
+            wire: Vec::new(),
+            plain: vec![0; MAX_PLAINTEXT + 256],
+        })
+    }
+
     /// Frames of one end, sealed, opened and understood by the other. How many data bytes that was.
     fn say(
         &mut self,

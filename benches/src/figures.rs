@@ -85,7 +85,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
         .collect();
     ensure!(!wanted.is_empty(), "no contender of {:?} is known", args.contenders);
     let started = Instant::now();
-    let field = Field::new(args.rules)?;
+    let field = Field::new(args.rules, &[])?;
     eprintln!("the field is ready: {}, {} rules", field.status()?, args.rules);
     let mut results = Results::default();
     for round in 0..args.rounds() {

@@ -98,7 +98,7 @@ fn address(args: &Args, port: Port) -> SocketAddr {
     SocketAddr::new(args.address.ip(), args.address.port() + port.offset())
 }
 
-async fn connect(to: SocketAddr) -> io::Result<TcpStream> {
+pub(crate) async fn connect(to: SocketAddr) -> io::Result<TcpStream> {
     let stream = TcpStream::connect(to).await?;
     stream.set_nodelay(true)?;
     Ok(stream)
@@ -233,7 +233,7 @@ async fn connects(args: &Args) -> anyhow::Result<Measured> {
 }
 
 /// The server closes first, so that no port of the caller is left waiting.
-async fn once(to: SocketAddr) -> io::Result<()> {
+pub(crate) async fn once(to: SocketAddr) -> io::Result<()> {
     let mut stream = connect(to).await?;
     let mut byte = [9];
     exchange(&mut stream, &mut byte).await?;

@@ -2,15 +2,20 @@
 //! between the same kind of namespaces, in interleaved rounds, with medians and ratios.
 //!
 //! `just bench` runs all of it, `just bench-quick` a form of under five minutes. See docs/performance.md.
+//! Besides, what single parts cost, and whether agents stay as they are for a million connections.
 
 mod contenders;
 mod counts;
+mod decide;
 mod figures;
 mod load;
 mod plain;
 mod processes;
+mod records;
 mod report;
 mod serve;
+mod soak;
+mod world;
 
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -37,7 +42,14 @@ enum Command {
         #[arg(long)]
         write: bool,
     },
-    /// One of those steps, so many times.
+    /// Measure what sealing and opening records costs, beside rustls' own ways to do it.
+    Records(records::Args),
+    /// Measure how long a decision takes, with few policies and with many.
+    Decide(decide::Args),
+    /// Send a million connections and much bulk through one mesh, and fail if the agents' memory or open
+    /// files do not come back to where they were.
+    Soak(soak::Args),
+    /// One of the steps that are counted, so many times.
     #[command(hide = true)]
     Step { step: counts::Step, times: usize },
     /// The server of the load: echo, sink, source and one-shot, on ports one after the other.
@@ -46,6 +58,9 @@ enum Command {
     /// One load, whose result is printed as JSON.
     #[command(hide = true)]
     Load(load::Args),
+    /// One part of the soak's load, whose result is printed as JSON.
+    #[command(hide = true)]
+    SoakPart(soak::PartArgs),
     /// One half of the plain relay chain.
     #[command(hide = true)]
     Plain { listen: SocketAddr, to: SocketAddr },
@@ -97,9 +112,13 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Run(args) => figures::run(&args),
         Command::Counts { write } => counts::run(write),
+        Command::Records(args) => records::run(&args),
+        Command::Decide(args) => decide::run(&args),
+        Command::Soak(args) => soak::run(&args),
         Command::Step { step, times } => counts::steps(step, times),
         Command::Serve { address } => serve::run(address),
         Command::Load(args) => load::run(&args),
+        Command::SoakPart(args) => soak::part(&args),
         Command::Plain { listen, to } => plain::run(listen, to),
     };
     match outcome {

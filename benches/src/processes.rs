@@ -1,6 +1,6 @@
-//! What the kernel says of processes: their CPU time and memory.
+//! What the kernel says of processes: their CPU time, memory, files and threads.
 
-use std::fs;
+use std::{fs, str::FromStr};
 
 use anyhow::Context;
 
@@ -54,11 +54,34 @@ pub(crate) fn cpu_seconds(process: u32) -> anyhow::Result<f64> {
 pub(crate) fn memory_bytes(process: u32) -> anyhow::Result<f64> {
     let mut kilobytes = 0.0;
     for member in family(process) {
-        let status = fs::read_to_string(format!("/proc/{member}/status"))
-            .with_context(|| format!("process {member} is gone"))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
-        let value = line.and_then(|line| line.split_whitespace().next()).context("no RssAnon")?;
-        kilobytes += value.parse::<f64>()?;
+        kilobytes += status_value::<f64>(member, "RssAnon:")?;
     }
     Ok(kilobytes * 1024.0)
+}
+
+/// Threads of a process and its children.
+pub(crate) fn threads(process: u32) -> anyhow::Result<usize> {
+    family(process).into_iter().map(|member| status_value::<usize>(member, "Threads:")).sum()
+}
+
+/// Files that a process and its children have open, sockets among them.
+pub(crate) fn open_files(process: u32) -> anyhow::Result<usize> {
+    let mut count = 0;
+    for member in family(process) {
+        let path = format!("/proc/{member}/fd");
+        count += fs::read_dir(&path).with_context(|| format!("read {path}"))?.count();
+    }
+    Ok(count)
+}
+
+/// The first word behind a name in proc(5)'s status.
+fn status_value<T>(process: u32, name: &str) -> anyhow::Result<T>
+where
+    T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
+{
+    let status = fs::read_to_string(format!("/proc/{process}/status"))
+        .with_context(|| format!("process {process} is gone"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
+    let value = line.and_then(|line| line.split_whitespace().next());
+    Ok(value.with_context(|| format!("process {process} has no {name}"))?.parse()?)
 }

@@ -32,7 +32,7 @@ pub(crate) fn write(
     Ok(())
 }
 
-fn median(values: &[f64]) -> Option<f64> {
+pub(crate) fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
@@ -56,6 +56,19 @@ fn shown(value: f64) -> String {
         large if large >= 1000.0 => format!("{value:.0}"),
         middle if middle >= 10.0 => format!("{value:.1}"),
         _ => format!("{value:.2}"),
+    }
+}
+
+/// The median; least and most in brackets, if there is more than one value.
+pub(crate) fn cell(values: &[f64]) -> String {
+    match (median(values), values.len()) {
+        (None, _) => "–".to_owned(),
+        (Some(middle), 1) => shown(middle),
+        (Some(middle), _) => {
+            let least = values.iter().copied().fold(f64::INFINITY, f64::min);
+            let most = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            format!("{} ({}–{})", shown(middle), shown(least), shown(most))
+        }
     }
 }
 
@@ -92,17 +105,7 @@ fn table(args: &RunArgs, contenders: &[Contender], field: &str, results: &Result
         let better = if figure.more { "more" } else { "less" };
         let _ok = write!(text, "| {}, {} ({better} is better) |", figure.name, figure.unit);
         for contender in contenders {
-            let values = results.of(figure, *contender);
-            let cell = match (median(values), values.len()) {
-                (None, _) => "–".to_owned(),
-                (Some(middle), 1) => shown(middle),
-                (Some(middle), _) => {
-                    let least = values.iter().copied().fold(f64::INFINITY, f64::min);
-                    let most = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                    format!("{} ({}–{})", shown(middle), shown(least), shown(most))
-                }
-            };
-            let _ok = write!(text, " {cell} |");
+            let _ok = write!(text, " {} |", cell(results.of(figure, *contender)));
         }
         for other in &others {
             let cell =

@@ -94,7 +94,7 @@ spec:
 ";
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    become_root()?;
+    let own_users = become_root()?;
     listen_for_interrupts()?;
     step("making two machines and three services: network namespaces on a bridge");
     let program = std::env::current_exe().context("find this program")?;
@@ -155,7 +155,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     prove_wire(capture)?;
     if args.keep {
-        keep(&lab, ledger)?;
+        keep(&lab, ledger, own_users)?;
     }
     step("stopping; nothing is left behind");
     Ok(ExitCode::SUCCESS)
@@ -242,28 +242,42 @@ fn yes(is: bool) -> &'static str {
     if is { "yes" } else { "no" }
 }
 
+/// The ends of the programs' logs, for the message of a failure: their files go with the lab.
 fn logs(lab: &Lab) -> String {
-    format!("the logs are in {}", lab.folder().join("logs").display())
+    const LINES: usize = 12;
+    ["control-plane", "machine-a", "machine-b"]
+        .map(|name| {
+            let text = std::fs::read_to_string(lab.log(name)).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            let end = lines.get(lines.len().saturating_sub(LINES)..).unwrap_or_default();
+            format!("--- the end of {name}'s log\n{}\n", end.join("\n"))
+        })
+        .concat()
 }
 
-fn keep(lab: &Lab, ledger: SocketAddr) -> anyhow::Result<()> {
+fn keep(lab: &Lab, ledger: SocketAddr, own_users: bool) -> anyhow::Result<()> {
+    // A user namespace of its own is only there for those who are not root, and root cannot enter the
+    // one it is in.
+    let user = if own_users {
+        format!(" --user=/proc/{}/ns/user --preserve-credentials", std::process::id())
+    } else {
+        String::new()
+    };
     let enter = |namespace: &str| -> anyhow::Result<String> {
         let path = lab.namespace(namespace)?.proc_path();
-        Ok(format!(
-            "nsenter --user=/proc/{}/ns/user --preserve-credentials --net={}",
-            std::process::id(),
-            path.display()
-        ))
+        Ok(format!("nsenter{user} --net={}", path.display()))
     };
+    let program = std::env::current_exe().context("find this program")?;
+    let hauberk = program.display();
     step("it goes on running until Ctrl-C; from another terminal:");
     println!("    allowed:  {} curl -s http://{ledger}/", enter("checkout")?);
     println!("    denied:   {} curl -s http://{ledger}/", enter("web")?);
     println!("    metrics:  {} curl -s http://127.0.0.1:9465/metrics", enter("machine-b")?);
     println!("    policy:   edit {}/ledger.yaml", lab.manifests().display());
     println!("    ask:      export HAUBERK_SOCKET={}", lab.socket().display());
-    println!(
-        "              hauberk status; hauberk denied -f; hauberk why shop/web payments/ledger:8080"
-    );
+    println!("              {hauberk} status");
+    println!("              {hauberk} why shop/web payments/ledger:8080");
+    println!("              {hauberk} denied -f");
     while interrupted().is_ok() {
         std::thread::sleep(Duration::from_millis(100));
     }

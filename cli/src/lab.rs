@@ -95,15 +95,15 @@ pub fn ipv6(number: u8) -> IpAddr {
 }
 
 /// Makes namespaces possible without root: enters a user namespace in which this process is root.
-/// Must be called while the process has one thread.
+/// Must be called while the process has one thread. Returns whether it was needed.
 ///
 /// # Errors
 /// If the kernel does not allow it.
-pub fn become_root() -> anyhow::Result<()> {
+pub fn become_root() -> anyhow::Result<bool> {
     use nix::{sched::CloneFlags, unistd};
     let (user, group) = (unistd::geteuid(), unistd::getegid());
     if user.is_root() {
-        return Ok(());
+        return Ok(false);
     }
     nix::sched::unshare(CloneFlags::CLONE_NEWUSER).context(
         "make a user namespace; the kernel does not allow it to ordinary users here: run as root, \
@@ -111,7 +111,8 @@ pub fn become_root() -> anyhow::Result<()> {
     )?;
     fs::write("/proc/self/setgroups", "deny").context("set up the user namespace")?;
     fs::write("/proc/self/uid_map", format!("0 {user} 1")).context("set up the user namespace")?;
-    fs::write("/proc/self/gid_map", format!("0 {group} 1")).context("set up the user namespace")
+    fs::write("/proc/self/gid_map", format!("0 {group} 1")).context("set up the user namespace")?;
+    Ok(true)
 }
 
 impl Lab {

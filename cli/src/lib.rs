@@ -12,7 +12,7 @@ use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
 /// Hauberk: mutual TLS between services, and no connection without permission.
 #[derive(Parser)]
-#[command(name = "hauberk", version, about, max_term_width = 100)]
+#[command(name = "hauberk", version, max_term_width = 100)]
 struct Command {
     #[command(subcommand)]
     action: Action,

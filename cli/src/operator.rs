@@ -319,12 +319,16 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
     }
     for workload in &status.workloads {
         if !workload.captured {
+            let told = Some(workload.problem.as_str()).filter(|text| !text.is_empty());
             find(
                 format!(
                     "{} on {} is not captured: {}",
-                    workload.workload, workload.node, workload.problem
+                    workload.workload,
+                    workload.node,
+                    told.unwrap_or("its agent has not told of it yet")
                 ),
-                "its connections are refused or not carried until it is",
+                "what it serves is refused until it is; so is what it sends, unless its user or cgroup is \
+                 what is missing",
             );
         } else if workload.not_after_unix_ms <= now.unix_millis() {
             find(

@@ -1,12 +1,16 @@
 //! Who is calling: the node behind a connection, by its certificate and by what the registry still
 //! says of that certificate.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use hauberk_core::{admission::AttestedNode, identity::IdentityKind, svid::VerifiedSvid};
 use tonic::{Extensions, Status};
 
-use crate::{api::Shared, store::SerialCheck};
+use crate::{
+    api::Shared,
+    ca::BACKDATE,
+    store::{SerialCheck, Shown},
+};
 
 /// What the TLS layer proves of a connection; travels with each of its calls.
 #[derive(Debug, Clone)]
@@ -46,7 +50,10 @@ pub(crate) fn node(extensions: &Extensions, shared: &Shared) -> Result<Caller, S
     let serial = svid.facts().serial().to_string();
     let now = hauberk_tls::now();
     let grace = shared.clone_grace();
-    match shared.store.check_serial(&name, &serial, now.unix_millis(), grace).map_err(internal)? {
+    // Whole seconds are in the certificate: rounded up, so that the one of a join is not older than that.
+    let issued = svid.facts().not_before().saturating_add(BACKDATE + Duration::from_secs(1));
+    let shown = Shown { serial: &serial, issued_unix_ms: issued.unix_millis() };
+    match shared.store.check_serial(&name, shown, now.unix_millis(), grace).map_err(internal)? {
         SerialCheck::Good => {}
         SerialCheck::Cloned => {
             shared.fleet.cut(&name);
@@ -62,7 +69,7 @@ pub(crate) fn node(extensions: &Extensions, shared: &Shared) -> Result<Caller, S
             return Err(locked(&name, &reason));
         }
         SerialCheck::Superseded => {
-            tracing::warn!(node = %name, serial, addr = %connection.address,
+            tracing::warn!(target: "hauberk.audit", node = %name, serial, addr = %connection.address,
                 "a superseded node certificate was used: the node's credential may have been copied");
             return Err(Status::permission_denied(format!(
                 "the certificate {serial} of node {name} has been superseded; if this is the real \

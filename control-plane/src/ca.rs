@@ -4,4 +4,4 @@ mod authority;
 mod issuer;
 
 pub(crate) use authority::{Authority, CaError};
-pub(crate) use issuer::Issued;
+pub(crate) use issuer::{BACKDATE, Issued};

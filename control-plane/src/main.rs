@@ -5,7 +5,7 @@ use hauberk_control_plane::{app, config::Args};
 
 /// The Hauberk control plane: certificate authority, registry and policy distribution.
 #[derive(Parser)]
-#[command(name = "hauberk-control-plane", version, about)]
+#[command(name = "hauberk-control-plane", version)]
 struct Command {
     #[command(flatten)]
     args: Args,

@@ -1,6 +1,7 @@
 //! Sockets: TLS for agents, a local socket for people.
 
 use std::{
+    future::Future,
     io,
     os::unix::fs::PermissionsExt,
     path::Path,
@@ -10,11 +11,15 @@ use std::{
     time::Duration,
 };
 
-use hauberk_tls::{TrustSlot, peer_of};
+use hauberk_tls::{
+    TrustSlot, peer_of,
+    turns::{Handshakes, Turn},
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
-    sync::{Semaphore, mpsc},
+    sync::mpsc,
+    time::Sleep,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
@@ -25,14 +30,29 @@ use crate::attest::Connection;
 /// A handshake that takes longer is given up: a silent peer must not hold anything.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Handshakes under way at once. More wait in the kernel's queue, so that a flood of them costs
-/// bounded memory.
-const MAX_HANDSHAKES: usize = 256;
+/// How long a connection without a certificate may last: it can only join, which is one call.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A connection of an agent, with who it is.
 pub(crate) struct AgentStream {
     stream: TlsStream<TcpStream>,
     connection: Connection,
+    stranger: Option<Stranger>,
+}
+
+/// Whoever has not shown a certificate keeps its turn, and not for long.
+struct Stranger {
+    until: Pin<Box<Sleep>>,
+    _turn: Turn,
+}
+
+impl Stranger {
+    fn poll(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        match self.until.as_mut().poll(cx) {
+            Poll::Ready(()) => Err(io::ErrorKind::TimedOut.into()),
+            Poll::Pending => Ok(()),
+        }
+    }
 }
 
 impl Connected for AgentStream {
@@ -51,9 +71,8 @@ pub(crate) fn tls_connections(
 ) -> ReceiverStream<io::Result<AgentStream>> {
     let (sender, receiver) = mpsc::channel(16);
     tokio::spawn(async move {
-        let permits = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+        let handshakes: Arc<Handshakes> = Arc::default();
         loop {
-            let Ok(permit) = permits.clone().acquire_owned().await else { return };
             let (stream, address) = match listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
@@ -66,8 +85,15 @@ pub(crate) fn tls_connections(
                 return;
             }
             let (sender, acceptor, trust) = (sender.clone(), acceptor.clone(), trust.clone());
+            let handshakes = handshakes.clone();
             tokio::spawn(async move {
-                let _permit = permit;
+                let turn = match handshakes.turn(address.ip(), HANDSHAKE_TIMEOUT).await {
+                    Ok(turn) => turn,
+                    Err(error) => {
+                        tracing::warn!(addr = %address, %error, "a TLS handshake was not begun");
+                        return;
+                    }
+                };
                 let handshake = async {
                     stream.set_nodelay(true)?;
                     acceptor.accept(stream).await
@@ -76,9 +102,13 @@ pub(crate) fn tls_connections(
                     Ok(Ok(stream)) => {
                         let tls = stream.get_ref().1;
                         let peer = peer_of(tls, &trust.load(), false, hauberk_tls::now()).ok();
+                        let stranger = peer.is_none().then(|| Stranger {
+                            until: Box::pin(tokio::time::sleep(JOIN_TIMEOUT)),
+                            _turn: turn,
+                        });
                         let connection = Connection { peer, address };
                         // The server may be stopping.
-                        drop(sender.send(Ok(AgentStream { stream, connection })).await);
+                        drop(sender.send(Ok(AgentStream { stream, connection, stranger })).await);
                     }
                     Ok(Err(error)) => {
                         tracing::warn!(addr = %address, %error, "a TLS handshake failed");
@@ -97,6 +127,9 @@ impl AsyncRead for AgentStream {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if let Some(stranger) = &mut self.stranger {
+            stranger.poll(cx)?;
+        }
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }

@@ -25,6 +25,10 @@ const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 pub(crate) enum StoreError {
     #[error("open the store {0}; if it is damaged, stop, move it away and restore a backup")]
     Open(String, #[source] Box<redb::Error>),
+    #[error(
+        "the store {0} is empty, as after an interrupted copy; restore a backup, or remove it to begin without nodes and tokens: then every machine joins anew"
+    )]
+    Empty(String),
     #[error("use the store")]
     Use(#[source] Box<redb::Error>),
     #[error("a record of the store is damaged: {0}")]
@@ -170,6 +174,20 @@ impl Store {
         })
     }
 
+    /// What a token is good for. Reads only: a guess writes nothing to the disk.
+    pub(crate) fn look_at_token(
+        &self,
+        hash: &[u8; 32],
+        now_unix_ms: i64,
+    ) -> Result<Consumed, StoreError> {
+        self.attempt(|database| {
+            let tokens = database.begin_read()?.open_table(TOKENS)?;
+            let found = tokens.get(hash.as_slice())?;
+            let token = found.map(|bytes| decode::<Token>("token", bytes.value())).transpose()?;
+            Ok(judge_token(token, now_unix_ms))
+        })
+    }
+
     /// Uses a token up, atomically: of two that come with it, one gets it. Expired ones of the past
     /// go out on the way.
     pub(crate) fn consume_token(
@@ -189,11 +207,7 @@ impl Store {
                     serde_json::from_slice::<Token>(bytes)
                         .is_ok_and(|token| token.expires_unix_ms > now_unix_ms)
                 })?;
-                match found {
-                    None => Consumed::Unknown,
-                    Some(token) if token.expires_unix_ms <= now_unix_ms => Consumed::Expired,
-                    Some(token) => Consumed::Good(token.node),
-                }
+                judge_token(found, now_unix_ms)
             };
             write.commit()?;
             Ok(outcome)
@@ -236,19 +250,19 @@ impl Store {
         })
     }
 
-    /// Whether a node may still use the certificate with this serial. The first use of a renewed one
+    /// Whether a node may still use the certificate that it shows. The first use of a renewed one
     /// ends the old one; a use of an old one more than `grace_ms` after that locks the node.
     pub(crate) fn check_serial(
         &self,
         name: &str,
-        serial: &str,
+        shown: Shown<'_>,
         now_unix_ms: i64,
         grace_ms: i64,
     ) -> Result<SerialCheck, StoreError> {
         // Read only, as nearly every time.
         match self.node(name)? {
             None => return Ok(SerialCheck::UnknownNode),
-            Some(node) if node.locked.is_none() && node.current_serial == serial => {
+            Some(node) if node.locked.is_none() && node.current_serial == shown.serial => {
                 return Ok(SerialCheck::Good);
             }
             Some(_) => {}
@@ -262,7 +276,7 @@ impl Store {
                     .map(|bytes| decode::<Node>("node", bytes.value()))
                     .transpose()?;
                 let Some(mut node) = node else { return Ok(SerialCheck::UnknownNode) };
-                let outcome = judge_serial(&mut node, serial, now_unix_ms, grace_ms);
+                let outcome = judge_serial(&mut node, shown, now_unix_ms, grace_ms);
                 nodes.insert(name, encode(&node).as_slice())?;
                 outcome
             };
@@ -326,7 +340,27 @@ impl Store {
     }
 }
 
-fn judge_serial(node: &mut Node, serial: &str, now_unix_ms: i64, grace_ms: i64) -> SerialCheck {
+/// A node's certificate, as it is shown.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shown<'a> {
+    pub(crate) serial: &'a str,
+    pub(crate) issued_unix_ms: i64,
+}
+
+fn judge_token(token: Option<Token>, now_unix_ms: i64) -> Consumed {
+    match token {
+        None => Consumed::Unknown,
+        Some(token) if token.expires_unix_ms <= now_unix_ms => Consumed::Expired,
+        Some(token) => Consumed::Good(token.node),
+    }
+}
+
+fn judge_serial(
+    node: &mut Node,
+    Shown { serial, issued_unix_ms }: Shown<'_>,
+    now_unix_ms: i64,
+    grace_ms: i64,
+) -> SerialCheck {
     if let Some(reason) = &node.locked {
         return SerialCheck::Locked(reason.clone());
     }
@@ -338,6 +372,10 @@ fn judge_serial(node: &mut Node, serial: &str, now_unix_ms: i64, grace_ms: i64) 
         node.next_serial = None;
         node.superseded_unix_ms = Some(now_unix_ms);
         return SerialCheck::Good;
+    }
+    // From before the node joined anew: its credential may well be in foreign hands, which is why it did.
+    if issued_unix_ms < node.joined_unix_ms {
+        return SerialCheck::Superseded;
     }
     let since = node.superseded_unix_ms.unwrap_or(node.joined_unix_ms);
     if now_unix_ms.saturating_sub(since) <= grace_ms {
@@ -351,7 +389,13 @@ fn judge_serial(node: &mut Node, serial: &str, now_unix_ms: i64, grace_ms: i64) 
 
 fn open_database(path: &Path) -> Result<Database, StoreError> {
     let shown = path.display().to_string();
-    let database = Database::create(path)
+    if std::fs::metadata(path).is_ok_and(|metadata| metadata.len() == 0) {
+        return Err(StoreError::Empty(shown));
+    }
+    // Without a look at all of it, an altered file shows somewhere in the middle of work. It is small.
+    let database = Database::builder()
+        .set_check_integrity_on_open(true)
+        .create(path)
         .map_err(|error| StoreError::Open(shown.clone(), Box::new(error.into())))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(|error| {
         StoreError::Open(shown, Box::new(redb::StorageError::from(error).into()))
@@ -381,6 +425,11 @@ mod tests {
 
     const GRACE: i64 = 30_000;
 
+    /// A certificate of today.
+    fn shown(serial: &str) -> Shown<'_> {
+        Shown { serial, issued_unix_ms: i64::MAX }
+    }
+
     fn store() -> (tempfile::TempDir, Store) {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(&folder.path().join("store.redb")).unwrap();
@@ -403,7 +452,7 @@ mod tests {
         let (_folder, store) = store();
         store.node_joined("a", &joined("one", 0)).unwrap();
         store.node_renewed("a", "two", 0).unwrap();
-        let check = |serial, now| store.check_serial("a", serial, now, GRACE).unwrap();
+        let check = |serial, now| store.check_serial("a", shown(serial), now, GRACE).unwrap();
         assert_eq!(check("one", 1), SerialCheck::Good);
         assert_eq!(check("two", 100_000), SerialCheck::Good);
         assert_eq!(
@@ -421,7 +470,7 @@ mod tests {
         store.node_renewed("a", "lost", 0).unwrap();
         store.node_renewed("a", "two", 0).unwrap();
         for serial in ["one", "two"] {
-            let check = store.check_serial("a", serial, 10 * GRACE, GRACE).unwrap();
+            let check = store.check_serial("a", shown(serial), 10 * GRACE, GRACE).unwrap();
             assert_eq!(check, SerialCheck::Good, "{serial}");
         }
     }
@@ -432,17 +481,30 @@ mod tests {
         store.node_joined("a", &joined("one", 0)).unwrap();
         store.node_renewed("a", "two", 0).unwrap();
         let now = 100_000;
-        assert_eq!(store.check_serial("a", "two", now, GRACE).unwrap(), SerialCheck::Good);
+        assert_eq!(store.check_serial("a", shown("two"), now, GRACE).unwrap(), SerialCheck::Good);
         let later = now + GRACE + 1;
-        assert_eq!(store.check_serial("a", "one", later, GRACE).unwrap(), SerialCheck::Cloned);
+        assert_eq!(
+            store.check_serial("a", shown("one"), later, GRACE).unwrap(),
+            SerialCheck::Cloned
+        );
         drop(store);
         let store = Store::open(&folder.path().join("store.redb")).unwrap();
         for serial in ["one", "two"] {
-            let check = store.check_serial("a", serial, later, GRACE).unwrap();
+            let check = store.check_serial("a", shown(serial), later, GRACE).unwrap();
             assert!(matches!(check, SerialCheck::Locked(_)), "{serial}: {check:?}");
         }
         store.node_joined("a", &joined("three", later)).unwrap();
-        assert_eq!(store.check_serial("a", "three", later, GRACE).unwrap(), SerialCheck::Good);
+        assert_eq!(
+            store.check_serial("a", shown("three"), later, GRACE).unwrap(),
+            SerialCheck::Good
+        );
+        // Whoever still has the old credential gets nothing by it, not even the lock of the new one.
+        let old = Shown { serial: "one", issued_unix_ms: 0 };
+        let much_later = later + 10 * GRACE;
+        let check = store.check_serial("a", old, much_later, GRACE).unwrap();
+        assert_eq!(check, SerialCheck::Superseded);
+        let check = store.check_serial("a", shown("three"), much_later, GRACE).unwrap();
+        assert_eq!(check, SerialCheck::Good);
     }
 
     #[test]

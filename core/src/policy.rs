@@ -1,6 +1,8 @@
 //! Policy: what owners declare ([`model`]), how it is bound to identities ([`resolve`]), how it is
-//! indexed ([`table`]) and the one decision that everything in Hauberk asks ([`table::DecisionTable::decide`]).
+//! indexed ([`table`]) and the one decision that everything in Hauberk asks ([`table::DecisionTable::decide`]),
+//! the tests that policies carry included ([`examples`]).
 
+pub mod examples;
 pub mod model;
 pub mod reason;
 pub mod resolve;

@@ -2,8 +2,9 @@
 //!
 //! This module decides everything about a certificate that rustls-webpki does not look at: key
 //! usage, the one URI name, the path, the trust domain. It does **not** verify signatures or
-//! chains: hauberk-tls has rustls-webpki do that, and vouches for it with [`ChainVerified`], the
-//! only way to a [`VerifiedSvid`]. What is not understood whole is refused whole.
+//! chains, and it applies no name constraints: hauberk-tls has rustls-webpki do that, and vouches
+//! for it with [`ChainVerified`], the only way to a [`VerifiedSvid`]. What is not understood whole
+//! is refused whole.
 
 use std::time::Duration;
 

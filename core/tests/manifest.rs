@@ -5,6 +5,7 @@
 mod manifest {
     mod accepted;
     mod any_text;
+    mod policy_tests;
     mod refused;
     mod set;
 

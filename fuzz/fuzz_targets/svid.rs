@@ -10,7 +10,8 @@ libfuzzer_sys::fuzz_target!(|input: (i64, &[u8])| {
     let (now, der) = input;
     let now = Timestamp::from_unix_millis(now);
     if let Ok(facts) = check_leaf(der, now) {
-        assert!(facts.not_before() <= now && now < facts.not_after());
+        // Both ends are included: RFC 5280, section 4.1.2.5.
+        assert!(facts.not_before() <= now && now <= facts.not_after());
         assert!(!facts.id().path().is_empty());
     }
     let _intermediate = check_intermediate(der, now);

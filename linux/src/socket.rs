@@ -157,6 +157,11 @@ pub fn reset_on_close(socket: &impl AsFd) -> io::Result<()> {
     SockRef::from(socket).set_linger(Some(Duration::ZERO))
 }
 
+/// Undoes [`reset_on_close`]: what was written goes out, and then the end.
+pub fn linger_on_close(socket: &impl AsFd) -> io::Result<()> {
+    SockRef::from(socket).set_linger(None)
+}
+
 fn stream_socket(address: SocketAddr) -> io::Result<Socket> {
     // socket2 sets close-on-exec itself.
     let socket =

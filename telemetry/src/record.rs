@@ -89,6 +89,18 @@ pub struct Peer {
     pub addr: Option<SocketAddr>,
 }
 
+/// How the bytes of a connection went between its two ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Path {
+    /// In mutual TLS between two agents, or two ends of one.
+    Mtls,
+    /// Through one agent that had proven both ends, without TLS.
+    VerifiedLocal,
+    /// In clear, as an audited workload's connections with the world outside of the mesh.
+    Clear,
+}
+
 /// What TLS settled on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TlsInfo {
@@ -129,6 +141,9 @@ pub struct ConnectionRecord {
     /// What TLS settled on; none when there was no handshake.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<TlsInfo>,
+    /// How its bytes went; none when none ever could.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<Path>,
     /// Enforcement mode: `enforce`, `audit` or `off`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<String>,
@@ -187,6 +202,7 @@ impl ConnectionRecord {
             dst: Peer::default(),
             original_dst: None,
             tls: None,
+            path: None,
             mode: None,
             decision,
             reason: None,

@@ -10,8 +10,8 @@ use std::thread;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use hauberk_telemetry::record::{
-    ConnectionRecord, Decision, Denial, DenialEdge, DenialSummary, Destination, FloodLimits, Peer,
-    RecordError, RecordLine, RecordOptions, RecordSink, Side, TlsInfo,
+    ConnectionRecord, Decision, Denial, DenialEdge, DenialSummary, Destination, FloodLimits,
+    Path as BytesPath, Peer, RecordError, RecordLine, RecordOptions, RecordSink, Side, TlsInfo,
 };
 use prometheus::IntCounter;
 
@@ -55,6 +55,7 @@ fn allowed() -> ConnectionRecord {
     ConnectionRecord {
         rule: Some("checkout".to_owned()),
         grant: Some("payments/incident-7".to_owned()),
+        path: Some(BytesPath::Mtls),
         bytes_sent: 1_204,
         bytes_received: 88_213,
         duration_ms: 5_120,

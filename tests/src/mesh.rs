@@ -114,6 +114,14 @@ impl Mesh {
     /// # Errors
     /// If it does not become ready; with the logs.
     pub fn start_with(control_plane: &[&str]) -> anyhow::Result<Self> {
+        Self::start_with_agents(control_plane, &[])
+    }
+
+    /// The same, with more arguments for the agents, too.
+    ///
+    /// # Errors
+    /// If it does not become ready; with the logs.
+    pub fn start_with_agents(control_plane: &[&str], agents: &[&str]) -> anyhow::Result<Self> {
         let program = std::env::current_exe()?;
         let mut lab = Lab::new(vec![OsString::from(program), OsString::from("--as-hauberk")])?;
         for (name, number) in [
@@ -136,7 +144,7 @@ impl Mesh {
         let mut mesh = Self { lab };
         mesh.start_control_plane(control_plane)?;
         for machine in ["machine-a", "machine-b"] {
-            mesh.start_agent(machine, &[])?;
+            mesh.start_agent(machine, agents)?;
         }
         mesh.wait_ready().with_context(|| mesh.logs())?;
         Ok(mesh)

@@ -36,6 +36,8 @@ pub struct Channel {
     secrets: Box<Secrets>,
     /// Records after which a sending key is renewed.
     key_limit: u64,
+    /// Renewals of the sending key that nobody has asked for yet.
+    renewals: u32,
     /// The peer asked for a new key of ours.
     update_owed: bool,
     fruitless: u8,
@@ -97,16 +99,22 @@ impl Channel {
             opening: Protection::new(opening)?,
             secrets: Box::new(secrets),
             key_limit,
+            renewals: 0,
             update_owed: false,
             fruitless: 0,
             failed: false,
         })
     }
 
-    /// Renews the sending key after this many records instead of the cipher's own limit, for tests of
-    /// the renewal. Never later than the limit.
+    /// Renews the sending key after this many records instead of the cipher's own limit, if that is
+    /// less. Never later than the limit.
     pub fn lower_key_limit(&mut self, records: u64) {
         self.key_limit = self.key_limit.min(records);
+    }
+
+    /// How often the sending key was renewed since this was last asked.
+    pub fn take_renewals(&mut self) -> u32 {
+        std::mem::take(&mut self.renewals)
     }
 
     /// Writes what must go out before further application bytes: a key update, if one is due. Call it
@@ -133,6 +141,7 @@ impl Channel {
         self.guard(sealed)?;
         let next = self.secrets.next_sealing().and_then(Protection::new);
         self.sealing = self.guard(next)?;
+        self.renewals = self.renewals.saturating_add(1);
         self.update_owed = false;
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! The lock: rustls with SPIFFE rules. Keys and signing requests, credentials that can be swapped
 //! while connections use them, verifiers that hand out proof, the only TLS configurations in Hauberk
-//! (TLS 1.3, mutual, no resumption), and the connections between agents after their handshake.
+//! (TLS 1.3, mutual, no resumption), the connections between agents after their
+//! handshake, and the turns of handshakes that wait.
 //!
 //! No sockets and no policy here.
 
@@ -12,6 +13,7 @@ pub mod files;
 mod keys;
 mod reauthenticate;
 mod trust;
+pub mod turns;
 mod verify;
 
 pub use config::{

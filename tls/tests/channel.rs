@@ -15,23 +15,31 @@ use hauberk_tls::{
         Channel, Established, Handshake, HelloName, MAX_PLAINTEXT, Opened, Progress, RECORD_HEADER,
         RECORD_OVERHEAD, hello_name,
     },
-    mesh_client_config, mesh_server_config, verify_chain,
+    failure_of, mesh_client_config, mesh_server_config, shared_server_config, verify_chain,
 };
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, SanType,
 };
-use rustls::{AlertDescription, ClientConfig, Error, ServerConfig, ServerConnection};
+use rustls::{
+    AlertDescription, ClientConfig, ClientConnection, ConnectionCommon, Error, HandshakeKind,
+    ServerConfig, ServerConnection,
+    client::{ResolvesClientCert, Resumption},
+    server::{ClientHello, ResolvesServerCert},
+    sign::CertifiedKey,
+};
 use rustls_pki_types::{CertificateDer, ServerName};
 
 const CHECKOUT: &str = "spiffe://example.org/ns/shop/sa/checkout";
 const LEDGER: &str = "spiffe://example.org/ns/payments/sa/ledger";
+const WEB: &str = "spiffe://example.org/ns/shop/sa/web";
 
 struct World {
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
     bundle: TrustBundle,
     ledger: Arc<CredentialSlot>,
+    issuer: Issuer<'static, KeyPair>,
 }
 
 impl World {
@@ -55,6 +63,7 @@ impl World {
             ),
             server: Arc::new(mesh_server_config(Arc::new(names), trust, ALPN).unwrap()),
             bundle,
+            issuer,
         }
     }
 
@@ -101,14 +110,19 @@ impl World {
     }
 }
 
-fn read_tls(connection: &mut ServerConnection, mut bytes: &[u8]) {
-    while !bytes.is_empty() {
-        connection.read_tls(&mut bytes).unwrap();
-        connection.process_new_packets().unwrap();
-    }
+fn read_tls<D>(connection: &mut ConnectionCommon<D>, bytes: &[u8]) {
+    try_read_tls(connection, bytes).unwrap();
 }
 
-fn write_tls(connection: &mut ServerConnection) -> Vec<u8> {
+fn try_read_tls<D>(connection: &mut ConnectionCommon<D>, mut bytes: &[u8]) -> Result<(), Error> {
+    while !bytes.is_empty() {
+        connection.read_tls(&mut bytes).unwrap();
+        connection.process_new_packets()?;
+    }
+    Ok(())
+}
+
+fn write_tls<D>(connection: &mut ConnectionCommon<D>) -> Vec<u8> {
     let mut out = Vec::new();
     while connection.wants_write() {
         connection.write_tls(&mut out).unwrap();
@@ -117,7 +131,11 @@ fn write_tls(connection: &mut ServerConnection) -> Vec<u8> {
 }
 
 fn ledger_name() -> ServerName<'static> {
-    ServerName::try_from(LEDGER.parse::<SpiffeId>().unwrap().server_name()).unwrap()
+    name_of(LEDGER)
+}
+
+fn name_of(id: &str) -> ServerName<'static> {
+    ServerName::try_from(id.parse::<SpiffeId>().unwrap().server_name()).unwrap()
 }
 
 fn slot(id: &str, issuer: &Issuer<'_, KeyPair>) -> Arc<CredentialSlot> {
@@ -171,7 +189,7 @@ fn both_ends_know_each_other_and_share_a_value_that_no_other_connection_has() {
     assert_eq!(client.peer.id().to_string(), LEDGER);
     assert_eq!(server.peer.id().to_string(), CHECKOUT);
     assert_eq!(client.binding, server.binding);
-    assert_eq!((client.version, client.group), (Some("TLSv1_3"), Some("X25519MLKEM768")));
+    assert_eq!((client.version, client.group), (Some("TLSv1.3"), Some("X25519MLKEM768")));
     assert_eq!(client.alpn.as_deref(), Some(ALPN));
     let (other, _) = world.connect();
     assert_ne!(client.binding, other.binding);
@@ -368,6 +386,80 @@ fn a_refused_client_learns_it_from_an_alert() {
     assert_eq!(error, Error::NoCertificatesPresented);
     let refused = client.channel.open(&to_client, &mut [0; 64]).unwrap_err();
     assert_eq!(refused, Error::AlertReceived(AlertDescription::CertificateRequired));
+}
+
+/// Shows one certificate, whomever its callers ask for.
+#[derive(Debug)]
+struct Always(Arc<CredentialSlot>);
+
+impl ResolvesServerCert for Always {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        ResolvesClientCert::resolve(self.0.as_ref(), &[], &[])
+    }
+}
+
+#[test]
+fn a_server_with_anothers_certificate_is_refused() {
+    let world = World::new();
+    let mut config = ServerConfig::clone(&world.server);
+    config.cert_resolver = Arc::new(Always(slot(WEB, &world.issuer)));
+    let config = Arc::new(config);
+    // It is a good certificate of the trust domain; only who asks for its owner takes it.
+    for (asked_for, is_owner) in [(LEDGER, false), (WEB, true)] {
+        let mut client = Handshake::client(world.client.clone(), name_of(asked_for)).unwrap();
+        let mut server = ServerConnection::new(config.clone()).unwrap();
+        let mut to_server = Vec::new();
+        client.advance(&[], &mut to_server).unwrap();
+        read_tls(&mut server, &to_server);
+        to_server.clear();
+        let outcome = client.advance(&write_tls(&mut server), &mut to_server);
+        let heard = try_read_tls(&mut server, &to_server);
+        if is_owner {
+            assert_eq!(outcome.unwrap(), Progress::Done);
+            heard.unwrap();
+            assert_eq!(world.finish(client).peer.id().to_string(), WEB);
+            continue;
+        }
+        let failure = failure_of(&outcome.unwrap_err());
+        assert_eq!((failure.reason, failure.by_peer), (Reason::IdentityMismatch, false));
+        assert!(failure.detail.contains(WEB), "{}", failure.detail);
+        let heard = heard.unwrap_err();
+        assert!(matches!(heard, Error::AlertReceived(_)), "{heard:?}");
+    }
+}
+
+#[test]
+fn a_server_resumes_nothing_and_takes_no_early_data() {
+    let world = World::new();
+    let trust = TrustSlot::new(world.bundle.clone());
+    let resolver = Arc::new(Always(world.ledger.clone()));
+    let shared = Arc::new(shared_server_config(resolver, trust, ALPN).unwrap());
+    for config in [&world.server, &shared] {
+        assert_eq!((config.max_early_data_size, config.send_tls13_tickets), (0, 0));
+        assert!(!config.session_storage.can_cache() && !config.ticketer.enabled());
+    }
+    assert!(!world.client.enable_early_data);
+    // A client that would like both gets neither, the second time no more than the first.
+    let mut eager = ClientConfig::clone(&world.client);
+    eager.resumption = Resumption::in_memory_sessions(8);
+    eager.enable_early_data = true;
+    let eager = Arc::new(eager);
+    for config in [&world.server, &shared] {
+        for _ in 0..2 {
+            let mut client = ClientConnection::new(eager.clone(), ledger_name()).unwrap();
+            let mut server = ServerConnection::new(config.clone()).unwrap();
+            assert!(client.early_data().is_none());
+            for _ in 0..2 {
+                read_tls(&mut server, &write_tls(&mut client));
+                read_tls(&mut client, &write_tls(&mut server));
+            }
+            assert!(!client.is_handshaking() && !server.is_handshaking());
+            assert!(server.early_data().is_none());
+            let kinds = [client.handshake_kind(), server.handshake_kind()];
+            assert_eq!(kinds, [Some(HandshakeKind::Full); 2]);
+            assert_eq!(client.tls13_tickets_received(), 0);
+        }
+    }
 }
 
 #[test]

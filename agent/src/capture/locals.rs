@@ -19,6 +19,10 @@ impl Locals {
         self.by_key.load().get(key).cloned()
     }
 
+    pub(super) fn all(&self) -> Vec<Arc<Local>> {
+        self.by_key.load().values().cloned().collect()
+    }
+
     /// Closes the idle sessions that are old, or lead where nothing is allowed any more.
     pub(super) fn sweep_pools(&self, snapshot: &Snapshot) {
         for local in self.by_key.load().values() {

@@ -172,6 +172,8 @@ pub(super) struct HostCapture {
     /// The ports of outgoing connections, one a workload: the port tells who is connecting.
     outbound: BTreeMap<String, (u16, Vec<Accepting>)>,
     rules: Option<capture::Ruleset>,
+    /// The cgroups that are captured or should be, and what the kernel knew them by.
+    cgroups: Vec<(ProcessMatch, Option<u64>)>,
     _inbound: Vec<Accepting>,
 }
 
@@ -186,7 +188,13 @@ impl HostCapture {
         for listener in bind_all(&any_addresses(), MESH_PORT)? {
             inbound.push(accept_mesh(context, listener, &locals, &tls)?);
         }
-        Ok(Self { locals, outbound: BTreeMap::new(), rules: None, _inbound: inbound })
+        Ok(Self {
+            locals,
+            outbound: BTreeMap::new(),
+            rules: None,
+            cgroups: Vec::new(),
+            _inbound: inbound,
+        })
     }
 
     /// Captures exactly these workloads. Returns how it went for each, in their order: one that
@@ -200,11 +208,20 @@ impl HostCapture {
         let mut outcomes = Vec::new();
         let (mut locals, mut rules) = (Vec::new(), Vec::new());
         for workload in workloads {
-            outcomes.push(self.take_up(context, workload, identities).map(|(local, rule)| {
-                locals.push(local);
-                rules.push(rule);
-            }));
+            let taken = self.take_up(context, workload, identities);
+            rules.push(match &taken {
+                Ok((_, rule)) => rule.clone(),
+                // What it serves stays closed, whoever it will be.
+                Err(_) => closed(workload),
+            });
+            outcomes.push(taken.map(|(local, _)| locals.push(local)));
         }
+        let processes =
+            workloads.iter().filter_map(|workload| host_process(&workload.process).ok());
+        self.cgroups = processes
+            .filter(|process| matches!(process, ProcessMatch::Cgroup { .. }))
+            .map(|process| (process.clone(), process.kernel_id().ok()))
+            .collect();
         self.outbound.retain(|key, _| workloads.iter().any(|workload| workload.key() == *key));
         self.locals.store(locals);
         if let Err(error) = self.enforce(rules) {
@@ -220,16 +237,15 @@ impl HostCapture {
         workload: &Arc<MeshWorkload>,
         identities: &mut Identities,
     ) -> anyhow::Result<(Arc<Local>, HostWorkload)> {
-        let process = host_process(&workload.process)?;
         // One that is not there must not keep the others from being captured.
-        process.check()?;
+        let process = known_process(workload)?;
         let identity = identities.ensure(workload)?;
         let key = workload.key();
         if !self.outbound.contains_key(&key) {
             let listening = self.listen_outbound(context, &key)?;
             self.outbound.insert(key.clone(), listening);
         }
-        let port = self.outbound.get(&key).map_or(0, |(port, _)| *port);
+        let port = self.outbound.get(&key).map(|(port, _)| *port);
         let local = match self.locals.get(&key) {
             Some(local)
                 if local.workload == *workload && Arc::ptr_eq(&local.identity, &identity) =>
@@ -241,7 +257,7 @@ impl HostCapture {
             }
         };
         let rule = HostWorkload {
-            process,
+            process: Some(process),
             outbound_port: port,
             service_ports: workload.ports.iter().copied().collect(),
         };
@@ -278,8 +294,8 @@ impl HostCapture {
     }
 
     fn enforce(&mut self, workloads: Vec<HostWorkload>) -> anyhow::Result<()> {
-        let wanted = HostRules { mesh_port: MESH_PORT, plaintext_port: PLAINTEXT_PORT, workloads }
-            .ruleset()?;
+        let plaintext_port = Some(PLAINTEXT_PORT);
+        let wanted = HostRules { mesh_port: MESH_PORT, plaintext_port, workloads }.ruleset()?;
         let drift = wanted.drift()?;
         if drift.is_empty() {
             self.rules = Some(wanted);
@@ -295,6 +311,25 @@ impl HostCapture {
         Ok(())
     }
 
+    /// Whether a cgroup has come, gone, or been made anew since it was looked at.
+    pub(super) fn cgroups_differ(&self) -> bool {
+        self.cgroups.iter().any(|(process, then)| process.kernel_id().ok() != *then)
+    }
+
+    /// Closes what these workloads serve and send, while the agent cannot listen for them.
+    pub(super) fn close(workloads: &[Arc<MeshWorkload>]) -> anyhow::Result<()> {
+        let rules = HostRules {
+            mesh_port: MESH_PORT,
+            plaintext_port: None,
+            workloads: workloads.iter().map(|workload| closed(workload)).collect(),
+        };
+        let rules = rules.ruleset()?;
+        if !rules.drift()?.is_empty() {
+            rules.install()?;
+        }
+        Ok(())
+    }
+
     pub(super) fn locals(&self) -> &Locals {
         &self.locals
     }
@@ -304,6 +339,23 @@ impl HostCapture {
             tracing::warn!(%error, "the host's capture rules could not be removed");
         }
     }
+}
+
+/// A workload that is not captured: its service ports lead nowhere but to the refusal, and neither does
+/// what it sends, if the kernel can tell its processes.
+fn closed(workload: &MeshWorkload) -> HostWorkload {
+    HostWorkload {
+        process: known_process(workload).ok(),
+        outbound_port: None,
+        service_ports: workload.ports.iter().copied().collect(),
+    }
+}
+
+/// What the kernel is to match, if it can.
+fn known_process(workload: &MeshWorkload) -> anyhow::Result<ProcessMatch> {
+    let process = host_process(&workload.process)?;
+    process.kernel_id()?;
+    Ok(process)
 }
 
 /// What the kernel is to match.

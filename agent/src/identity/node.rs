@@ -166,6 +166,10 @@ pub(super) fn explain(status: &tonic::Status) -> anyhow::Error {
     let mut text = status.message().to_owned();
     let mut source = std::error::Error::source(status);
     while let Some(cause) = source {
+        // rustls writes our own reasons as values of the program, not as a sentence.
+        if let Some(failure) = cause.downcast_ref().and_then(hauberk_tls::reason_of) {
+            return anyhow::anyhow!("{text}: {}", failure.detail);
+        }
         text.push_str(": ");
         text.push_str(&cause.to_string());
         source = cause.source();

@@ -5,7 +5,7 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::Context;
@@ -169,7 +169,12 @@ impl Subscription {
     pub(crate) async fn run(mut self) {
         let mut pause = FIRST_RETRY;
         loop {
+            let begun = Instant::now();
             let outcome = self.stream().await;
+            if begun.elapsed() > LONGEST_RETRY {
+                // It worked for a while: the next trouble is another.
+                pause = FIRST_RETRY;
+            }
             self.metrics.control_plane_disconnected();
             match outcome {
                 // Ended for a reason of our own: connect anew at once.
@@ -277,4 +282,100 @@ fn gather(
     }
     message.suppressed += missed;
     message
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
+mod tests {
+    use hauberk_proto::state::{delta, state_hash};
+
+    use super::*;
+
+    fn machine(name: &str) -> v1::Resource {
+        let message = v1::MeshWorkload {
+            namespace: String::new(),
+            name: name.to_owned(),
+            spiffe_id: format!("spiffe://example.org/machine/{name}"),
+            node: name.to_owned(),
+            addresses: Vec::new(),
+            ports: Vec::new(),
+            mode: v1::Mode::Enforce.into(),
+            process: Some(v1::mesh_workload::Process::User("a".to_owned())),
+        };
+        v1::Resource { kind: Some(v1::resource::Kind::Workload(message)) }
+    }
+
+    fn state(names: &[&str]) -> BTreeMap<String, v1::Resource> {
+        names.iter().map(|name| (format!("workload:machine/{name}"), machine(name))).collect()
+    }
+
+    fn open(folder: &Path) -> Enforcer {
+        Enforcer::open(folder, AgentMetrics::new().unwrap(), Health::new(&[POLICY_CHECK]))
+    }
+
+    /// As the control plane sends it: everything, or what leads from one state to the next.
+    fn update(revision: u64, before: Option<&[&str]>, after: &[&str]) -> v1::StateUpdate {
+        let after = state(after);
+        let (upserts, removals) = delta(&before.map(state).unwrap_or_default(), &after);
+        v1::StateUpdate {
+            revision,
+            full: before.is_none(),
+            upserts,
+            removals,
+            state_hash: state_hash(&after).to_vec(),
+            made_at_unix_ms: 0,
+        }
+    }
+
+    #[test]
+    fn a_state_whose_hash_is_not_the_announced_one_is_refused_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let enforcer = open(folder.path());
+        enforcer.apply(update(1, None, &["a"])).unwrap();
+        let with = |change: fn(&mut v1::StateUpdate), mut update: v1::StateUpdate| {
+            change(&mut update);
+            update
+        };
+        let cases = [
+            ("another hash", with(|u| u.state_hash[0] ^= 1, update(2, None, &["b"]))),
+            ("no hash", with(|u| u.state_hash.clear(), update(2, None, &["b"]))),
+            ("half a hash", with(|u| u.state_hash.truncate(16), update(2, None, &["b"]))),
+            ("one missing", with(|u| u.upserts.truncate(1), update(2, None, &["b", "c"]))),
+            ("a full one as a delta", with(|u| u.full = false, update(2, None, &["b"]))),
+            (
+                "a delta as a full one",
+                with(|u| u.full = true, update(2, Some(&["a"]), &["a", "b"])),
+            ),
+            ("a delta to another state", update(2, Some(&["a", "b"]), &["a", "b", "c"])),
+            ("another state of this revision", update(1, None, &["b"])),
+        ];
+        for (name, update) in cases {
+            let other = update.revision == 1;
+            let refused = enforcer.apply(update).unwrap_err().to_string();
+            let wanted = if other {
+                "revision 1 is not newer than 1"
+            } else {
+                "the state's hash is not the one announced"
+            };
+            assert!(refused.starts_with(wanted), "{name}: {refused}");
+            for snapshot in [&enforcer, &open(folder.path())].map(|one| one.sender.borrow().clone())
+            {
+                assert_eq!((snapshot.revision, &snapshot.resources), (1, &state(&["a"])), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_delta_builds_on_what_is_in_force_and_outlives_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let enforcer = open(folder.path());
+        enforcer.apply(update(1, None, &["a", "b"])).unwrap();
+        enforcer.apply(update(2, Some(&["a", "b"]), &["b", "c"])).unwrap();
+        for one in [&enforcer, &open(folder.path())] {
+            let snapshot = one.sender.borrow().clone();
+            assert_eq!((snapshot.revision, &snapshot.resources), (2, &state(&["b", "c"])));
+        }
+        let older = enforcer.apply(update(1, None, &["a", "b"])).unwrap_err().to_string();
+        assert!(older.starts_with("revision 1 is not newer than 2"), "{older}");
+    }
 }

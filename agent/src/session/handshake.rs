@@ -38,12 +38,14 @@ pub(crate) async fn connect(
     name: ServerName<'static>,
     own: Option<Arc<Credential>>,
     trust: Arc<TrustBundle>,
+    records_per_key: u64,
 ) -> Result<Box<Session>, SessionError> {
     let mut handshake = Handshake::client(config, name)?;
     let mut out = Vec::with_capacity(BUFFER);
     let mut input = Vec::with_capacity(BUFFER);
     drive(&mut handshake, &mut socket, &mut input, &mut out).await?;
-    let established = handshake.finish(&trust, hauberk_tls::now()).map_err(refused)?;
+    let mut established = handshake.finish(&trust, hauberk_tls::now()).map_err(refused)?;
+    established.channel.lower_key_limit(records_per_key);
     Session::new(socket, established, Role::Source, None, own, trust, out)
 }
 
@@ -53,6 +55,7 @@ pub(crate) async fn accept<F: Future<Output = Option<Arc<Credential>>>>(
     mut socket: TcpStream,
     config: Arc<ServerConfig>,
     trust: Arc<TrustBundle>,
+    records_per_key: u64,
     ready: impl FnOnce(Option<String>) -> F,
 ) -> Result<Box<Session>, SessionError> {
     let mut out = Vec::new();
@@ -69,7 +72,8 @@ pub(crate) async fn accept<F: Future<Output = Option<Arc<Credential>>>>(
     let own = ready(name.clone()).await;
     let mut handshake = Handshake::server(config)?;
     drive(&mut handshake, &mut socket, &mut input, &mut out).await?;
-    let established = handshake.finish(&trust, hauberk_tls::now()).map_err(refused)?;
+    let mut established = handshake.finish(&trust, hauberk_tls::now()).map_err(refused)?;
+    established.channel.lower_key_limit(records_per_key);
     Session::new(socket, established, Role::Destination, name, own, trust, out)
 }
 

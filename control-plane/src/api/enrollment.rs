@@ -28,25 +28,14 @@ impl enrollment_server::Enrollment for Enrollment {
         let shared = &self.0;
         let now = hauberk_tls::now();
         let hash = sha256(&message.token_secret);
-        let node = match shared.store.consume_token(&hash, now.unix_millis()).map_err(internal)? {
-            Consumed::Good(node) => node,
-            Consumed::Expired => {
-                shared.metrics.join_attempt(Outcome::Failure);
-                tracing::warn!(target: "hauberk.audit", addr = address, "a join token was refused: expired");
-                return Err(Status::permission_denied(
-                    "the join token has expired; make a new one with `hauberk token create`",
-                ));
-            }
-            Consumed::Unknown => {
-                shared.metrics.join_attempt(Outcome::Failure);
-                tracing::warn!(target: "hauberk.audit", addr = address, "a join token was refused: unknown or used before");
-                return Err(Status::permission_denied(
-                    "the join token is unknown or has been used before; make a new one with \
-                     `hauberk token create`",
-                ));
-            }
-        };
+        let address = address.unwrap_or_default();
+        // Only looked at: a request that is no good costs nobody a token.
+        let found = shared.store.look_at_token(&hash, now.unix_millis()).map_err(internal)?;
+        let node = named(shared, found, &address)?;
         let issued = issue_node(shared, &node, &message.certificate_request)?;
+        let consumed = shared.store.consume_token(&hash, now.unix_millis()).map_err(internal)?;
+        // Used meanwhile: the certificate goes nowhere.
+        let node = named(shared, consumed, &address)?;
         let record = Node {
             current_serial: issued.serial.clone(),
             next_serial: None,
@@ -81,12 +70,34 @@ impl enrollment_server::Enrollment for Enrollment {
     }
 }
 
+/// The node that a token names, if it is good.
+fn named(shared: &Shared, token: Consumed, address: &str) -> Result<String, Status> {
+    let (why, told) = match token {
+        Consumed::Good(node) => return Ok(node),
+        Consumed::Expired => {
+            ("expired", "the join token has expired; make a new one with `hauberk token create`")
+        }
+        Consumed::Unknown => (
+            "unknown or used before",
+            "the join token is unknown or has been used before; make a new one with \
+             `hauberk token create`",
+        ),
+    };
+    shared.metrics.join_attempt(Outcome::Failure);
+    tracing::warn!(target: "hauberk.audit", addr = address, "a join token was refused: {why}");
+    Err(Status::permission_denied(told))
+}
+
 fn issue_node(shared: &Shared, node: &str, request: &[u8]) -> Result<Issued, Status> {
     let id = SpiffeId::node(shared.authority.trust_domain(), node)
         .map_err(|error| Status::invalid_argument(format!("node {node}: {error}")))?;
     let issued = shared.authority.issue(&id, request, shared.node_lifetime, hauberk_tls::now());
     shared.metrics.certificate_issued("node", Outcome::from(&issued));
-    issued.map_err(refused)
+    issued.map_err(|error| {
+        tracing::warn!(target: "hauberk.audit", node, reason = %error,
+            "a node certificate was refused");
+        refused(error)
+    })
 }
 
 fn credential(shared: &Shared, node: String, issued: &Issued) -> v1::NodeCredential {
@@ -107,6 +118,8 @@ pub(super) fn refused(error: CaError) -> Status {
         CaError::File(_)
         | CaError::Sign(_)
         | CaError::Damaged(..)
+        | CaError::DamagedKey(..)
+        | CaError::OtherKey(_)
         | CaError::Missing(_)
         | CaError::OtherTrustDomain { .. }
         | CaError::Date => internal(error),

@@ -47,7 +47,11 @@ impl workload_identity_server::WorkloadIdentity for WorkloadIdentity {
             hauberk_tls::now(),
         );
         shared.metrics.certificate_issued("workload", Outcome::from(&issued));
-        let issued = issued.map_err(refused)?;
+        let issued = issued.map_err(|error| {
+            tracing::warn!(target: "hauberk.audit", node = caller.node.name(),
+                workload = message.workload, reason = %error, "an identity was refused");
+            refused(error)
+        })?;
         tracing::info!(target: "hauberk.audit", node = caller.node.name(), workload = message.workload,
             spiffe_id = %id, serial = issued.serial, "an identity was issued");
         Ok(Response::new(v1::WorkloadCredential {

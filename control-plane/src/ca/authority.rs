@@ -24,6 +24,7 @@ use rcgen::{
     KeyUsagePurpose, PublicKeyData, SanType,
 };
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+use time::OffsetDateTime;
 use zeroize::Zeroizing;
 
 use super::issuer::{self, Issued, Template};
@@ -34,6 +35,11 @@ const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// How long the online intermediate lives: it caps the harm of a stolen CA key.
 const INTERMEDIATE_LIFETIME: Duration = Duration::from_secs(7 * 24 * 3600);
 
+const ROOT_KEY: &str = "root.key.der";
+const ROOT_CERTIFICATE: &str = "root.crt.der";
+const INTERMEDIATE_KEY: &str = "intermediate.key.der";
+const INTERMEDIATE_CERTIFICATE: &str = "intermediate.crt.der";
+
 /// The CA could not be loaded or used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CaError {
@@ -43,6 +49,10 @@ pub(crate) enum CaError {
     Sign(#[from] rcgen::Error),
     #[error("{0} is damaged or not a CA certificate; restore the folder from a backup")]
     Damaged(PathBuf, #[source] hauberk_core::svid::SvidError),
+    #[error("{0} is damaged or not a private key; restore the folder from a backup")]
+    DamagedKey(PathBuf, #[source] rcgen::Error),
+    #[error("{0} is not the key of the certificate beside it; restore the folder from a backup")]
+    OtherKey(PathBuf),
     #[error("{0} is missing beside the other files of the CA; restore the folder from a backup")]
     Missing(PathBuf),
     #[error(
@@ -60,8 +70,13 @@ pub(crate) enum CaError {
 pub(crate) struct Authority {
     trust_domain: TrustDomain,
     folder: PathBuf,
-    root: CertificateDer<'static>,
+    root: Root,
     intermediate: ArcSwap<Intermediate>,
+}
+
+struct Root {
+    certificate: CertificateDer<'static>,
+    not_after: Timestamp,
 }
 
 struct Intermediate {
@@ -79,15 +94,24 @@ impl Authority {
         now: Timestamp,
     ) -> Result<Self, CaError> {
         private_folder(folder)?;
-        let root_path = folder.join("root.crt.der");
-        let root = match read_private(&root_path)? {
+        let used = demand_private_files(folder)?;
+        let path = folder.join(ROOT_CERTIFICATE);
+        let certificate = match read_private(&path)? {
             Some(der) => CertificateDer::from(der),
-            None if folder.join("root.key.der").exists() => {
-                return Err(CaError::Missing(root_path));
-            }
+            // A new root would cut off everybody who trusts the old one.
+            None if used => return Err(CaError::Missing(path)),
             None => make_root(folder, trust_domain, now)?,
         };
-        check_root(&root, now).map_err(|error| CaError::Damaged(root_path, error))?;
+        let facts = check_root(&certificate, now).map_err(|error| CaError::Damaged(path, error))?;
+        if let Some(kept) = facts.trust_domain().filter(|kept| *kept != trust_domain) {
+            return Err(CaError::OtherTrustDomain {
+                folder: folder.display().to_string(),
+                kept: kept.to_string(),
+                wanted: trust_domain.to_string(),
+            });
+        }
+        demand_key_of_root(folder, facts.public_key_sha256())?;
+        let root = Root { certificate, not_after: facts.not_after() };
         let intermediate = match load_intermediate(folder, now)? {
             Some(intermediate) => intermediate,
             None => make_intermediate(folder, trust_domain, &root, now)?,
@@ -105,18 +129,16 @@ impl Authority {
     }
 
     pub(crate) fn root(&self) -> &CertificateDer<'static> {
-        &self.root
+        &self.root.certificate
     }
 
     pub(crate) fn root_sha256(&self) -> [u8; 32] {
-        sha256(&self.root)
+        sha256(&self.root.certificate)
     }
 
     /// When the root and the intermediate end.
     pub(crate) fn expiries(&self) -> (Timestamp, Timestamp) {
-        let root = check_root(&self.root, Timestamp::from_unix_millis(0))
-            .map_or(self.intermediate.load().not_after, |facts| facts.not_after());
-        (root, self.intermediate.load().not_after)
+        (self.root.not_after, self.intermediate.load().not_after)
     }
 
     /// Makes the next intermediate if the present one is past half of its life. Leaves of the old
@@ -158,17 +180,28 @@ impl Authority {
     }
 }
 
+/// Whether the folder has any file of a CA. Refuses loose modes of all of them, whether they are
+/// needed now or not: the root's key is read only when an intermediate is made, days from now.
+fn demand_private_files(folder: &Path) -> Result<bool, CaError> {
+    let mut any = false;
+    for name in [ROOT_KEY, ROOT_CERTIFICATE, INTERMEDIATE_KEY, INTERMEDIATE_CERTIFICATE] {
+        any |= read_private(&folder.join(name))?.map(Zeroizing::new).is_some();
+    }
+    Ok(any)
+}
+
 fn make_root(
     folder: &Path,
     trust_domain: &TrustDomain,
     now: Timestamp,
 ) -> Result<CertificateDer<'static>, CaError> {
     let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384)?;
-    let parameters = ca_parameters(trust_domain, "Hauberk root", 1, ROOT_LIFETIME, now)?;
+    let validity = issuer::validity(now, ROOT_LIFETIME, None)?;
+    let parameters = ca_parameters(trust_domain, "Hauberk root", 1, validity)?;
     let certificate = parameters.self_signed(&key)?;
     // The key first: a certificate without its key would look like a damaged folder.
-    write_private(&folder.join("root.key.der"), &Zeroizing::new(key.serialize_der()))?;
-    write_private(&folder.join("root.crt.der"), certificate.der())?;
+    write_private(&folder.join(ROOT_KEY), &Zeroizing::new(key.serialize_der()))?;
+    write_private(&folder.join(ROOT_CERTIFICATE), certificate.der())?;
     tracing::info!(trust_domain = %trust_domain, "made the root of a new trust domain");
     Ok(certificate.der().clone())
 }
@@ -176,29 +209,32 @@ fn make_root(
 fn make_intermediate(
     folder: &Path,
     trust_domain: &TrustDomain,
-    root: &CertificateDer<'static>,
+    root: &Root,
     now: Timestamp,
 ) -> Result<Intermediate, CaError> {
-    let root_key_path = folder.join("root.key.der");
-    let root_key =
-        read_private(&root_key_path)?.map(Zeroizing::new).ok_or(CaError::Missing(root_key_path))?;
-    let root_issuer = Issuer::from_ca_cert_der(root, load_key(&root_key)?)?;
+    let root_key_path = folder.join(ROOT_KEY);
+    let root_key = read_private(&root_key_path)?
+        .map(Zeroizing::new)
+        .ok_or_else(|| CaError::Missing(root_key_path.clone()))?;
+    let root_key = load_key(&root_key_path, &root_key)?;
+    let root_issuer = Issuer::from_ca_cert_der(&root.certificate, root_key)?;
     let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
-    let parameters =
-        ca_parameters(trust_domain, "Hauberk intermediate", 0, INTERMEDIATE_LIFETIME, now)?;
+    let validity = issuer::validity(now, INTERMEDIATE_LIFETIME, Some(root.not_after))?;
+    let parameters = ca_parameters(trust_domain, "Hauberk intermediate", 0, validity)?;
     let certificate = parameters.signed_by(&key, &root_issuer)?;
-    write_private(&folder.join("intermediate.key.der"), &Zeroizing::new(key.serialize_der()))?;
-    write_private(&folder.join("intermediate.crt.der"), certificate.der())?;
+    write_private(&folder.join(INTERMEDIATE_KEY), &Zeroizing::new(key.serialize_der()))?;
+    write_private(&folder.join(INTERMEDIATE_CERTIFICATE), certificate.der())?;
     intermediate(certificate.der().clone(), key, now, folder)
 }
 
 fn load_intermediate(folder: &Path, now: Timestamp) -> Result<Option<Intermediate>, CaError> {
-    let certificate = read_private(&folder.join("intermediate.crt.der"))?;
-    let key = read_private(&folder.join("intermediate.key.der"))?.map(Zeroizing::new);
+    let certificate = read_private(&folder.join(INTERMEDIATE_CERTIFICATE))?;
+    let key_path = folder.join(INTERMEDIATE_KEY);
+    let key = read_private(&key_path)?.map(Zeroizing::new);
     let (Some(certificate), Some(key)) = (certificate, key) else { return Ok(None) };
     let certificate = CertificateDer::from(certificate);
     // An expired or half-written one is replaced: the root is here to make another.
-    match intermediate(certificate, load_key(&key)?, now, folder) {
+    match load_key(&key_path, &key).and_then(|key| intermediate(certificate, key, now, folder)) {
         Ok(loaded) => Ok(Some(loaded)),
         Err(error) => {
             tracing::warn!(%error, "the intermediate is not usable and is made anew");
@@ -214,9 +250,9 @@ fn intermediate(
     folder: &Path,
 ) -> Result<Intermediate, CaError> {
     let facts = check_intermediate(&certificate, now)
-        .map_err(|error| CaError::Damaged(folder.join("intermediate.crt.der"), error))?;
+        .map_err(|error| CaError::Damaged(folder.join(INTERMEDIATE_CERTIFICATE), error))?;
     if facts.public_key_sha256() != &sha256(&key.subject_public_key_info()) {
-        return Err(CaError::Missing(folder.join("intermediate.key.der")));
+        return Err(CaError::OtherKey(folder.join(INTERMEDIATE_KEY)));
     }
     Ok(Intermediate {
         issuer: Issuer::from_ca_cert_der(&certificate, key)?,
@@ -226,16 +262,27 @@ fn intermediate(
     })
 }
 
-fn load_key(der: &[u8]) -> Result<KeyPair, CaError> {
-    Ok(KeyPair::try_from(&PrivatePkcs8KeyDer::from(der))?)
+fn load_key(path: &Path, der: &[u8]) -> Result<KeyPair, CaError> {
+    KeyPair::try_from(&PrivatePkcs8KeyDer::from(der))
+        .map_err(|error| CaError::DamagedKey(path.to_owned(), error))
+}
+
+/// The root's key is needed only when an intermediate is due, in days: trouble with it is told now.
+fn demand_key_of_root(folder: &Path, public_key_sha256: &[u8; 32]) -> Result<(), CaError> {
+    let path = folder.join(ROOT_KEY);
+    let Some(der) = read_private(&path)?.map(Zeroizing::new) else { return Ok(()) };
+    let key = load_key(&path, &der)?;
+    if public_key_sha256 == &sha256(&key.subject_public_key_info()) {
+        return Ok(());
+    }
+    Err(CaError::OtherKey(path))
 }
 
 fn ca_parameters(
     trust_domain: &TrustDomain,
     name: &str,
     path_length: u8,
-    lifetime: Duration,
-    now: Timestamp,
+    (not_before, not_after): (OffsetDateTime, OffsetDateTime),
 ) -> Result<CertificateParams, CaError> {
     let mut parameters = CertificateParams::default();
     parameters.distinguished_name = DistinguishedName::new();
@@ -247,6 +294,9 @@ fn ca_parameters(
         vec![SanType::URI(SpiffeId::of_trust_domain(trust_domain).as_str().try_into()?)];
     parameters.serial_number = Some(issuer::random_serial()?);
     parameters.use_authority_key_identifier_extension = true;
-    (parameters.not_before, parameters.not_after) = issuer::validity(now, lifetime, None)?;
+    (parameters.not_before, parameters.not_after) = (not_before, not_after);
     Ok(parameters)
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,15 +5,17 @@ use std::time::Duration;
 use hauberk_core::{identity::SpiffeId, time::Timestamp};
 use rcgen::{
     CertificateParams, CertificateSigningRequestParams, DistinguishedName, ExtendedKeyUsagePurpose,
-    IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKey, PublicKeyData, SanType, SerialNumber,
+    IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
+    SubjectPublicKeyInfo,
 };
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
 use time::OffsetDateTime;
+use x509_parser::{certification_request::X509CertificationRequest, prelude::FromDer};
 
 use super::CaError;
 
 /// How far the start of a certificate lies in the past, for clocks that are behind.
-pub(super) const BACKDATE: Duration = Duration::from_secs(60);
+pub(crate) const BACKDATE: Duration = Duration::from_secs(60);
 
 /// A certificate request longer than this carries more than a key.
 const MAX_REQUEST: usize = 8 * 1024;
@@ -37,12 +39,18 @@ pub(super) struct Template<'a> {
 
 /// Takes the public key out of a request, whose signature proves that the caller has the private
 /// one. rcgen reads the requested names, usages and CA flag too: they are dropped here.
-pub(super) fn requested_key(request: &[u8]) -> Result<PublicKey, CaError> {
+pub(super) fn requested_key(request: &[u8]) -> Result<SubjectPublicKeyInfo, CaError> {
+    let unreadable = || CaError::Request(rcgen::Error::CouldNotParseCertificationRequest);
     if request.len() > MAX_REQUEST {
-        return Err(CaError::Request(rcgen::Error::CouldNotParseCertificationRequest));
+        return Err(unreadable());
     }
     let der = CertificateSigningRequestDer::from(request);
-    let key = CertificateSigningRequestParams::from_der(&der).map_err(CaError::Request)?.public_key;
+    // For the signature only. rcgen takes the curve from the signature's hash, which is not always
+    // the key's: OpenSSL signs with SHA-256 for a P-384 key, too.
+    CertificateSigningRequestParams::from_der(&der).map_err(CaError::Request)?;
+    let (_, parsed) = X509CertificationRequest::from_der(request).map_err(|_| unreadable())?;
+    let key = SubjectPublicKeyInfo::from_der(parsed.certification_request_info.subject_pki.raw)
+        .map_err(CaError::Request)?;
     let accepted =
         [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519];
     if accepted.contains(&key.algorithm()) { Ok(key) } else { Err(CaError::WeakKey) }

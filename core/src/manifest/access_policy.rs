@@ -9,12 +9,13 @@ use super::{
     objects::{Metadata, Scope, all, labels, mode, owner},
     peers::{peer, some_peers, some_ports},
     reader::Field,
-    words::{canonical_number, quoted},
+    words::{canonical_number, clipped, quoted},
 };
 use crate::{
-    identity::ResourceName,
+    identity::{ResourceName, TrustDomain},
     policy::{
         AccessPolicy, Expectation, PeerSelector, PolicyKind, PolicyRef, PolicyTest, Rule, Target,
+        examples::failed_tests,
     },
 };
 
@@ -25,25 +26,28 @@ pub(super) fn read(metadata: Option<Metadata>, spec: &Field<'_>) -> Option<Acces
     let mode = mode(&fields);
     let rules = fields.required("rules", "[…], or [] to deny everybody", rules);
     let tests = fields.optional("tests", |field| {
-        all(field.list()?, |field| {
-            let test = policy_test(&field)?;
-            // Only against rules that are all right, so that one mistake is not told twice.
-            hold(rules.as_deref()?, &test, &field).map(|()| test)
-        })
+        let tests = field.list()?.into_iter().map(|field| (policy_test(&field), field));
+        Some(tests.collect::<Vec<_>>())
     });
     let metadata = metadata?;
     let namespace = match metadata.scope {
         Scope::Namespace(namespace) => Some(namespace),
         Scope::Cluster => None,
     };
-    Some(AccessPolicy {
+    let tests = tests?.unwrap_or_default();
+    let readable = tests.iter().all(|(test, _)| test.is_some());
+    let (tests, places): (Vec<PolicyTest>, Vec<Field<'_>>) =
+        tests.into_iter().filter_map(|(test, place)| Some((test?, place))).unzip();
+    let policy = AccessPolicy {
         name: PolicyRef { kind: PolicyKind::AccessPolicy, namespace, name: metadata.name },
         owner: owner?,
         target: target?,
         mode: mode?,
         rules: rules?,
-        tests: tests?.unwrap_or_default(),
-    })
+        tests,
+    };
+    // Only of a policy that is right otherwise, so that one mistake is not told twice.
+    hold(&policy, spec, &places).filter(|()| readable).map(|()| policy)
 }
 
 fn target(field: &Field<'_>) -> Option<Target> {
@@ -149,58 +153,20 @@ fn policy_test(field: &Field<'_>) -> Option<PolicyTest> {
     Some(PolicyTest { from: from?, port: port?, expect: expect? })
 }
 
-/// Whether a test comes out as expected. Tests speak about the rules as written, whatever the
-/// date: `notAfter` does not count, and neither do guardrails.
-fn hold(rules: &[Rule], test: &PolicyTest, field: &Field<'_>) -> Option<()> {
-    let caller = caller(&test.from);
-    let on_port: Vec<&Rule> = rules.iter().filter(|rule| rule.ports.contains(&test.port)).collect();
-    let names_caller = |rule: &Rule| rule.from.iter().any(|peer| covers(peer, &test.from));
-    match (test.expect, on_port.iter().find(|rule| names_caller(rule))) {
-        (Expectation::Allow, Some(_)) | (Expectation::Deny, None) => Some(()),
-        (Expectation::Deny, Some(rule)) => field.wrong(
-            format_args!(
-                "the test fails: {caller} on port {} should be denied, but the rule {} allows it",
-                test.port,
-                quoted(rule.name.as_str()),
-            ),
-            "correct that rule, or expect allow",
-        ),
-        (Expectation::Allow, None) => {
-            let why = if rules.iter().any(names_caller) {
-                "the rules with this caller have other ports"
-            } else if on_port.is_empty() {
-                "no rule has this port or this caller"
-            } else {
-                "the rules with this port have other callers"
-            };
-            field.wrong(
-                format_args!(
-                    "the test fails: {caller} on port {} should be allowed, but is denied: {why}",
-                    test.port,
-                ),
-                "correct the rules, or expect deny",
-            )
-        }
+/// Whether every test comes out as expected; notes those that do not, each at its place.
+///
+/// Decided by [`failed_tests`], and so by the decision that agents make. Which trust domain is ours,
+/// a manifest does not say: here it is one that no SPIFFE ID is of, and [`resolve`] asks again in
+/// the real one.
+///
+/// [`resolve`]: crate::policy::resolve::resolve
+fn hold(policy: &AccessPolicy, spec: &Field<'_>, places: &[Field<'_>]) -> Option<()> {
+    let failed = match failed_tests(policy, &TrustDomain::stand_in()) {
+        Ok(failed) => failed,
+        Err(error) => return spec.wrong(clipped(&error), "shorten the names"),
+    };
+    for test in &failed {
+        places.get(test.number).unwrap_or(spec).note(&test.problem, test.mend);
     }
-}
-
-/// SPIFFE IDs compare exactly: which trust domain is ours, a manifest does not say.
-fn covers(peer: &PeerSelector, caller: &PeerSelector) -> bool {
-    match (peer, caller) {
-        (PeerSelector::AnyIn { namespace }, PeerSelector::ServiceAccount { namespace: of, .. }) => {
-            namespace == of
-        }
-        (peer, caller) => peer == caller,
-    }
-}
-
-fn caller(peer: &PeerSelector) -> String {
-    match peer {
-        PeerSelector::ServiceAccount { namespace, name } => {
-            format!("service account {namespace}/{name}")
-        }
-        PeerSelector::Machine { name } => format!("machine {name}"),
-        PeerSelector::SpiffeId(id) => id.to_string(),
-        PeerSelector::AnyIn { namespace } => format!("any service account of {namespace}"),
-    }
+    failed.is_empty().then_some(())
 }

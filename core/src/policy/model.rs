@@ -150,7 +150,8 @@ pub enum PeerSelector {
     },
 }
 
-/// An example in a policy: evaluated whenever the policy is read.
+/// An example in a policy: asked of the decision whenever the policy is read
+/// ([`failed_tests`](crate::policy::examples::failed_tests)).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PolicyTest {
     /// Who connects; never [`PeerSelector::AnyIn`].

@@ -13,9 +13,10 @@ use std::{
 use super::{
     AccessPolicy, Guardrail, GuardrailPeers, GuardrailPorts, GuardrailTarget, Machine, Mode, Owner,
     PeerSelector, PolicyRef, ProcessSelector, Rule, Target, Workload,
+    examples::{FailedTest, failed_tests},
 };
 use crate::{
-    identity::{IdentityKind, ResourceName, SpiffeId, TrustDomain},
+    identity::{IdentityKind, ResourceName, SpiffeId, SpiffeIdError, TrustDomain},
     time::Timestamp,
 };
 
@@ -192,21 +193,36 @@ pub struct Declared {
     pub guardrails: Vec<Guardrail>,
 }
 
-/// An identity that cannot be built from its names.
+/// Why nothing is resolved.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{object}: no SPIFFE ID can be made of it")]
-pub struct ResolveError {
-    /// The object.
-    pub object: String,
-    /// What is wrong with the ID.
-    #[source]
-    pub source: crate::identity::SpiffeIdError,
+pub enum ResolveError {
+    /// An identity that cannot be built from its names.
+    #[error("{object}: no SPIFFE ID can be made of it")]
+    Name {
+        /// The object.
+        object: String,
+        /// What is wrong with the ID.
+        #[source]
+        source: SpiffeIdError,
+    },
+    /// A test of a policy that does not hold in this trust domain.
+    #[error("AccessPolicy {policy}: {test}")]
+    Test {
+        /// The policy.
+        policy: PolicyRef,
+        /// The first of its tests that does not hold.
+        test: FailedTest,
+    },
 }
 
 /// Binds everything to identities of `trust_domain`.
 ///
+/// The tests of policies are asked again here: when a manifest is read, nobody knows yet whether a
+/// SPIFFE ID in it is one of our own.
+///
 /// # Errors
-/// If a name makes no valid SPIFFE ID (too long, for one): nothing is resolved then.
+/// If a name makes no valid SPIFFE ID (too long, for one), or a test of a policy fails: nothing is
+/// resolved then.
 pub fn resolve(declared: &Declared, trust_domain: &TrustDomain) -> Result<Resolved, ResolveError> {
     let mut resolved = Resolved::default();
     let mut labels: Vec<&BTreeMap<String, String>> = Vec::new();
@@ -223,6 +239,9 @@ pub fn resolve(declared: &Declared, trust_domain: &TrustDomain) -> Result<Resolv
         }
     }
     for policy in &declared.policies {
+        if let Some(test) = failed_tests(policy, trust_domain)?.into_iter().next() {
+            return Err(ResolveError::Test { policy: policy.name.clone(), test });
+        }
         bind_policy(policy, &labels, trust_domain, &mut resolved)?;
     }
     for guardrail in &declared.guardrails {
@@ -242,7 +261,7 @@ fn mesh_workload(
         workload.namespace.as_str(),
         workload.service_account.as_str(),
     )
-    .map_err(|source| ResolveError {
+    .map_err(|source| ResolveError::Name {
         object: format!("Workload {}/{}", workload.namespace, workload.name),
         source,
     })?;
@@ -284,7 +303,7 @@ fn mesh_machine(
 
 fn machine_id(trust_domain: &TrustDomain, name: &ResourceName) -> Result<SpiffeId, ResolveError> {
     SpiffeId::machine(trust_domain, name.as_str())
-        .map_err(|source| ResolveError { object: format!("Machine {name}"), source })
+        .map_err(|source| ResolveError::Name { object: format!("Machine {name}"), source })
 }
 
 fn bind_policy(
@@ -309,7 +328,9 @@ fn bind_policy(
     }
     let mut rules = Vec::new();
     for rule in &policy.rules {
-        rules.push(bind_rule(policy, rule, trust_domain, resolved)?);
+        let rule = bind_rule(rule, trust_domain)?;
+        note_unknown_peers(policy, &rule, trust_domain, resolved);
+        rules.push(rule);
     }
     resolved.policies.extend(destinations.into_iter().map(|destination| ResolvedPolicy {
         policy: policy.name.clone(),
@@ -343,16 +364,29 @@ fn targets(
     }
 }
 
-fn bind_rule(
-    policy: &AccessPolicy,
+pub(super) fn bind_rule(
     rule: &Rule,
     trust_domain: &TrustDomain,
-    resolved: &mut Resolved,
 ) -> Result<ResolvedRule, ResolveError> {
     let mut peers = bind_peers(&rule.from, trust_domain)?;
     peers.sort();
     peers.dedup();
-    for peer in &peers {
+    Ok(ResolvedRule {
+        name: rule.name.clone(),
+        ports: rule.ports.clone(),
+        peers,
+        not_after: rule.not_after,
+    })
+}
+
+/// Of other trust domains there is no registry here.
+fn note_unknown_peers(
+    policy: &AccessPolicy,
+    rule: &ResolvedRule,
+    trust_domain: &TrustDomain,
+    resolved: &mut Resolved,
+) {
+    for peer in &rule.peers {
         let local = match peer {
             PeerMatch::Exact(id) => id.trust_domain() == trust_domain,
             PeerMatch::AnyIn { .. } => true,
@@ -367,12 +401,6 @@ fn bind_rule(
             });
         }
     }
-    Ok(ResolvedRule {
-        name: rule.name.clone(),
-        ports: rule.ports.clone(),
-        peers,
-        not_after: rule.not_after,
-    })
 }
 
 fn bind_peers(
@@ -393,7 +421,7 @@ pub fn bind_peer(
     Ok(match peer {
         PeerSelector::ServiceAccount { namespace, name } => PeerMatch::Exact(
             SpiffeId::workload(trust_domain, namespace.as_str(), name.as_str()).map_err(
-                |source| ResolveError {
+                |source| ResolveError::Name {
                     object: format!("serviceAccount {namespace}/{name}"),
                     source,
                 },

@@ -65,8 +65,11 @@ impl<'a> Read<'a> {
     }
 
     /// What matters of a CA certificate. Name constraints may be critical there: they are not
-    /// read here, but rustls-webpki applies them, and refuses those on URIs.
+    /// read here, but rustls-webpki applies them, those of a root included, to every name below. It
+    /// cannot compare URIs, and so refuses whatever is issued under a constraint on them.
     pub(super) fn signing(certificate: &X509Certificate<'a>) -> Result<Self, SvidError> {
+        //= X509-SVID.md#42-name-constraints
+        //# Name constraints indicate a namespace within which all SPIFFE IDs in subsequent certificates in a certification path MUST be located.
         Self::extensions(certificate, |oid| *oid == OID_X509_EXT_NAME_CONSTRAINTS)
     }
 

@@ -169,7 +169,7 @@ fn a_mistake_in_a_policy_is_refused_with_its_field() {
         (
             test("from: {machine: b}, port: 2, expect: allow"),
             "spec.tests[0]",
-            "no rule has this port or",
+            "no rule has this caller",
         ),
     ];
     for (text, path, problem) in cases {

@@ -30,14 +30,17 @@ const CGROUP2_MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 ///   the machine that is no declared workload; `mesh_port` is reached directly.
 /// - Everything else is left alone.
 ///
+/// Whoever serves no port of the agent's (`None`) is refused instead of redirected: an agent that cannot
+/// listen, or a workload whose processes the kernel cannot tell yet, leaves nothing open.
+///
 /// The agent's outbound listeners should be bound to loopback, where the rules send to. A process
 /// that matches several workloads belongs to the first of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostRules {
     /// The agent's port for other agents.
     pub mesh_port: u16,
-    /// The agent's port for what comes in without the mesh.
-    pub plaintext_port: u16,
+    /// The agent's port for what comes in without the mesh; none while it does not listen.
+    pub plaintext_port: Option<u16>,
     /// The declared workloads.
     pub workloads: Vec<HostWorkload>,
 }
@@ -45,10 +48,11 @@ pub struct HostRules {
 /// A workload on a plain machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostWorkload {
-    /// Which processes it is.
-    pub process: ProcessMatch,
-    /// The agent's port for what this workload sends; no other's.
-    pub outbound_port: u16,
+    /// Which processes it is; none while the kernel cannot be told, as when its cgroup is not there. Its
+    /// service ports are protected all the same.
+    pub process: Option<ProcessMatch>,
+    /// The agent's port for what this workload sends, no other's; none while it does not listen.
+    pub outbound_port: Option<u16>,
     /// The ports it serves.
     pub service_ports: Vec<u16>,
 }
@@ -77,30 +81,31 @@ impl HostRules {
         let processes = self
             .workloads
             .iter()
-            .map(|workload| workload.process.expressions())
+            .map(|workload| workload.process.as_ref().map(ProcessMatch::expressions).transpose())
             .collect::<Result<Vec<_>>>()?;
 
         let mut output =
             Chain::at("output", Hook::NAT_OUTPUT).rule([tcp(Is::Not), pass()]).rules(our_own());
-        let mut guard_output = Chain::at("guard_output", Hook::FILTER_OUTPUT)
-            .rule([tcp(Is::Not), pass()])
-            .rules(our_own())
-            .rule([to_loopback(Is::Equal), pass()])
-            .rule([redirected(), pass()]);
+        let mut guard_output =
+            Chain::at("guard_output", Hook::FILTER_OUTPUT)
+                .rule([tcp(Is::Not), pass()])
+                .rules(our_own())
+                .rules(self.closed_ports().map(|port| {
+                    [to_loopback(Is::Equal), destination_port(port), opening(), reset()]
+                }))
+                .rule([to_loopback(Is::Equal), pass()])
+                .rule([redirected(), pass()]);
         let mut own = Vec::new();
         for (index, (workload, process)) in self.workloads.iter().zip(&processes).enumerate() {
+            let Some(process) = process else { continue };
+            guard_output = guard_output.rule([process.clone(), opening(), reset()]);
+            let Some(outbound_port) = workload.outbound_port else { continue };
             let name = format!("workload_{index}");
             output = output.rule([process.clone(), goto(&name)]);
-            guard_output = guard_output.rule([process.clone(), opening(), reset()]);
-            own.push(self.workload_chain(name, workload));
+            own.push(self.workload_chain(name, workload, outbound_port));
         }
-        let output = output.rules(self.service_ports().map(|port| {
-            [
-                to_loopback(Is::Equal),
-                destination_port(port),
-                opening(),
-                redirect_to(self.plaintext_port),
-            ]
+        let output = output.rules(self.redirected_ports().map(|(port, plaintext)| {
+            [to_loopback(Is::Equal), destination_port(port), opening(), redirect_to(plaintext)]
         }));
 
         let mut chains = own;
@@ -120,7 +125,7 @@ impl HostRules {
     }
 
     /// What a workload sends.
-    fn workload_chain(&self, name: String, workload: &HostWorkload) -> Chain {
+    fn workload_chain(&self, name: String, workload: &HostWorkload, outbound_port: u16) -> Chain {
         let own_port = |port: &u16| workload.service_ports.contains(port);
         Chain::named(name)
             .rules(self.service_ports().filter(|port| !own_port(port)).map(|port| {
@@ -128,24 +133,24 @@ impl HostRules {
                     to_loopback(Is::Equal),
                     destination_port(port),
                     opening(),
-                    redirect_to(workload.outbound_port),
+                    redirect_to(outbound_port),
                 ]
             }))
             .rule([to_loopback(Is::Equal), pass()])
-            .rule([opening(), redirect_to(workload.outbound_port)])
+            .rule([opening(), redirect_to(outbound_port)])
     }
 
     fn prerouting(&self) -> Chain {
         Chain::at("prerouting", Hook::NAT_PREROUTING)
             .rule([tcp(Is::Not), pass()])
             .rule([from_loopback(Is::Equal), pass()])
-            .rules(self.service_ports().map(|port| {
+            .rules(self.redirected_ports().map(|(port, plaintext)| {
                 [
                     destination_port(port),
                     // A machine may route for others: what only passes through is not ours.
                     to_this_host(),
                     opening(),
-                    redirect_to(self.plaintext_port),
+                    redirect_to(plaintext),
                 ]
             }))
     }
@@ -153,7 +158,7 @@ impl HostRules {
     /// Refuses from outside what must never arrive there: a service port that escaped the
     /// redirection (see the guard of the namespace rules), and the agent's outbound ports.
     fn guard_input(&self) -> Chain {
-        let outbound_ports = self.workloads.iter().map(|workload| workload.outbound_port);
+        let outbound_ports = self.workloads.iter().filter_map(|workload| workload.outbound_port);
         Chain::at("guard_input", Hook::FILTER_INPUT)
             .rule([tcp(Is::Not), pass()])
             .rule([from_loopback(Is::Equal), pass()])
@@ -173,13 +178,25 @@ impl HostRules {
         ports.into_iter()
     }
 
+    /// The service ports, each with where its connections go instead.
+    fn redirected_ports(&self) -> impl Iterator<Item = (u16, u16)> {
+        let plaintext = self.plaintext_port;
+        self.service_ports().filter_map(move |port| Some((port, plaintext?)))
+    }
+
+    /// Those whose connections have nowhere else to go.
+    fn closed_ports(&self) -> impl Iterator<Item = u16> {
+        let open = self.plaintext_port.is_some();
+        self.service_ports().filter(move |_| !open)
+    }
+
     /// Every port has one meaning and every process one workload, or identities would mix.
     fn check(&self) -> Result<()> {
         let refuse = |reason: String| Err(Error::InvalidRules { reason });
         let mut ports = BTreeSet::new();
-        let all = [self.mesh_port, self.plaintext_port].into_iter().chain(
+        let all = std::iter::once(self.mesh_port).chain(self.plaintext_port).chain(
             self.workloads.iter().flat_map(|workload| {
-                std::iter::once(workload.outbound_port).chain(workload.service_ports.clone())
+                workload.outbound_port.into_iter().chain(workload.service_ports.clone())
             }),
         );
         for port in all {
@@ -192,8 +209,10 @@ impl HostRules {
         }
         for (index, workload) in self.workloads.iter().enumerate() {
             let others = self.workloads.iter().skip(index + 1);
-            if others.into_iter().any(|other| other.process == workload.process) {
-                return refuse(format!("two workloads are {:?}", workload.process));
+            if let Some(process) = &workload.process
+                && others.into_iter().any(|other| other.process.as_ref() == Some(process))
+            {
+                return refuse(format!("two workloads are {process:?}"));
             }
         }
         Ok(())
@@ -201,9 +220,12 @@ impl HostRules {
 }
 
 impl ProcessMatch {
-    /// Whether the kernel can be told of it: a cgroup must be there.
-    pub fn check(&self) -> Result<()> {
-        self.expressions().map(|_| ())
+    /// What the kernel knows it by; of a cgroup that is made anew, another.
+    pub fn kernel_id(&self) -> Result<u64> {
+        match self {
+            ProcessMatch::User(uid) => Ok(u64::from(*uid)),
+            ProcessMatch::Cgroup { level, path } => cgroup_id(*level, path),
+        }
     }
 
     fn expressions(&self) -> Result<Vec<Expression>> {

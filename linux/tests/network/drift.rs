@@ -67,13 +67,13 @@ fn rules_for_other_ports_differ_and_have_another_fingerprint() {
 fn host_rules_come_back_as_they_were_sent() {
     let network = Network::new();
     let workload = |uid, outbound_port, service_ports| HostWorkload {
-        process: ProcessMatch::User(uid),
-        outbound_port,
+        process: Some(ProcessMatch::User(uid)),
+        outbound_port: Some(outbound_port),
         service_ports,
     };
     let rules = HostRules {
         mesh_port: MESH,
-        plaintext_port: PLAINTEXT,
+        plaintext_port: Some(PLAINTEXT),
         workloads: vec![
             workload(1001, 15101, vec![8080, 8081]),
             workload(1002, 15102, vec![]),

@@ -22,13 +22,13 @@ const DATABASE_USER: u32 = 61_002;
 
 fn rules(web: ProcessMatch, database: ProcessMatch) -> HostRules {
     let workload = |process, outbound_port, port| HostWorkload {
-        process,
-        outbound_port,
+        process: Some(process),
+        outbound_port: Some(outbound_port),
         service_ports: vec![port],
     };
     HostRules {
         mesh_port: MESH,
-        plaintext_port: PLAINTEXT,
+        plaintext_port: Some(PLAINTEXT),
         workloads: vec![
             workload(web, WEB_OUTBOUND, WEB),
             workload(database, DATABASE_OUTBOUND, DATABASE),

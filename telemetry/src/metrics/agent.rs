@@ -43,6 +43,7 @@ pub struct AgentMetrics {
     handshake_wait: Histogram,
     idle_sessions: PerDirection<IntGauge>,
     streams: Streams,
+    keys_renewed: IntCounter,
     certificate_expiry: CappedVec<IntGauge>,
     renewals: IntCounterVec,
     trust_root_expiry: IntGauge,
@@ -93,6 +94,8 @@ pub enum SessionKind {
     New,
     /// It had carried others before.
     Reused,
+    /// There was none: both workloads are on this node, under `verified-local`.
+    VerifiedLocal,
 }
 
 impl SessionKind {
@@ -102,6 +105,7 @@ impl SessionKind {
         match self {
             Self::New => "new",
             Self::Reused => "reused",
+            Self::VerifiedLocal => "verified_local",
         }
     }
 }
@@ -110,6 +114,7 @@ impl SessionKind {
 struct Streams {
     new: IntCounter,
     reused: IntCounter,
+    verified_local: IntCounter,
 }
 
 /// Counts as an idle session until it is dropped.
@@ -180,7 +185,8 @@ impl AgentMetrics {
         let streams = make.counters(
             "hauberk_streams_opened_total",
             "Outgoing connections by the session to the other agent they went over: made for \
-             them (new) or idle before (reused).",
+             them (new), idle before (reused), or none, between two workloads of this node \
+             (verified_local).",
             &["session"],
         )?;
         let idle_sessions = make.gauges(
@@ -203,7 +209,16 @@ impl AgentMetrics {
             idle_sessions: PerDirection::resolve(|direction| {
                 idle_sessions.with_label_values(&[direction])
             }),
-            streams: Streams { new: stream(SessionKind::New), reused: stream(SessionKind::Reused) },
+            streams: Streams {
+                new: stream(SessionKind::New),
+                reused: stream(SessionKind::Reused),
+                verified_local: stream(SessionKind::VerifiedLocal),
+            },
+            keys_renewed: make.counter(
+                "hauberk_session_keys_renewed_total",
+                "Sending keys of sessions with other agents that were renewed before their cipher's \
+                 limit, noted when a connection ends.",
+            )?,
             certificate_expiry: make.capped(
                 "hauberk_certificate_expiry_timestamp_seconds",
                 "Unix time at which the certificate in use by a local workload ends.",
@@ -298,11 +313,19 @@ impl AgentMetrics {
         usize::try_from(self.idle_sessions.of(direction).get()).unwrap_or(0)
     }
 
-    /// Counts an outgoing connection by the session it got.
+    /// Counts renewals of sending keys.
+    pub fn keys_renewed(&self, count: u32) {
+        if count > 0 {
+            self.keys_renewed.inc_by(count.into());
+        }
+    }
+
+    /// Counts an outgoing connection by the session it got, or that it needed none.
     pub fn stream_opened(&self, kind: SessionKind) {
         match kind {
             SessionKind::New => self.streams.new.inc(),
             SessionKind::Reused => self.streams.reused.inc(),
+            SessionKind::VerifiedLocal => self.streams.verified_local.inc(),
         }
     }
 

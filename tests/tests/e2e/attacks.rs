@@ -3,6 +3,7 @@
 use std::{
     io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
+    sync::mpsc,
     thread,
     time::{Duration, Instant},
 };
@@ -14,12 +15,13 @@ use hauberk_linux::packets::{CaptureOptions, PacketCapture};
 use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, is, ledger_policy};
 
 use crate::{
-    identity::{Forger, tls_attempt, tls_stream},
+    identity::{Forger, client_hello, tls_attempt, tls_stream},
     policy::{open, still_carries},
 };
 
 crate::trials!(
     plaintext_to_a_protected_port_is_refused_and_counted,
+    plaintext_from_the_same_machine_is_refused_and_counted,
     the_listeners_of_the_agent_cannot_be_dialled_around,
     the_wire_shows_tls_13_and_no_byte_of_the_payload,
     a_peer_without_certificate_is_refused,
@@ -45,6 +47,24 @@ fn no_answer(stream: anyhow::Result<TcpStream>) -> anyhow::Result<()> {
     }
 }
 
+/// The record and the count of a connection in clear, of which this machine refused so many before.
+fn refused_in_clear(
+    mesh: &Mesh,
+    machine: &str,
+    target: SocketAddr,
+    before: usize,
+) -> anyhow::Result<()> {
+    let record = mesh.record(machine, |record| {
+        is(record, "reason", "plaintext")
+            && record["original_dst"].as_str() == Some(&target.to_string())
+    })?;
+    ensure!(is(&record, "decision", "deny") && is(&record, "side", "destination"), "{record}");
+    let counted =
+        mesh.metric(machine, "hauberk_connections_denied_total", &["reason=\"plaintext\""])?;
+    ensure!((counted - (before as f64 + 1.0)).abs() < f64::EPSILON, "counted {counted}");
+    Ok(())
+}
+
 fn plaintext_to_a_protected_port_is_refused_and_counted() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     for (count, address) in [ipv4(LEDGER), ipv6(LEDGER)].into_iter().enumerate() {
@@ -53,17 +73,21 @@ fn plaintext_to_a_protected_port_is_refused_and_counted() -> anyhow::Result<()> 
         no_answer(mesh.connect("outside", target))?;
         listener.set_nonblocking(true)?;
         ensure!(listener.accept().is_err(), "the application saw the intruder");
-        let record = mesh.record("machine-b", |record| {
-            is(record, "reason", "plaintext")
-                && record["original_dst"].as_str() == Some(&target.to_string())
-        })?;
-        ensure!(is(&record, "decision", "deny"), "{record}");
-        let counted = mesh.metric(
-            "machine-b",
-            "hauberk_connections_denied_total",
-            &["reason=\"plaintext\""],
-        )?;
-        ensure!((counted - (count as f64 + 1.0)).abs() < f64::EPSILON, "counted {counted}");
+        refused_in_clear(&mesh, "machine-b", target, count)?;
+    }
+    Ok(())
+}
+
+/// From where the agent of the very same machine runs: that is no workload.
+fn plaintext_from_the_same_machine_is_refused_and_counted() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    for (count, address) in [ipv4(CHECKOUT), ipv6(CHECKOUT)].into_iter().enumerate() {
+        let target = SocketAddr::new(address, 8080);
+        let listener = mesh.listen("checkout", target)?;
+        no_answer(mesh.connect("machine-a", target))?;
+        listener.set_nonblocking(true)?;
+        ensure!(listener.accept().is_err(), "the application saw the intruder");
+        refused_in_clear(&mesh, "machine-a", target, count)?;
     }
     Ok(())
 }
@@ -72,14 +96,27 @@ fn the_listeners_of_the_agent_cannot_be_dialled_around() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let listener = mesh.listen("ledger", mesh.ledger(8080))?;
     listener.set_nonblocking(true)?;
-    for port in [15_001, 15_006] {
-        no_answer(mesh.connect("outside", mesh.ledger(port)))
-            .with_context(|| format!("port {port}"))?;
+    for (count, port) in [15_001, 15_006].into_iter().enumerate() {
+        let target = mesh.ledger(port);
+        no_answer(mesh.connect("outside", target)).with_context(|| format!("port {port}"))?;
+        // They lead nowhere but to the refusal of what comes in clear.
+        refused_in_clear(&mesh, "machine-b", target, count)?;
     }
     // From inside, straight to the agent's own listener.
     let inside = SocketAddr::from(([127, 0, 0, 1], 15_001));
     no_answer(mesh.connect("web", inside))?;
     ensure!(listener.accept().is_err(), "somebody came through");
+    let record = mesh.record("machine-a", |record| record["src"]["workload"] == "web")?;
+    ensure!(
+        is(&record, "decision", "deny") && is(&record, "reason", "unknown_destination"),
+        "{record}"
+    );
+    let counted = mesh.metric(
+        "machine-a",
+        "hauberk_connections_denied_total",
+        &["reason=\"unknown_destination\"", "src_workload=\"web\""],
+    )?;
+    ensure!((counted - 1.0).abs() < f64::EPSILON, "counted {counted}");
     Ok(())
 }
 
@@ -229,9 +266,40 @@ fn half_open(mesh: &Mesh, count: u32) -> anyhow::Result<Vec<TcpStream>> {
     Ok(peers)
 }
 
+/// Sends the first words of a caller with everything in order, a byte at a time, until the other side
+/// has had enough. How long that took. Says so when it has begun.
+fn drip(mut peer: TcpStream, begun: &mpsc::Sender<()>) -> anyhow::Result<Duration> {
+    const PACE: Duration = Duration::from_millis(100);
+    const BOUND: Duration = Duration::from_secs(30);
+    peer.set_nodelay(true)?;
+    peer.set_read_timeout(Some(PACE))?;
+    let started = Instant::now();
+    for (number, byte) in client_hello()?.into_iter().enumerate() {
+        if number == 3 {
+            begun.send(())?;
+        }
+        ensure!(started.elapsed() < BOUND, "{number} bytes were read, and no end");
+        if peer.write_all(&[byte]).is_err() {
+            return Ok(started.elapsed());
+        }
+        match peer.read(&mut [0]) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(_) | Ok(0) => return Ok(started.elapsed()),
+            Ok(_) => bail!("it was answered"),
+        }
+    }
+    bail!("all of it was read")
+}
+
 fn silent_and_slow_peers_delay_nobody() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    // Slow, but never silent. Before the others, so that it waits for no turn.
+    let slow = mesh.connect("outside", mesh.ledger(15_008))?;
+    let of_slow = slow.local_addr()?.to_string();
+    let (begins, begun) = mpsc::channel();
+    let slow = thread::spawn(move || drip(slow, &begins));
+    begun.recv_timeout(PATIENCE)?;
     // More than one address may shake hands at once, and more than fit into a usual limit of files.
     let mut silent = half_open(&mesh, 1_500)?;
     let started = Instant::now();
@@ -247,6 +315,15 @@ fn silent_and_slow_peers_delay_nobody() -> anyhow::Result<()> {
     ensure!(!matches!(first.read(&mut [0]), Ok(count) if count > 0), "a silent peer got bytes");
     let record = mesh.record("machine-b", |record| is(record, "decision", "deny"))?;
     ensure!(is(&record, "reason", "no_client_cert"), "{record}");
+    // A byte now and then buys no time.
+    let took = slow.join().unwrap()?;
+    let limit = Duration::from_secs(8)..Duration::from_secs(20);
+    ensure!(limit.contains(&took), "a slow handshake was given up after {took:?}");
+    let record = mesh
+        .record("machine-b", |record| record["src"]["addr"].as_str() == Some(&of_slow))
+        .context("the slow one")?;
+    ensure!(is(&record, "decision", "deny") && is(&record, "reason", "no_client_cert"), "{record}");
+    ensure!(is(&record, "detail", "the peer did not answer in time"), "{record}");
     Ok(())
 }
 
@@ -463,6 +540,13 @@ fn a_workload_cannot_use_anothers_address() -> anyhow::Result<()> {
     }
     let record = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
     ensure!(record["src"]["workload"] == "web", "{record}");
+    ensure!(is(&record, "reason", "no_matching_rule"), "{record}");
+    let counted = mesh.metric(
+        "machine-a",
+        "hauberk_connections_denied_total",
+        &["reason=\"no_matching_rule\"", "src_workload=\"web\"", "dst_workload=\"ledger\""],
+    )?;
+    ensure!((counted - 1.0).abs() < f64::EPSILON, "counted {counted}");
     ensure!(listener.accept().is_err(), "it came through");
     Ok(())
 }

@@ -12,10 +12,10 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
-use hauberk_core::identity::SpiffeId;
+use hauberk_core::{identity::SpiffeId, session::ALPN};
 use hauberk_proto::v1::{
-    IssueRequest, JoinRequest, RenewNodeRequest, enrollment_client::EnrollmentClient,
-    workload_identity_client::WorkloadIdentityClient,
+    IssueRequest, JoinRequest, NodeCredential, RenewNodeRequest,
+    enrollment_client::EnrollmentClient, workload_identity_client::WorkloadIdentityClient,
 };
 use hauberk_tests::mesh::{Mesh, is};
 use hauberk_tls::{
@@ -31,8 +31,10 @@ crate::trials!(
     a_connection_ends_with_its_certificate_if_that_is_not_renewed,
     a_join_token_is_good_once,
     an_expired_or_damaged_join_token_is_refused,
+    a_join_token_that_names_another_root_is_refused_and_stays_good,
     a_node_gets_no_certificate_of_another_nodes_workload,
     a_request_cannot_name_its_identity_or_become_a_ca,
+    garbage_instead_of_a_request_is_refused_and_audited,
     a_cloned_node_credential_is_refused_and_locks_the_node,
     a_flood_of_requests_for_certificates_slows_down_its_node_only,
     a_call_without_certificate_is_refused,
@@ -41,12 +43,47 @@ crate::trials!(
     no_core_file_can_hold_a_key,
 );
 
-const LEDGER: &str = "spiffe://example.org/ns/payments/sa/ledger";
+pub(crate) const LEDGER: &str = "spiffe://example.org/ns/payments/sa/ledger";
+const WEB: &str = "spiffe://example.org/ns/shop/sa/web";
 
 /// A certificate chain with its key.
 pub(crate) struct Forged {
     chain: Vec<CertificateDer<'static>>,
     key: KeyPair,
+}
+
+impl Forged {
+    /// A server that shows this certificate to everybody and asks nobody for one.
+    pub(crate) fn server_config(self) -> anyhow::Result<rustls::ServerConfig> {
+        let key = PrivatePkcs8KeyDer::from(self.key.serialize_der());
+        let mut config =
+            rustls::ServerConfig::builder_with_provider(hauberk_tls::provider().clone())
+                .with_protocol_versions(&[&rustls::version::TLS13])?
+                .with_no_client_auth()
+                .with_single_cert(self.chain, key.into())?;
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        Ok(config)
+    }
+
+    /// A client that shows it, and takes whatever certificate the server shows.
+    fn client_config(
+        forged: Option<Self>,
+        protocols: &[&[u8]],
+    ) -> anyhow::Result<rustls::ClientConfig> {
+        let builder = rustls::ClientConfig::builder_with_provider(hauberk_tls::provider().clone())
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(TakesAnybody));
+        let mut config = match forged {
+            None => builder.with_no_client_auth(),
+            Some(forged) => {
+                let key = PrivatePkcs8KeyDer::from(forged.key.serialize_der());
+                builder.with_client_auth_cert(forged.chain, key.into())?
+            }
+        };
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+        Ok(config)
+    }
 }
 
 /// Makes certificates that no honest issuer would.
@@ -113,28 +150,36 @@ pub(crate) fn tls_attempt(mesh: &Mesh, forged: Option<Forged>) -> anyhow::Result
     }
 }
 
+/// A TLS connection that we make ourselves.
+pub(crate) type TlsStream = rustls::StreamOwned<rustls::ClientConnection, TcpStream>;
+
 /// A TLS connection from outside to the ledger's agent with this certificate, taking whatever the
 /// ledger shows. Its handshake comes with the first byte.
-pub(crate) fn tls_stream(
+pub(crate) fn tls_stream(mesh: &Mesh, forged: Option<Forged>) -> anyhow::Result<TlsStream> {
+    tls_stream_to(mesh, forged, LEDGER, mesh.ledger(15_008), &[ALPN])
+}
+
+/// The same to anybody's agent, with these application protocols.
+pub(crate) fn tls_stream_to(
     mesh: &Mesh,
     forged: Option<Forged>,
-) -> anyhow::Result<rustls::StreamOwned<rustls::ClientConnection, TcpStream>> {
-    let builder = rustls::ClientConfig::builder_with_provider(hauberk_tls::provider().clone())
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(TakesAnybody));
-    let mut config = match forged {
-        None => builder.with_no_client_auth(),
-        Some(forged) => {
-            let key = PrivatePkcs8KeyDer::from(forged.key.serialize_der());
-            builder.with_client_auth_cert(forged.chain, key.into())?
-        }
-    };
-    config.alpn_protocols = vec![b"hauberk/1".to_vec()];
+    id: &str,
+    agent: SocketAddr,
+    protocols: &[&[u8]],
+) -> anyhow::Result<TlsStream> {
+    let config = Arc::new(Forged::client_config(forged, protocols)?);
+    let name = ServerName::try_from(id.parse::<SpiffeId>()?.server_name())?;
+    let connection = rustls::ClientConnection::new(config, name)?;
+    Ok(rustls::StreamOwned::new(connection, mesh.connect("outside", agent)?))
+}
+
+/// What a caller of the ledger says first, if everything about it is in order.
+pub(crate) fn client_hello() -> anyhow::Result<Vec<u8>> {
+    let config = Arc::new(Forged::client_config(None, &[ALPN])?);
     let name = ServerName::try_from(LEDGER.parse::<SpiffeId>()?.server_name())?;
-    let connection = rustls::ClientConnection::new(Arc::new(config), name)?;
-    let socket = mesh.connect("outside", mesh.ledger(15_008))?;
-    Ok(rustls::StreamOwned::new(connection, socket))
+    let mut hello = Vec::new();
+    rustls::ClientConnection::new(config, name)?.write_tls(&mut hello)?;
+    Ok(hello)
 }
 
 #[derive(Debug)]
@@ -275,7 +320,16 @@ fn a_join_token_is_good_once() -> anyhow::Result<()> {
     let error = String::from_utf8_lossy(&second.stderr).into_owned();
     ensure!(error.contains("has been used before") && error.contains("token create"), "{error}");
     ensure!(!mesh.folder().join("second/node.json").exists(), "an identity was kept");
+    let refusal = ["a join token was refused: unknown or used before", "addr=\"10.77.0.99:"];
+    ensure!(audited(&mesh, &refusal)? == 1, "the refusal was not audited");
     Ok(())
+}
+
+/// How many lines the control plane has written for auditors that have all these parts.
+fn audited(mesh: &Mesh, parts: &[&str]) -> anyhow::Result<usize> {
+    let log = fs::read_to_string(mesh.log("control-plane"))?;
+    let lines = log.lines().filter(|line| line.contains(" hauberk.audit: "));
+    Ok(lines.filter(|line| parts.iter().all(|part| line.contains(part))).count())
 }
 
 fn an_expired_or_damaged_join_token_is_refused() -> anyhow::Result<()> {
@@ -285,17 +339,30 @@ fn an_expired_or_damaged_join_token_is_refused() -> anyhow::Result<()> {
     thread::sleep(Duration::from_millis(1_500));
     let late = join(&mesh, &token, "late")?;
     ensure!(String::from_utf8_lossy(&late.stderr).contains("has expired"), "{late:?}");
+    let refusal = ["a join token was refused: expired", "addr=\"10.77.0.99:"];
+    ensure!(audited(&mesh, &refusal)? == 1, "the refusal was not audited");
     let cut = join(&mesh, &token[..token.len() - 4], "cut")?;
     ensure!(String::from_utf8_lossy(&cut.stderr).contains("not a join token"), "{cut:?}");
-    // The right control plane, but the token names another root: whoever sits there is not trusted.
-    let mut parts: Vec<String> = mesh.token("machine-a")?.split('.').map(str::to_owned).collect();
-    parts[2] = "A".repeat(43);
-    let other_root = join(&mesh, &parts.join("."), "other-root")?;
-    let error = String::from_utf8_lossy(&other_root.stderr).into_owned();
-    ensure!(!other_root.status.success() && error.contains("join"), "{error}");
     let unknown = mesh.ask(&["token", "create", "--node", "machine-z"])?;
     let error = String::from_utf8_lossy(&unknown.stderr).into_owned();
     ensure!(!unknown.status.success() && error.contains("machine-a, machine-b"), "{error}");
+    Ok(())
+}
+
+fn a_join_token_that_names_another_root_is_refused_and_stays_good() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let token = mesh.token("machine-a")?;
+    // The right control plane, but the token names another root: whoever sits there is not trusted,
+    // and is not told the secret.
+    let mut parts: Vec<String> = token.split('.').map(str::to_owned).collect();
+    parts[2] = "A".repeat(43);
+    let refused = join(&mesh, &parts.join("."), "other-root")?;
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success(), "another root was taken: {error}");
+    ensure!(error.contains("not the one that the join token names"), "{error}");
+    ensure!(!mesh.folder().join("other-root/node.json").exists(), "an identity was kept");
+    let joined = join(&mesh, &token, "right-root")?;
+    ensure!(joined.status.success(), "{}", String::from_utf8_lossy(&joined.stderr));
     Ok(())
 }
 
@@ -387,6 +454,12 @@ impl Stolen {
         let mut client = WorkloadIdentityClient::new(self.channel.clone());
         Ok(self.runtime.block_on(client.issue(request))?.into_inner().certificate_chain)
     }
+
+    fn renew(&self, certificate_request: Vec<u8>) -> Result<NodeCredential, tonic::Status> {
+        let mut client = EnrollmentClient::new(self.channel.clone());
+        let request = RenewNodeRequest { certificate_request };
+        Ok(self.runtime.block_on(client.renew_node(request))?.into_inner())
+    }
 }
 
 fn a_node_gets_no_certificate_of_another_nodes_workload() -> anyhow::Result<()> {
@@ -397,33 +470,75 @@ fn a_node_gets_no_certificate_of_another_nodes_workload() -> anyhow::Result<()> 
     for foreign in ["payments/ledger", "payments/nobody", "machine/machine-b"] {
         let status = stolen.issue(foreign, request()?).expect_err("a foreign identity was issued");
         ensure!(status.code() == tonic::Code::PermissionDenied, "{foreign}: {status}");
+        let workload = format!("workload=\"{foreign}\"");
+        let refusal = ["an identity was refused", "node=\"machine-a\"", &workload];
+        ensure!(audited(&mesh, &refusal)? == 1, "{foreign}: the refusal was not audited");
     }
-    let log = fs::read_to_string(mesh.log("control-plane"))?;
-    ensure!(log.contains("an identity was refused") && log.contains("payments/ledger"), "{log}");
     Ok(())
 }
+
+/// What a request asks for beside a certificate for its key.
+type Wish = fn(&mut CertificateParams);
 
 fn a_request_cannot_name_its_identity_or_become_a_ca() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let stolen = Stolen::node(&mesh, "machine-a")?;
-    let key = KeyPair::generate()?;
-    let mut wish = CertificateParams::new(vec!["ledger.payments.svc".to_owned()])?;
-    wish.subject_alt_names.push(rcgen::SanType::URI(LEDGER.try_into()?));
-    wish.distinguished_name.push(rcgen::DnType::CommonName, "root");
-    wish.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
-    let request = wish.serialize_request(&key)?.der().to_vec();
-    let chain = stolen.issue("shop/web", request)?;
-    let leaf = chain.first().context("no certificate")?;
-    let facts = hauberk_core::svid::check_leaf(leaf, hauberk_tls::now())?;
-    ensure!(facts.id().as_str() == "spiffe://example.org/ns/shop/sa/web", "{facts:?}");
-    let text = String::from_utf8_lossy(leaf);
-    ensure!(!text.contains("ledger"), "the certificate carries a wish of the request");
-    for garbage in [Vec::new(), vec![0x30; 64], vec![0; 100_000]] {
-        let status = stolen.issue("shop/web", garbage).expect_err("garbage was signed");
-        ensure!(status.code() == tonic::Code::InvalidArgument, "{status}");
+    let cases: [(&str, Wish); 4] = [
+        ("names of another", |wish| {
+            wish.subject_alt_names.push(rcgen::SanType::URI(LEDGER.try_into().unwrap()));
+            wish.distinguished_name.push(rcgen::DnType::CommonName, "root");
+        }),
+        ("the usage of a CA", |wish| {
+            wish.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
+        }),
+        ("the flag of a CA", |wish| {
+            wish.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        }),
+        ("the flag of a CA, not critical", |wish| {
+            // Basic constraints of which cA is true.
+            let flag = vec![0x30, 0x03, 0x01, 0x01, 0xff];
+            let flag = rcgen::CustomExtension::from_oid_content(&[2, 5, 29, 19], flag);
+            wish.custom_extensions.push(flag);
+        }),
+    ];
+    let spiffe_id = format!("spiffe_id={WEB}");
+    let issued = ["an identity was issued", "node=\"machine-a\"", &spiffe_id];
+    for (name, wishes) in cases {
+        let before = audited(&mesh, &issued)?;
+        let mut wish = CertificateParams::new(vec!["ledger.payments.svc".to_owned()])?;
+        wishes(&mut wish);
+        let request = wish.serialize_request(&KeyPair::generate()?)?.der().to_vec();
+        let chain = stolen.issue("shop/web", request).context(name)?;
+        let leaf = chain.first().context("no certificate")?;
+        // Refuses whatever is flagged as a CA or may sign certificates.
+        let facts = hauberk_core::svid::check_leaf(leaf, hauberk_tls::now()).context(name)?;
+        ensure!(facts.id().as_str() == WEB, "{name}: {facts:?}");
+        let text = String::from_utf8_lossy(leaf);
+        ensure!(!text.contains("ledger"), "{name}: the certificate carries a wish of the request");
+        ensure!(audited(&mesh, &issued)? == before + 1, "{name}: it was not audited as web's");
     }
     Ok(())
 }
+
+fn garbage_instead_of_a_request_is_refused_and_audited() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let stolen = Stolen::node(&mesh, "machine-a")?;
+    // As it should be, but for a bit of its signature.
+    let mut unproven = signing_request()?.1;
+    *unproven.last_mut().context("an empty request")? ^= 1;
+    let cases = [Vec::new(), vec![0x30; 64], vec![0; 100_000], unproven];
+    for (garbage, refusals) in cases.into_iter().zip(1_usize..) {
+        let status = stolen.issue("shop/web", garbage).expect_err("garbage was signed");
+        ensure!(status.code() == tonic::Code::InvalidArgument, "{status}");
+        let refusal = ["refused", "node=\"machine-a\"", "workload=\"shop/web\""];
+        let told = audited(&mesh, &refusal)?;
+        ensure!(told == refusals, "{told} of {refusals} refusals were audited");
+    }
+    Ok(())
+}
+
+/// What auditors are told of a call of machine-a, once that is locked.
+const LOCKED: [&str; 2] = ["a call of a locked node was refused", "node=machine-a"];
 
 fn a_cloned_node_credential_is_refused_and_locks_the_node() -> anyhow::Result<()> {
     // A late call of the node itself is no clone: for a tenth of this, 2 s.
@@ -432,11 +547,7 @@ fn a_cloned_node_credential_is_refused_and_locks_the_node() -> anyhow::Result<()
     // A copy renews, and uses what it got; the original's next call shows the copy.
     let copy = Stolen::from_json(&mesh, &before)?;
     let (key, request) = signing_request()?;
-    let mut client = EnrollmentClient::new(copy.channel.clone());
-    let renewed = copy
-        .runtime
-        .block_on(client.renew_node(RenewNodeRequest { certificate_request: request }))?
-        .into_inner();
+    let renewed = copy.renew(request).context("the copy renews first")?;
     let kept = serde_json::json!({
         "key": STANDARD.encode(key.pkcs8()),
         "chain": renewed.certificate_chain.iter().map(|c| STANDARD.encode(c)).collect::<Vec<_>>(),
@@ -452,6 +563,17 @@ fn a_cloned_node_credential_is_refused_and_locks_the_node() -> anyhow::Result<()
     ensure!(status.message().contains("is locked"), "{status}");
     let status = renewed.issue("shop/web", signing_request()?.1).expect_err("the copy lives on");
     ensure!(status.message().contains("is locked"), "{status}");
+    // Nor does it live longer than its certificate.
+    let told = audited(&mesh, &LOCKED)?;
+    for (name, holder) in [("the original", &original), ("the copy", &renewed)] {
+        let status = holder
+            .renew(signing_request()?.1)
+            .err()
+            .with_context(|| format!("{name} renewed the certificate of a locked node"))?;
+        ensure!(status.code() == tonic::Code::PermissionDenied, "{name}: {status}");
+        ensure!(status.message().contains("is locked"), "{name}: {status}");
+    }
+    ensure!(audited(&mesh, &LOCKED)? >= told + 2, "the refusals were not audited");
     let answer = mesh.ask(&["check", "-o", "json"])?;
     let findings = String::from_utf8_lossy(&answer.stdout).into_owned();
     ensure!(findings.contains("node machine-a is locked"), "{findings}");
@@ -470,8 +592,7 @@ fn a_cloned_node_credential_is_refused_and_locks_the_node() -> anyhow::Result<()
     let answer = mesh.ask(&["check", "-o", "json"])?;
     let findings = String::from_utf8_lossy(&answer.stdout).into_owned();
     ensure!(!findings.contains("is locked"), "{findings}");
-    let log = fs::read_to_string(mesh.log("control-plane"))?;
-    ensure!(log.contains("two hold its"), "{log}");
+    ensure!(audited(&mesh, &["a node was locked", "two hold its"])? >= 1, "it was not audited");
     Ok(())
 }
 
@@ -505,6 +626,8 @@ fn a_call_without_certificate_is_refused() -> anyhow::Result<()> {
         JoinRequest { token_secret: vec![7; 32], certificate_request: signing_request()?.1 };
     let status = nobody.runtime.block_on(client.join(guess)).expect_err("a guess was good");
     ensure!(status.code() == tonic::Code::PermissionDenied, "{status}");
+    let refusal = ["a join token was refused: unknown or used before", "addr=\"10.77.0.2:"];
+    ensure!(audited(&mesh, &refusal)? == 1, "the refusal was not audited");
     Ok(())
 }
 

@@ -9,12 +9,18 @@
 )]
 
 mod attacks;
+mod command;
+mod control_plane;
+mod demo;
+mod hosts;
 mod identity;
+mod local_edges;
 mod policy;
 mod programs;
 mod relay;
 mod restart;
 mod sessions;
+mod tls;
 
 use std::ffi::OsString;
 
@@ -27,6 +33,9 @@ const AS_HAUBERK: &str = "--as-hauberk";
 const AT_ONCE: usize = 3;
 
 fn main() -> std::process::ExitCode {
+    if demo::is_the_command() {
+        return hauberk_cli::main(std::env::args_os());
+    }
     let mut arguments = std::env::args_os();
     if arguments.nth(1).is_some_and(|first| first == AS_HAUBERK) {
         let rest: Vec<OsString> = arguments.collect();
@@ -47,6 +56,12 @@ fn main() -> std::process::ExitCode {
         identity::trials(),
         restart::trials(),
         sessions::trials(),
+        tls::trials(),
+        local_edges::trials(),
+        hosts::trials(),
+        control_plane::trials(),
+        command::trials(),
+        demo::trials(),
         programs::trials(),
     ]
     .concat_trials();

@@ -9,18 +9,32 @@ use std::{
 
 use anyhow::{Context, ensure};
 use hauberk_cli::lab::ipv4;
-use hauberk_tests::mesh::{Mesh, WEB, is, ledger_policy};
+use hauberk_core::{
+    policy::Reason,
+    session::{Refusal, RefusalCause},
+};
+use hauberk_tests::mesh::{Mesh, PATIENCE, WEB, is, ledger_policy, workload};
+
+use crate::{
+    identity::{Forger, tls_stream},
+    tls::asked,
+};
 
 crate::trials!(
     an_identity_that_is_not_listed_is_denied_with_the_nearest_miss,
+    a_namesake_from_another_namespace_is_denied_with_the_nearest_miss,
     a_port_that_is_not_listed_is_denied_with_the_nearest_miss,
     a_destination_without_policy_is_denied,
     an_address_outside_the_mesh_is_denied_from_inside,
+    what_the_source_denies_never_reaches_the_destination,
+    a_caller_that_only_the_destination_refuses_is_told_why,
     removing_a_rule_cuts_its_connections_and_no_others,
     a_workload_that_is_taken_out_of_the_registry_is_cut_off_at_once,
     a_guardrail_beats_an_allow,
     a_rule_that_ends_cuts_its_connections,
     a_manifest_with_errors_leaves_the_last_good_state_in_force,
+    an_owner_says_nothing_about_another_namespace,
+    an_unknown_reference_denies_and_shows_in_the_status,
     a_control_plane_at_rest_does_not_read_its_manifests_over_and_over,
     why_status_denied_and_check_tell_the_same,
     an_audited_workload_lets_through_and_tells_what_it_would_deny,
@@ -61,6 +75,46 @@ fn an_identity_that_is_not_listed_is_denied_with_the_nearest_miss() -> anyhow::R
         &["reason=\"no_matching_rule\"", "src_workload=\"web\"", "dst_workload=\"ledger\""],
     )?;
     ensure!((count - 1.0).abs() < f64::EPSILON, "counted {count}");
+    Ok(())
+}
+
+/// What the ledger's agent answers to an agent with this identity, that asks without asking itself
+/// first.
+fn refused_by_the_ledger(mesh: &Mesh, id: &str) -> anyhow::Result<Refusal> {
+    let leaf = Forger::with_the_key_of(mesh)?.leaf(id, |_| {})?;
+    let mut session = tls_stream(mesh, Some(leaf))?;
+    asked(&mut session, 1, mesh.ledger(8080))?.with_context(|| format!("{id} came in"))
+}
+
+fn a_namesake_from_another_namespace_is_denied_with_the_nearest_miss() -> anyhow::Result<()> {
+    const NAMESAKE: u8 = 13;
+    let mut mesh = Mesh::start()?;
+    mesh.add("namesake", NAMESAKE)?;
+    let before = mesh.wait_revision(0)?;
+    let manifest = workload("dev", "checkout", "machine-a", NAMESAKE, "")
+        .replace("networkNamespace: checkout", "networkNamespace: namesake");
+    mesh.write_manifest("namesake.yaml", &manifest)?;
+    mesh.wait_revision(before)?;
+    mesh.wait_ready().with_context(|| mesh.logs())?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    expect_reset(mesh.connect("namesake", mesh.ledger(8080)))?;
+    let record = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
+    ensure!(record["src"]["spiffe_id"] == "spiffe://example.org/ns/dev/sa/checkout", "{record}");
+    ensure!(is(&record, "reason", "no_matching_rule"), "{record}");
+    ensure!(
+        is(&record, "policy", "payments/ledger") && is(&record, "rule", "checkout"),
+        "{record}"
+    );
+    let miss = record["nearest_miss"].as_str().unwrap_or_default();
+    ensure!(miss.contains("spiffe://example.org/ns/shop/sa/checkout"), "{record}");
+    let mend = record["mend"].as_str().unwrap_or_default();
+    ensure!(mend.contains("serviceAccount: {namespace: dev, name: checkout}"), "{record}");
+    // Nor by the destination, whatever its own agent would let through.
+    let refusal = refused_by_the_ledger(&mesh, "spiffe://example.org/ns/dev/sa/checkout")?;
+    ensure!(refusal.cause == RefusalCause::Denied(Reason::NoMatchingRule), "{refusal:?}");
+    ensure!(refusal.nearest_miss == miss, "{refusal:?}");
+    listener.set_nonblocking(true)?;
+    ensure!(listener.accept().is_err(), "it came through");
     Ok(())
 }
 
@@ -121,6 +175,75 @@ pub(crate) fn still_carries(ends: &mut (TcpStream, TcpStream)) -> anyhow::Result
     ends.1.read_exact(&mut [0]).context("the other connection does not go on")?;
     ends.1.write_all(b"c")?;
     Ok(ends.0.read_exact(&mut [0])?)
+}
+
+fn what_the_source_denies_never_reaches_the_destination() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    expect_reset(mesh.connect("web", mesh.ledger(8080)))?;
+    let denied = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
+    ensure!(is(&denied, "reason", "no_matching_rule"), "{denied}");
+    // When machine-b tells of one that came later, it has told of all before.
+    still_carries(&mut open(&mesh, &listener, "checkout")?)?;
+    let allowed = mesh.record("machine-b", |record| is(record, "decision", "allow"))?;
+    ensure!(allowed["src"]["workload"] == "checkout", "{allowed}");
+    let records = mesh.all_records("machine-b")?;
+    ensure!(records.len() == 1, "machine-b heard of it: {records:?}");
+    // Nor did it shake hands with anybody else.
+    let name = "hauberk_handshake_duration_seconds_count";
+    let handshakes = mesh.metric("machine-b", name, &["side=\"destination\""])?;
+    ensure!((handshakes - 1.0).abs() < f64::EPSILON, "{handshakes} handshakes");
+    Ok(())
+}
+
+/// The number of `machine-a` in the lab's networks.
+const MACHINE_A: u8 = 2;
+
+fn a_caller_that_only_the_destination_refuses_is_told_why() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let before = mesh.wait_revision(0)?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    // Machine-a hears nothing of the narrower policy and lets its caller try.
+    mesh.cut(&[MACHINE_A])?;
+    mesh.write_manifest("ledger.yaml", &ledger_policy("").replace("8080", "8081"))?;
+    mesh.wait("machine-b's policy", PATIENCE, |mesh| {
+        let status = mesh.status()?;
+        let node = status.nodes.iter().find(|node| node.name == "machine-b").context("no node")?;
+        ensure!(
+            status.revision > before && node.enforced_revision == status.revision,
+            "{status:?}"
+        );
+        Ok(())
+    })?;
+    expect_reset(mesh.connect("checkout", mesh.ledger(8080)))?;
+    let here = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
+    let there = mesh.record("machine-b", |record| is(record, "decision", "deny"))?;
+    ensure!(here["conn_id"] == there["conn_id"], "{here} {there}");
+    ensure!(here["policy_revision"] == before, "machine-a knows of it: {here}");
+    ensure!(is(&here, "detail", "refused by the destination's agent"), "{here}");
+    ensure!(is(&here, "close_reason", "denied"), "{here}");
+    // Everything that the destination says of it, its owner and the remedy included.
+    for (field, part) in [
+        ("reason", "no_matching_rule"),
+        ("policy", "payments/ledger"),
+        ("rule", "checkout"),
+        ("owner", "payments (#payments-oncall)"),
+        ("nearest_miss", "on other ports"),
+        ("mend", "in AccessPolicy payments/ledger, rule checkout, add to ports: 8080"),
+    ] {
+        let told = here[field].as_str().unwrap_or_default();
+        ensure!(told.contains(part), "{field}: {here}");
+        ensure!(here[field] == there[field], "{field}: {here} {there}");
+    }
+    let counted = mesh.metric(
+        "machine-a",
+        "hauberk_connections_denied_total",
+        &["reason=\"no_matching_rule\"", "src_workload=\"checkout\"", "dst_workload=\"ledger\""],
+    )?;
+    ensure!((counted - 1.0).abs() < f64::EPSILON, "counted {counted}");
+    listener.set_nonblocking(true)?;
+    ensure!(listener.accept().is_err(), "it came through");
+    Ok(())
 }
 
 fn removing_a_rule_cuts_its_connections_and_no_others() -> anyhow::Result<()> {
@@ -253,6 +376,96 @@ fn a_manifest_with_errors_leaves_the_last_good_state_in_force() -> anyhow::Resul
     mesh.restart_control_plane()?;
     ensure!(mesh.status()?.revision == revision, "{:?}", mesh.status()?);
     ensure!(mesh.status()?.policies == 1, "{:?}", mesh.status()?);
+    Ok(())
+}
+
+/// What somebody of the namespace shop would like to say about the ledger, which is not theirs.
+fn grab(target: &str) -> String {
+    format!(
+        "apiVersion: hauberk.dev/v1alpha1
+kind: AccessPolicy
+metadata: {{name: grab, namespace: shop}}
+spec:
+  owner: {{team: shop, contact: '#shop'}}
+  target: {target}
+  mode: Audit
+{}",
+        WEB_RULE.replacen("  -", "  rules:\n  -", 1)
+    )
+}
+
+fn an_owner_says_nothing_about_another_namespace() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let revision = mesh.wait_revision(0)?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    for target in ["{selector: {matchLabels: {app: ledger}}}", "{serviceAccount: ledger}"] {
+        mesh.write_manifest("grab.yaml", &grab(target))?;
+        let told = "AccessPolicy shop/grab: spec.target matches no workload";
+        mesh.wait("the warning", PATIENCE, |mesh| {
+            let status = mesh.status()?;
+            let warned = status.warnings.iter().any(|warning| warning.contains(told));
+            ensure!(warned && status.revision == revision, "{target}: {status:?}");
+            Ok(())
+        })?;
+        expect_reset(mesh.connect("web", mesh.ledger(8080)))?;
+        // The next one's warning is the same.
+        mesh.remove_manifest("grab.yaml")?;
+        mesh.wait("the end of the warning", PATIENCE, |mesh| {
+            let status = mesh.status()?;
+            ensure!(status.warnings.is_empty(), "{target}: {status:?}");
+            Ok(())
+        })?;
+    }
+    // To name the namespace is an error.
+    mesh.write_manifest(
+        "grab.yaml",
+        &grab("{serviceAccount: {namespace: payments, name: ledger}}"),
+    )?;
+    mesh.wait("the error", PATIENCE, |mesh| {
+        let status = mesh.status()?;
+        let told = status.manifest_errors.iter().any(|error| {
+            error.contains("grab.yaml:") && error.contains("spec.target.serviceAccount.namespace")
+        });
+        ensure!(told && status.revision == revision, "{status:?}");
+        Ok(())
+    })?;
+    expect_reset(mesh.connect("web", mesh.ledger(8080)))?;
+    mesh.wait("the denials", PATIENCE, |mesh| {
+        let records = mesh.all_records("machine-a")?;
+        let by_its_owner = |record: &&serde_json::Value| {
+            is(record, "decision", "deny") && is(record, "policy", "payments/ledger")
+        };
+        let denied = records.iter().filter(by_its_owner).count();
+        ensure!(denied == 3 && records.len() == 3, "{records:?}");
+        Ok(())
+    })?;
+    listener.set_nonblocking(true)?;
+    ensure!(listener.accept().is_err(), "it came through");
+    Ok(())
+}
+
+fn an_unknown_reference_denies_and_shows_in_the_status() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let before = mesh.wait_revision(0)?;
+    let _listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    mesh.write_manifest("ledger.yaml", &ledger_policy(&WEB_RULE.replace("web", "nobody")))?;
+    mesh.wait_revision(before)?;
+    let nobody = "spiffe://example.org/ns/shop/sa/nobody";
+    let warning = format!(
+        "AccessPolicy payments/ledger: rule nobody allows {nobody}, which no registered workload has"
+    );
+    for (question, code) in
+        [(&["status"][..], 0), (&["status", "-o", "json"][..], 0), (&["check"][..], 1)]
+    {
+        let answer = mesh.ask(question)?;
+        let text = String::from_utf8_lossy(&answer.stdout).into_owned();
+        ensure!(answer.status.code() == Some(code), "{question:?}: {answer:?}");
+        ensure!(text.contains(&warning), "{question:?}: {text}");
+    }
+    // Whoever has a certificate of that name is still nobody.
+    let refusal = refused_by_the_ledger(&mesh, nobody)?;
+    ensure!(refusal.cause == RefusalCause::Denied(Reason::NoMatchingRule), "{refusal:?}");
+    ensure!(refusal.mend.contains("no registered workload is"), "{refusal:?}");
     Ok(())
 }
 

@@ -3,12 +3,14 @@
 use std::{
     io::{ErrorKind, Read, Write},
     net::{Shutdown, SocketAddr, TcpStream},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
 use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, addresses, is};
+use socket2::{Domain, Protocol, Socket, Type};
 
 crate::trials!(
     both_families_carry_data_and_show_the_real_client,
@@ -16,6 +18,8 @@ crate::trials!(
     half_close_is_carried_both_ways,
     a_reset_is_carried_as_a_reset,
     a_gibibyte_arrives_unchanged_both_ways,
+    a_transfer_goes_on_over_many_renewals_of_its_keys,
+    bulk_streams_pass_ten_renewals_unchanged,
     a_thousand_connections_at_once_all_succeed,
     an_idle_connection_outlives_the_keep_alive,
     a_reader_that_pauses_for_longer_than_any_timeout_loses_nothing,
@@ -187,21 +191,148 @@ fn receive_pattern(mut stream: &TcpStream) -> anyhow::Result<(usize, u64)> {
 }
 
 fn a_gibibyte_arrives_unchanged_both_ways() -> anyhow::Result<()> {
-    let mesh = Mesh::start()?;
+    arrives_both_ways(&Mesh::start()?, GIBIBYTE)
+}
+
+fn a_transfer_goes_on_over_many_renewals_of_its_keys() -> anyhow::Result<()> {
+    const LENGTH: usize = 128 << 20;
+    let mesh = Mesh::start_with_agents(&[], &["--records-per-key", "512"])?;
+    arrives_both_ways(&mesh, LENGTH)?;
+    // At most 16 KiB are in a record, and at most a burst of 64 records goes unused of a key.
+    let at_least = LENGTH as f64 / 16_384.0 / 512.0;
+    for machine in ["machine-a", "machine-b"] {
+        mesh.wait("the renewals", PATIENCE, |mesh| {
+            let renewed = mesh.metric(machine, "hauberk_session_keys_renewed_total", &[])?;
+            ensure!(renewed >= at_least, "{machine}: {renewed} of at least {at_least}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn arrives_both_ways(mesh: &Mesh, length: usize) -> anyhow::Result<()> {
     let listener = mesh.listen("ledger", mesh.ledger(8080))?;
     let client = mesh.connect("checkout", mesh.ledger(8080))?;
     let (server, _) = listener.accept()?;
     thread::scope(|scope| {
-        let up = scope.spawn(|| send_pattern(&client, 1, GIBIBYTE));
-        let down = scope.spawn(|| send_pattern(&server, 2, GIBIBYTE));
+        let up = scope.spawn(|| send_pattern(&client, 1, length));
+        let down = scope.spawn(|| send_pattern(&server, 2, length));
         let at_server = scope.spawn(|| receive_pattern(&server));
         let at_client = scope.spawn(|| receive_pattern(&client));
         let up = up.join().unwrap()?;
         let down = down.join().unwrap()?;
-        ensure!(at_server.join().unwrap()? == (GIBIBYTE, up), "the ledger got something else");
-        ensure!(at_client.join().unwrap()? == (GIBIBYTE, down), "checkout got something else");
+        ensure!(at_server.join().unwrap()? == (length, up), "the ledger got something else");
+        ensure!(at_client.join().unwrap()? == (length, down), "checkout got something else");
         Ok(())
     })
+}
+
+/// A block every now and then, until it is enough. Gives what was sent, as [`receive_pattern`] does.
+fn send_paced(
+    mut stream: &TcpStream,
+    seed: u64,
+    enough: &AtomicBool,
+) -> anyhow::Result<(usize, u64)> {
+    // About 3 MB/s: never idle for long, and time left for whatever is tested beside this.
+    const PACE: Duration = Duration::from_millis(20);
+    let mut pattern = Pattern::new(seed);
+    let mut block = vec![0; 64 * 1024];
+    let mut length = 0;
+    while !enough.load(Ordering::Relaxed) {
+        pattern.fill(&mut block);
+        stream.write_all(&block)?;
+        length += block.len();
+        thread::sleep(PACE);
+    }
+    stream.shutdown(Shutdown::Write)?;
+    Ok((length, pattern.sum))
+}
+
+/// Waits until every workload has ten certificates behind it; not on if the streams have ended.
+fn wait_for_ten_renewals(mesh: &Mesh, ended: impl Fn() -> bool) -> anyhow::Result<()> {
+    const RENEWALS: f64 = 10.0;
+    let renewals = |machine| {
+        let parts = ["kind=\"install\"", "result=\"success\""];
+        mesh.metric(machine, "hauberk_certificate_renewals_total", &parts)
+    };
+    let started = Instant::now();
+    while !ended() {
+        // machine-a has two workloads, machine-b one.
+        let (here, there) = (renewals("machine-a")?, renewals("machine-b")?);
+        if here > 2.0 * RENEWALS && there > RENEWALS {
+            break;
+        }
+        let late = started.elapsed() > Duration::from_secs(150);
+        ensure!(!late, "{here} and {there} certificates are not enough\n{}", mesh.logs());
+        thread::sleep(Duration::from_millis(500));
+    }
+    Ok(())
+}
+
+fn bulk_streams_pass_ten_renewals_unchanged() -> anyhow::Result<()> {
+    let mesh = Mesh::start_with(&["--workload-certificate-lifetime", "10s"])?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let client = mesh.connect("checkout", mesh.ledger(8080))?;
+    let (server, _) = listener.accept()?;
+    server.set_read_timeout(Some(PATIENCE))?;
+    server.set_write_timeout(Some(PATIENCE))?;
+    let enough = AtomicBool::new(false);
+    let (up, down) = thread::scope(|scope| {
+        let up = scope.spawn(|| send_paced(&client, 4, &enough));
+        let down = scope.spawn(|| send_paced(&server, 5, &enough));
+        let at_server = scope.spawn(|| receive_pattern(&server));
+        let at_client = scope.spawn(|| receive_pattern(&client));
+        let renewed = wait_for_ten_renewals(&mesh, || up.is_finished() || down.is_finished());
+        enough.store(true, Ordering::Relaxed);
+        let (up, down) = (up.join().unwrap(), down.join().unwrap());
+        let (at_server, at_client) = (at_server.join().unwrap(), at_client.join().unwrap());
+        let up = up.with_context(|| format!("checkout sends\n{}", mesh.logs()))?;
+        let down = down.with_context(|| format!("the ledger sends\n{}", mesh.logs()))?;
+        renewed?;
+        ensure!(at_server.context("the ledger reads")? == up, "the ledger got something else");
+        ensure!(at_client.context("checkout reads")? == down, "checkout got something else");
+        Ok::<_, anyhow::Error>((up.0, down.0))
+    })?;
+    drop((client, server));
+    // All of it on one connection.
+    let record = mesh.record("machine-a", |record| is(record, "close_reason", "complete"))?;
+    ensure!(record["bytes_sent"].as_u64() == Some(up as u64), "{up} bytes and {record}");
+    ensure!(record["bytes_received"].as_u64() == Some(down as u64), "{down} bytes and {record}");
+    Ok(())
+}
+
+/// As many connections as wanted, none of which waits for another to be open. Whether they are shows
+/// in using them.
+fn connect_all(
+    mesh: &Mesh,
+    from: &str,
+    to: SocketAddr,
+    count: usize,
+) -> anyhow::Result<Vec<TcpStream>> {
+    let opening = mesh.namespace(from)?.run(|| -> std::io::Result<Vec<Socket>> {
+        let mut sockets = Vec::new();
+        for _ in 0..count {
+            let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
+            socket.set_nonblocking(true)?;
+            match socket.connect(&to.into()) {
+                Ok(()) => {}
+                Err(error) if error.raw_os_error() == Some(nix::libc::EINPROGRESS) => {}
+                Err(error) => return Err(error),
+            }
+            sockets.push(socket);
+        }
+        Ok(sockets)
+    })??;
+    let mut streams = Vec::new();
+    for socket in opening {
+        // From here on, writing waits until it is open.
+        socket.set_nonblocking(false)?;
+        let stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        stream.set_write_timeout(Some(Duration::from_secs(60)))?;
+        streams.push(stream);
+    }
+    Ok(streams)
 }
 
 fn a_thousand_connections_at_once_all_succeed() -> anyhow::Result<()> {
@@ -213,24 +344,26 @@ fn a_thousand_connections_at_once_all_succeed() -> anyhow::Result<()> {
         let mut open = Vec::new();
         for _ in 0..AT_ONCE {
             let (mut stream, _) = listener.accept()?;
-            let mut byte = [0];
-            stream.read_exact(&mut byte)?;
-            stream.write_all(&byte)?;
-            open.push(stream);
+            let mut request = [0; 4];
+            stream.read_exact(&mut request)?;
+            open.push((stream, request));
+        }
+        // Not before all are there, so that none of them has waited for the end of another.
+        for (stream, request) in &mut open {
+            request.reverse();
+            stream.write_all(request)?;
         }
         Ok(())
     });
-    let mut clients = Vec::new();
-    for number in 0..AT_ONCE {
-        let mut client = mesh.connect("checkout", mesh.ledger(8080))?;
-        client.set_read_timeout(Some(Duration::from_secs(60)))?;
-        client.write_all(&[number as u8])?;
-        clients.push(client);
+    let mut clients = connect_all(&mesh, "checkout", mesh.ledger(8080), AT_ONCE)?;
+    for (number, client) in (0_u32..).zip(&mut clients) {
+        let request = number.to_be_bytes();
+        client.write_all(&request).with_context(|| format!("opening connection {number}"))?;
     }
-    for (number, client) in clients.iter_mut().enumerate() {
-        let mut byte = [0];
-        client.read_exact(&mut byte)?;
-        ensure!(byte == [number as u8], "connection {number} got {byte:?}");
+    for (number, client) in (0_u32..).zip(&mut clients) {
+        let mut answer = [0; 4];
+        client.read_exact(&mut answer).with_context(|| format!("connection {number}"))?;
+        ensure!(answer == number.to_le_bytes(), "connection {number} got {answer:?}");
     }
     server.join().unwrap()
 }

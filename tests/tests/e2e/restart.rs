@@ -2,20 +2,30 @@
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::TcpListener,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
 };
 
 use anyhow::{Context, bail, ensure};
 use hauberk_tests::mesh::{LEDGER, Mesh, PATIENCE, is, ledger_policy};
 
+use crate::policy::{open, still_carries};
+
 crate::trials!(
     an_agent_without_control_plane_enforces_from_disk,
     a_killed_agent_fails_closed_and_heals,
+    a_killed_agent_leaves_no_open_connection_hanging,
     a_restarted_control_plane_keeps_its_identity_and_revision,
     cleanup_removes_every_rule,
     removed_rules_come_back,
     a_damaged_state_file_opens_nothing,
+    a_damaged_node_identity_opens_nothing_and_a_token_mends_it,
+    damaged_workload_certificates_open_nothing_and_are_replaced,
+    a_damaged_file_of_the_control_plane_is_told_with_its_mend,
+    a_damaged_intermediate_is_made_anew_under_the_same_root,
     a_full_disk_for_records_stops_no_connection,
     a_full_disk_of_an_agent_keeps_no_change_from_being_enforced,
     a_full_disk_of_the_control_plane_changes_nothing_and_heals,
@@ -86,6 +96,28 @@ fn a_killed_agent_fails_closed_and_heals() -> anyhow::Result<()> {
         mesh.start_agent(machine, &[])?;
     }
     mesh.wait("the agents", PATIENCE, |mesh| carries(mesh, &listener))
+}
+
+fn a_killed_agent_leaves_no_open_connection_hanging() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    for machine in ["machine-a", "machine-b"] {
+        listener.set_nonblocking(false)?;
+        let mut ends = open(&mesh, &listener, "checkout")?;
+        still_carries(&mut ends)?;
+        mesh.kill(machine);
+        // The kernel closes what the agent had open: in order if nothing was unread, else by a reset.
+        for (name, end) in [("checkout", &mut ends.0), ("the ledger", &mut ends.1)] {
+            match end.read(&mut [0]) {
+                Ok(0) => {}
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+                outcome => bail!("{machine} was killed, and {name} has {outcome:?}"),
+            }
+        }
+        mesh.start_agent(machine, &[])?;
+        mesh.wait("the agent", PATIENCE, |mesh| carries(mesh, &listener))?;
+    }
+    Ok(())
 }
 
 fn a_restarted_control_plane_keeps_its_identity_and_revision() -> anyhow::Result<()> {
@@ -163,6 +195,164 @@ fn a_damaged_state_file_opens_nothing() -> anyhow::Result<()> {
     mesh.restart_control_plane()?;
     mesh.wait_ready()?;
     mesh.wait("the agents", PATIENCE, |mesh| carries(mesh, &listener))
+}
+
+/// How a file is found after a crash, or on a bad disk.
+type Damage = fn(&[u8]) -> Vec<u8>;
+
+fn cut_short(bytes: &[u8]) -> Vec<u8> {
+    bytes[..bytes.len() / 2].to_vec()
+}
+
+fn altered(bytes: &[u8]) -> Vec<u8> {
+    bytes.iter().map(|byte| byte ^ 0x55).collect()
+}
+
+/// As [`altered`], but for the first page: it looks whole until it is read.
+fn altered_inside(bytes: &[u8]) -> Vec<u8> {
+    let (first, rest) = bytes.split_at(4096);
+    [first, altered(rest).as_slice()].concat()
+}
+
+/// Damages a file. Gives what was in it.
+fn damage(path: &Path, how: Damage) -> anyhow::Result<Vec<u8>> {
+    let good = fs::read(path).with_context(|| path.display().to_string())?;
+    fs::write(path, how(&good))?;
+    Ok(good)
+}
+
+/// Starts a program that is to refuse that, and gives what it says. One that does not would stop with
+/// its standard input.
+fn says_no(mesh: &Mesh, namespace: &str, command: &mut Command) -> anyhow::Result<String> {
+    let output = mesh.output(namespace, command.arg("--stop-with-stdin").stdin(Stdio::null()))?;
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(!output.status.success(), "it started:\n{told}");
+    Ok(told)
+}
+
+fn a_damaged_node_identity_opens_nothing_and_a_token_mends_it() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let data = mesh.folder().join("machine-a");
+    let path = data.join("node.json");
+    for how in [cut_short as Damage, altered] {
+        mesh.stop("machine-a");
+        damage(&path, how)?;
+        let mut command = mesh.hauberk()?;
+        command.arg("agent").arg("--data").arg(&data);
+        command.arg("--netns-dir").arg(mesh.folder().join("netns"));
+        let told = says_no(&mesh, "machine-a", &mut command)?;
+        ensure!(told.contains(&format!("{} is damaged", path.display())), "{told}");
+        ensure!(told.contains("join anew with a token (`hauberk token create`"), "{told}");
+        refused(&mesh, "checkout")?;
+        refused(&mesh, "web")?;
+        let token = mesh.token("machine-a")?;
+        mesh.start_agent("machine-a", &["--join-token", &token])?;
+        mesh.wait("the agent", PATIENCE, |mesh| carries(mesh, &listener))?;
+        refused(&mesh, "web")?;
+    }
+    Ok(())
+}
+
+fn damaged_workload_certificates_open_nothing_and_are_replaced() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    mesh.stop("control-plane");
+    let cases: [(&str, &str, Damage); 2] = [
+        ("machine-a", "shop__checkout.json", cut_short),
+        ("machine-b", "payments__ledger.json", altered),
+    ];
+    for (machine, file, how) in cases {
+        mesh.stop(machine);
+        damage(&mesh.folder().join(machine).join("workloads").join(file), how)?;
+        mesh.start_agent(machine, &[])?;
+    }
+    for (machine, file, _) in cases {
+        mesh.wait("the message", PATIENCE, |mesh| {
+            let log = fs::read_to_string(mesh.log(machine))?;
+            let told = log.lines().any(|line| {
+                line.contains("the kept certificate is not used, asking for another")
+                    && line.contains(&format!("{file} is damaged"))
+            });
+            ensure!(told, "{machine}:\n{log}");
+            Ok(())
+        })?;
+    }
+    // Nobody can give them others now.
+    refused(&mesh, "checkout")?;
+    refused(&mesh, "web")?;
+    mesh.restart_control_plane()?;
+    // They have asked in vain by now, and ask less and less often.
+    mesh.wait("the certificates", Duration::from_secs(40), |mesh| carries(mesh, &listener))
+}
+
+fn a_damaged_file_of_the_control_plane_is_told_with_its_mend() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    mesh.stop("control-plane");
+    let data = mesh.folder().join("control-plane");
+    // Without an intermediate, the root's key is needed at once.
+    let intermediate = data.join("ca/intermediate.key.der");
+    let aside = data.join("ca/aside");
+    fs::rename(&intermediate, &aside)?;
+    let cases: [(&str, Damage, &str); 7] = [
+        ("store.redb", cut_short, "move it away and restore a backup"),
+        ("store.redb", altered, "move it away and restore a backup"),
+        ("store.redb", altered_inside, "move it away and restore a backup"),
+        ("ca/root.crt.der", cut_short, "restore the folder from a backup"),
+        ("ca/root.crt.der", altered, "restore the folder from a backup"),
+        ("ca/root.key.der", cut_short, "restore the folder from a backup"),
+        ("ca/root.key.der", altered, "restore the folder from a backup"),
+    ];
+    for (number, (file, how, mend)) in cases.into_iter().enumerate() {
+        let path = data.join(file);
+        let good = damage(&path, how)?;
+        let mut command = mesh.hauberk()?;
+        command.args(["control-plane", "--trust-domain", "example.org", "--listen", "127.0.0.1:0"]);
+        command.arg("--data").arg(&data).arg("--manifests").arg(mesh.manifests());
+        let told = says_no(&mesh, "control", &mut command)
+            .with_context(|| format!("case {number}, {file}"))?;
+        let named = told.contains(&path.display().to_string()) && told.contains(mend);
+        ensure!(named, "case {number}, {file}:\n{told}");
+        // The agents go on as before, and no further.
+        carries(&mesh, &listener)?;
+        refused(&mesh, "web")?;
+        fs::write(&path, good)?;
+    }
+    fs::rename(&aside, &intermediate)?;
+    mesh.restart_control_plane()?;
+    mesh.wait_ready()?;
+    carries(&mesh, &listener)
+}
+
+fn a_damaged_intermediate_is_made_anew_under_the_same_root() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let folder = mesh.folder().join("control-plane/ca");
+    let root = fs::read(folder.join("root.crt.der"))?;
+    let mut made_anew = 0;
+    for file in ["intermediate.crt.der", "intermediate.key.der"] {
+        for how in [cut_short as Damage, altered] {
+            mesh.stop("control-plane");
+            damage(&folder.join(file), how)?;
+            mesh.restart_control_plane().with_context(|| mesh.logs())?;
+            made_anew += 1;
+            let log = fs::read_to_string(mesh.log("control-plane"))?;
+            let told: Vec<&str> = log
+                .lines()
+                .filter(|line| line.contains("the intermediate is not usable and is made anew"))
+                .collect();
+            ensure!(told.len() == made_anew, "{log}");
+            ensure!(told.last().is_some_and(|line| line.contains(file)), "{file}:\n{log}");
+        }
+    }
+    ensure!(fs::read(folder.join("root.crt.der"))? == root, "another root");
+    // What the new one signs is good to an agent that has only certificates of the old one.
+    mesh.stop("machine-a");
+    fs::remove_dir_all(mesh.folder().join("machine-a/workloads"))?;
+    mesh.start_agent("machine-a", &[])?;
+    mesh.wait("the certificates", Duration::from_secs(30), |mesh| carries(mesh, &listener))?;
+    mesh.wait_ready()
 }
 
 fn a_full_disk_for_records_stops_no_connection() -> anyhow::Result<()> {

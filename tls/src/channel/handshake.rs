@@ -6,7 +6,7 @@ use std::sync::Arc;
 use aws_lc_rs::hkdf;
 use hauberk_core::{svid::VerifiedSvid, time::Timestamp};
 use rustls::{
-    ClientConfig, CommonState, ConnectionTrafficSecrets, Error, ServerConfig,
+    ClientConfig, CommonState, ConnectionTrafficSecrets, Error, ProtocolVersion, ServerConfig,
     client::UnbufferedClientConnection,
     server::{Acceptor, UnbufferedServerConnection},
     unbuffered::{ConnectionState, EncodeError, UnbufferedStatus},
@@ -61,7 +61,7 @@ pub struct Established {
     pub ciphertext: Vec<u8>,
     /// The application protocol that both speak.
     pub alpn: Option<Vec<u8>>,
-    /// The TLS version, such as `TLSv1_3`.
+    /// The TLS version, such as `TLSv1.3`.
     pub version: Option<&'static str>,
     /// The group of the key exchange, such as `X25519MLKEM768`.
     pub group: Option<&'static str>,
@@ -160,7 +160,8 @@ impl Handshake {
         };
         let peer = peer_of(state, bundle, peer_is_server, now)?;
         let alpn = state.alpn_protocol().map(<[u8]>::to_vec);
-        let version = state.protocol_version().and_then(|version| version.as_str());
+        let version =
+            (state.protocol_version() == Some(ProtocolVersion::TLSv1_3)).then_some("TLSv1.3");
         let group = state.negotiated_key_exchange_group().and_then(|group| group.name().as_str());
         let suite = state.negotiated_cipher_suite().ok_or(Error::HandshakeNotComplete)?;
         let key_limit = match suite {

@@ -20,15 +20,16 @@ const WAITING: usize = 4_096;
 const WAITING_ALL: usize = 8_192;
 
 /// Who is shaking hands. The lock is held for a look-up, never across a wait.
-#[derive(Default)]
-pub(crate) struct Handshakes(Mutex<Callers>);
+#[derive(Debug, Default)]
+pub struct Handshakes(Mutex<Callers>);
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Callers {
     by_address: HashMap<IpAddr, Caller>,
     present: usize,
 }
 
+#[derive(Debug)]
 struct Caller {
     turns: Arc<Semaphore>,
     present: usize,
@@ -36,28 +37,34 @@ struct Caller {
 
 /// Too many handshakes of this address wait already, or of all together, or this one waited for too
 /// long.
-#[derive(Debug)]
-pub(crate) struct RateLimited;
+#[derive(Debug, thiserror::Error)]
+#[error("too many handshakes of this address wait already")]
+pub struct RateLimited;
 
 /// A turn; over when it is dropped.
-pub(crate) struct Turn<'a> {
+#[derive(Debug)]
+pub struct Turn {
     _turn: Option<OwnedSemaphorePermit>,
-    _present: Present<'a>,
+    _present: Present,
 }
 
 /// Counts a caller for as long as it waits or shakes hands.
-struct Present<'a> {
-    handshakes: &'a Handshakes,
+#[derive(Debug)]
+struct Present {
+    handshakes: Arc<Handshakes>,
     address: IpAddr,
 }
 
 impl Handshakes {
     /// Waits for a turn, but not for long.
-    pub(crate) async fn turn(
-        &self,
+    ///
+    /// # Errors
+    /// If too many wait already, or it did not come in time.
+    pub async fn turn(
+        self: &Arc<Self>,
         address: IpAddr,
         patience: Duration,
-    ) -> Result<Turn<'_>, RateLimited> {
+    ) -> Result<Turn, RateLimited> {
         let (turns, present) = self.enter(address)?;
         let turn = tokio::time::timeout(patience, turns.acquire_owned());
         // Never closed.
@@ -65,7 +72,7 @@ impl Handshakes {
         Ok(Turn { _turn: turn, _present: present })
     }
 
-    fn enter(&self, address: IpAddr) -> Result<(Arc<Semaphore>, Present<'_>), RateLimited> {
+    fn enter(self: &Arc<Self>, address: IpAddr) -> Result<(Arc<Semaphore>, Present), RateLimited> {
         let address = site(address);
         let mut callers = self.lock();
         if callers.present >= WAITING_ALL {
@@ -81,7 +88,7 @@ impl Handshakes {
         caller.present += 1;
         let turns = caller.turns.clone();
         callers.present += 1;
-        Ok((turns, Present { handshakes: self, address }))
+        Ok((turns, Present { handshakes: self.clone(), address }))
     }
 
     /// Plain data: a panic elsewhere leaves nothing half-changed in it.
@@ -101,7 +108,7 @@ fn site(address: IpAddr) -> IpAddr {
     }
 }
 
-impl Drop for Present<'_> {
+impl Drop for Present {
     fn drop(&mut self) {
         let mut callers = self.handshakes.lock();
         callers.present -= 1;
@@ -124,7 +131,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_flood_of_one_address_takes_no_turn_of_another() {
-        let handshakes = Handshakes::default();
+        let handshakes = Arc::new(Handshakes::default());
         let mut held = Vec::new();
         for _ in 0..AT_ONCE {
             held.push(handshakes.turn(FLOOD, LONG).await.unwrap());
@@ -138,7 +145,7 @@ mod tests {
 
     #[test]
     fn the_queue_is_bounded_and_nothing_is_kept_afterwards() {
-        let handshakes = Handshakes::default();
+        let handshakes = Arc::new(Handshakes::default());
         let mut present = Vec::new();
         for _ in 0..WAITING {
             present.push(handshakes.enter(FLOOD).unwrap().1);
@@ -151,7 +158,7 @@ mod tests {
 
     #[test]
     fn many_addresses_together_are_bounded_too() {
-        let handshakes = Handshakes::default();
+        let handshakes = Arc::new(Handshakes::default());
         let mut present = Vec::new();
         for number in 0..u16::try_from(WAITING_ALL).unwrap() {
             let [high, low] = number.to_be_bytes();
@@ -173,7 +180,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_turn_is_not_waited_for_for_ever() {
-        let handshakes = Handshakes::default();
+        let handshakes = Arc::new(Handshakes::default());
         let mut held = Vec::new();
         for _ in 0..AT_ONCE {
             held.push(handshakes.turn(FLOOD, LONG).await.unwrap());

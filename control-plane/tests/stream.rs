@@ -1,0 +1,326 @@
+//! What a running control plane sends to agents, over the real wire: everything at first, then only
+//! what has changed.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    future::Future,
+    net::{SocketAddr, TcpListener},
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use hauberk_control_plane::{app, config::Args};
+use hauberk_core::identity::{SpiffeId, TrustDomain};
+use hauberk_proto::{
+    convert::Resource,
+    state::state_hash,
+    token::JoinToken,
+    v1::{
+        self, agent_report::Kind, enrollment_client::EnrollmentClient,
+        operator_client::OperatorClient, state_client::StateClient,
+    },
+};
+use hauberk_tls::{
+    Credential, CredentialSlot, TrustBundle, TrustSlot, client_config, join_client_config,
+    signing_request,
+};
+use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use rustls_pki_types::{CertificateDer, ServerName};
+use tempfile::TempDir;
+use tokio::{
+    net::{TcpStream, UnixStream},
+    sync::mpsc,
+    time::timeout,
+};
+use tokio_rustls::TlsConnector;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{
+    Code, Status, Streaming,
+    transport::{Channel, Endpoint, Uri},
+};
+use tower::service_fn;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+const HOSTS: &str = "
+apiVersion: hauberk.dev/v1alpha1
+kind: Machine
+metadata: {name: machine-a}
+spec: {addresses: [10.0.0.1]}
+---
+apiVersion: hauberk.dev/v1alpha1
+kind: Workload
+metadata: {name: web, namespace: shop}
+spec: {machine: machine-a, serviceAccount: web, process: {user: web}, ports: [80]}
+---
+apiVersion: hauberk.dev/v1alpha1
+kind: Workload
+metadata: {name: ledger, namespace: payments}
+spec: {machine: machine-a, serviceAccount: ledger, process: {user: ledger}, ports: [5432]}
+---
+";
+
+const OLD: &str = "
+apiVersion: hauberk.dev/v1alpha1
+kind: Workload
+metadata: {name: old, namespace: payments}
+spec: {machine: machine-a, serviceAccount: old, process: {user: old}, ports: []}
+---
+";
+
+const LEDGER_POLICY: &str = "policy:payments/ledger:spiffe://example.org/ns/payments/sa/ledger";
+
+/// The policy of the ledger, with these ports open.
+fn policy(ports: &str) -> String {
+    format!(
+        "
+apiVersion: hauberk.dev/v1alpha1
+kind: AccessPolicy
+metadata: {{name: ledger, namespace: payments}}
+spec:
+  owner: {{team: payments, contact: '#payments'}}
+  target: {{serviceAccount: ledger}}
+  rules:
+  - {{name: web, ports: {ports}, from: [{{serviceAccount: {{namespace: shop, name: web}}}}]}}
+"
+    )
+}
+
+fn trust_domain() -> TrustDomain {
+    "example.org".parse().unwrap()
+}
+
+/// A control plane's folder and address.
+struct Place {
+    folder: TempDir,
+    listen: SocketAddr,
+}
+
+impl Place {
+    fn new(manifests: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("manifests")).unwrap();
+        // A port that is free: tokens name it, so it cannot be left to the system.
+        let listen = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let place = Self { folder, listen };
+        place.put(manifests);
+        place
+    }
+
+    /// Replaces all manifests at once.
+    fn put(&self, manifests: &str) {
+        let folder = self.folder.path().join("manifests");
+        let hidden = folder.join(".new");
+        fs::write(&hidden, manifests).unwrap();
+        fs::rename(hidden, folder.join("all.yaml")).unwrap();
+    }
+
+    fn data(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    /// Runs the control plane for as long as the test takes.
+    async fn serve(&self, test: impl Future<Output = ()>) {
+        let args = Args {
+            data: self.data(),
+            manifests: self.folder.path().join("manifests"),
+            listen: self.listen,
+            metrics: "127.0.0.1:0".parse().unwrap(),
+            ..Args::defaults(trust_domain())
+        };
+        tokio::select! {
+            outcome = app::run(args, std::future::pending()) => panic!("it ended: {outcome:?}"),
+            () = test => {}
+        }
+    }
+
+    async fn operator(&self) -> OperatorClient<Channel> {
+        let path = self.data().join(app::OPERATOR_SOCKET);
+        let begun = Instant::now();
+        while UnixStream::connect(&path).await.is_err() {
+            assert!(begun.elapsed() < PATIENCE, "no operator socket");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let connector = service_fn(move |_: Uri| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        });
+        let endpoint = Endpoint::from_static("http://operator.hauberk.internal");
+        OperatorClient::new(endpoint.connect_with_connector(connector).await.unwrap())
+    }
+
+    async fn connect(&self, tls: ClientConfig, name: String) -> Channel {
+        let (address, connector) = (self.listen, TlsConnector::from(Arc::new(tls)));
+        let name = ServerName::try_from(name).unwrap();
+        let connector = service_fn(move |_: Uri| {
+            let (connector, name) = (connector.clone(), name.clone());
+            async move {
+                let stream = TcpStream::connect(address).await?;
+                connector.connect(name, stream).await.map(TokioIo::new)
+            }
+        });
+        let endpoint = Endpoint::from_static("https://control-plane.hauberk.internal");
+        endpoint.connect_with_connector(connector).await.unwrap()
+    }
+
+    /// Joins as machine-a does, and connects with the certificate that it gets.
+    async fn join(&self) -> Channel {
+        let wanted = v1::CreateTokenRequest { node: "machine-a".to_owned(), ttl_seconds: 60 };
+        let answer = self.operator().await.create_token(wanted).await.unwrap().into_inner();
+        let token: JoinToken = answer.token.parse().unwrap();
+        let pinned = join_client_config(token.root_sha256, b"h2").unwrap();
+        let channel = self.connect(pinned, "join.hauberk.internal".to_owned()).await;
+        let (key, certificate_request) = signing_request().unwrap();
+        let request = v1::JoinRequest { token_secret: token.secret.to_vec(), certificate_request };
+        let answer = EnrollmentClient::new(channel).join(request).await.unwrap().into_inner();
+
+        let certificates = |list: Vec<Vec<u8>>| -> Vec<CertificateDer<'static>> {
+            list.into_iter().map(CertificateDer::from).collect()
+        };
+        let now = hauberk_tls::now();
+        let roots = certificates(answer.trust_bundle);
+        let trust = TrustSlot::new(TrustBundle::new(trust_domain(), roots, now).unwrap());
+        let chain = certificates(answer.certificate_chain);
+        let credential = Credential::new(chain, &key, now).unwrap();
+        let slot = CredentialSlot::new(credential.facts().id().clone());
+        slot.store(credential).unwrap();
+        let tls = client_config(slot, trust, b"h2").unwrap();
+        self.connect(tls, SpiffeId::control_plane(&trust_domain()).server_name()).await
+    }
+}
+
+/// An agent's stream, and what it has been told so far.
+struct Agent {
+    reports: mpsc::Sender<v1::AgentReport>,
+    updates: Streaming<v1::StateUpdate>,
+    resources: BTreeMap<String, v1::Resource>,
+}
+
+impl Agent {
+    /// Says at first that it has the state of `known` from before.
+    async fn subscribe(channel: &Channel, known: &v1::StateUpdate) -> Self {
+        let (reports, outgoing) = mpsc::channel(8);
+        let hello = v1::Hello {
+            agent_version: "test".to_owned(),
+            revision: known.revision,
+            state_hash: known.state_hash.clone(),
+        };
+        reports.send(v1::AgentReport { kind: Some(Kind::Hello(hello)) }).await.unwrap();
+        let outgoing = ReceiverStream::new(outgoing);
+        let updates = StateClient::new(channel.clone()).subscribe(outgoing).await.unwrap();
+        Self { reports, updates: updates.into_inner(), resources: BTreeMap::new() }
+    }
+
+    async fn message(&mut self) -> Result<v1::StateUpdate, Status> {
+        let message = timeout(PATIENCE, self.updates.message()).await.unwrap();
+        message.map(|update| update.unwrap())
+    }
+
+    /// The next update, put in force as agents do it.
+    async fn next(&mut self) -> v1::StateUpdate {
+        let update = self.message().await.unwrap();
+        if update.full {
+            self.resources.clear();
+        }
+        for key in &update.removals {
+            assert!(self.resources.remove(key).is_some(), "{key} was not there");
+        }
+        for message in &update.upserts {
+            self.resources.insert(key(message), message.clone());
+        }
+        assert_eq!(update.state_hash, state_hash(&self.resources), "the hash is of another state");
+        update
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        self.resources.keys().map(String::as_str).collect()
+    }
+}
+
+fn key(message: &v1::Resource) -> String {
+    Resource::try_from(message.clone()).unwrap().key()
+}
+
+fn nothing() -> v1::StateUpdate {
+    v1::StateUpdate::default()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_message_is_everything_and_each_later_one_only_what_changed() {
+    let place = Place::new(&[HOSTS, OLD, &policy("[5432]")].concat());
+    let test = async {
+        let channel = place.join().await;
+        let mut agent = Agent::subscribe(&channel, &nothing()).await;
+        let first = agent.next().await;
+        assert!(first.full);
+        assert_eq!(first.removals, Vec::<String>::new());
+        let (web, ledger, old) =
+            ("workload:shop/web", "workload:payments/ledger", "workload:payments/old");
+        assert_eq!(agent.keys(), [LEDGER_POLICY, ledger, old, web]);
+
+        place.put(&[HOSTS, &policy("[5432, 5433]")].concat());
+        let second = agent.next().await;
+        assert!(!second.full, "the whole state was sent once more");
+        assert_eq!(second.revision, first.revision + 1);
+        let changed: Vec<String> = second.upserts.iter().map(key).collect();
+        assert_eq!(
+            (changed, &second.removals),
+            (vec![LEDGER_POLICY.to_owned()], &vec![old.to_owned()])
+        );
+        assert_ne!(second.state_hash, first.state_hash);
+        assert_eq!(agent.keys(), [LEDGER_POLICY, ledger, web]);
+
+        // A third one builds on the second and not on the first.
+        place.put(&[HOSTS, OLD, &policy("[5432, 5433]")].concat());
+        let third = agent.next().await;
+        assert!(!third.full);
+        assert_eq!(third.revision, second.revision + 1);
+        assert_eq!(third.upserts.iter().map(key).collect::<Vec<_>>(), [old]);
+        assert_eq!(third.removals, Vec::<String>::new());
+    };
+    place.serve(test).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_stream_begins_with_everything_whatever_the_agent_has() {
+    let place = Place::new(&[HOSTS, &policy("[5432]")].concat());
+    let test = async {
+        let channel = place.join().await;
+        let mut before = Agent::subscribe(&channel, &nothing()).await;
+        let known = before.next().await;
+        for known in [known.clone(), v1::StateUpdate { state_hash: vec![7; 32], ..known.clone() }] {
+            let mut again = Agent::subscribe(&channel, &known).await;
+            let first = again.next().await;
+            assert!(first.full);
+            assert_eq!(first.revision, known.revision);
+            assert_eq!(again.resources, before.resources);
+        }
+    };
+    place.serve(test).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_update_ends_the_stream_and_the_next_one_has_everything() {
+    let place = Place::new(&[HOSTS, &policy("[5432]")].concat());
+    let test = async {
+        let channel = place.join().await;
+        let mut agent = Agent::subscribe(&channel, &nothing()).await;
+        let first = agent.next().await;
+        let refused = v1::Refused { revision: first.revision, reason: "no".to_owned() };
+        let report = v1::AgentReport { kind: Some(Kind::Refused(refused)) };
+        agent.reports.send(report).await.unwrap();
+        let ended = agent.message().await.unwrap_err();
+        assert_eq!(ended.code(), Code::Aborted, "{ended}");
+        let mut again = Agent::subscribe(&channel, &nothing()).await;
+        assert!(again.next().await.full);
+        let status = place.operator().await.get_status(v1::GetStatusRequest {}).await.unwrap();
+        let status = status.into_inner();
+        let node = status.nodes.iter().find(|node| node.name == "machine-a").unwrap();
+        assert_eq!(node.refused, format!("revision {}: no", first.revision));
+    };
+    place.serve(test).await;
+}

@@ -1,0 +1,166 @@
+//! What is closed on a host while its workloads cannot be captured.
+
+use std::{
+    fs,
+    io::{ErrorKind, Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    thread,
+};
+
+use anyhow::{Context, bail, ensure};
+use hauberk_cli::lab::ipv4;
+use hauberk_tests::mesh::{Mesh, PATIENCE, is};
+
+use serde_json::Value;
+
+use crate::programs::Process;
+
+crate::trials!(
+    a_service_port_stays_closed_while_its_cgroup_is_gone,
+    a_host_on_which_the_agent_cannot_listen_stays_closed,
+    a_cgroup_made_anew_is_captured_again,
+);
+
+/// The number of `machine-b` in the lab's networks.
+const MACHINE_B: u8 = 3;
+const PORT: u16 = 7070;
+
+fn store(process: &str) -> String {
+    format!(
+        "apiVersion: hauberk.dev/v1alpha1
+kind: Workload
+metadata: {{name: store, namespace: jobs, labels: {{app: store}}}}
+spec:
+  machine: machine-b
+  serviceAccount: store
+  process: {process}
+  ports: [{PORT}]
+"
+    )
+}
+
+/// A process of machine-b that answers in clear to whoever comes.
+fn answering(mesh: &Mesh) -> anyhow::Result<SocketAddr> {
+    let address = SocketAddr::new(ipv4(MACHINE_B), PORT);
+    let listener = mesh.listen("machine-b", address)?;
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            // The caller may be gone.
+            drop(stream.write_all(b"in clear"));
+        }
+    });
+    Ok(address)
+}
+
+fn answer(mesh: &Mesh, from: &str, address: SocketAddr) -> anyhow::Result<()> {
+    let mut stream: TcpStream = mesh.connect(from, address)?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    ensure!(text == "in clear", "got {text:?}");
+    Ok(())
+}
+
+/// From outside, and from a process of the machine itself that is no workload.
+fn is_closed(mesh: &Mesh, address: SocketAddr) -> anyhow::Result<()> {
+    for from in ["outside", "machine-b"] {
+        ensure!(answer(mesh, from, address).is_err(), "{from} was answered in clear");
+    }
+    Ok(())
+}
+
+fn a_service_port_stays_closed_while_its_cgroup_is_gone() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let before = mesh.wait_revision(0)?;
+    let address = answering(&mesh)?;
+    answer(&mesh, "outside", address)?;
+    mesh.write_manifest("store.yaml", &store("{cgroup: hauberk-e2e-that-nobody-made}"))?;
+    mesh.wait_revision(before)?;
+    mesh.wait("the closed port", PATIENCE, |mesh| is_closed(mesh, address))?;
+    let record = mesh.record("machine-b", |record| is(record, "reason", "plaintext"))?;
+    ensure!(is(&record, "decision", "deny"), "{record}");
+    let check = mesh.ask(&["check"])?;
+    let text = String::from_utf8_lossy(&check.stdout).into_owned();
+    ensure!(text.contains("jobs/store") && text.contains("is not captured"), "{text}");
+    Ok(())
+}
+
+fn a_host_on_which_the_agent_cannot_listen_stays_closed() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let before = mesh.wait_revision(0)?;
+    let address = answering(&mesh)?;
+    // Somebody has the port where connections in clear would be refused.
+    let taken: TcpListener = mesh.listen("machine-b", SocketAddr::from(([0, 0, 0, 0], 15_006)))?;
+    mesh.write_manifest("store.yaml", &store("{user: '4343'}"))?;
+    mesh.wait_revision(before)?;
+    mesh.wait("the closed port", PATIENCE, |mesh| is_closed(mesh, address))?;
+    taken.set_nonblocking(true)?;
+    match taken.accept() {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+        Err(error) => bail!("{error}"),
+        Ok((_, from)) => bail!("{from} was led to a foreign program"),
+    }
+    mesh.wait("the reason", PATIENCE, |mesh| {
+        let text = mesh.ask(&["check"])?.stdout;
+        let text = String::from_utf8_lossy(&text).into_owned();
+        ensure!(text.contains("listen on 0.0.0.0:15006"), "{text}");
+        Ok(())
+    })?;
+    drop(taken);
+    mesh.wait("the capture", PATIENCE, |mesh| {
+        let status = mesh.status()?;
+        let store = status.workloads.iter().find(|workload| workload.workload == "jobs/store");
+        ensure!(store.is_some_and(|workload| workload.captured), "{status:?}");
+        Ok(())
+    })?;
+    is_closed(&mesh, address)
+}
+
+fn denied_of_batch(mesh: &Mesh) -> anyhow::Result<usize> {
+    let records = mesh.all_records("machine-b")?;
+    let of_batch = |record: &&Value| {
+        is(&record["src"], "workload", "batch") && is(record, "reason", "unknown_destination")
+    };
+    Ok(records.iter().filter(of_batch).count())
+}
+
+fn a_cgroup_made_anew_is_captured_again() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let before = mesh.wait_revision(0)?;
+    let batch = Process::in_cgroup("anew")?;
+    let workload = store(&batch.selector()).replace("store", "batch");
+    mesh.write_manifest("batch.yaml", &workload)?;
+    mesh.wait_revision(before)?;
+    mesh.wait_ready()?;
+    let listener =
+        mesh.listen("outside", SocketAddr::new(ipv4(hauberk_tests::mesh::OUTSIDE), 80))?;
+    listener.set_nonblocking(true)?;
+    let refused = |mesh: &Mesh| -> anyhow::Result<()> {
+        let mut curl = batch.command("curl");
+        curl.args(["-sS", "--max-time", "4", "http://10.77.0.99/"]);
+        let output = mesh.output("machine-b", &mut curl)?;
+        ensure!(!output.status.success(), "it was served: {output:?}");
+        ensure!(listener.accept().is_err(), "the connection went out as it was");
+        Ok(())
+    };
+    mesh.wait("the capture", PATIENCE, |mesh| {
+        refused(mesh)?;
+        ensure!(denied_of_batch(mesh)? > 0, "nothing is told of it");
+        Ok(())
+    })?;
+    let before = denied_of_batch(&mesh)?;
+    let Process::Cgroup(cgroup) = &batch else { bail!("no cgroup") };
+    for round in 0..3 {
+        mesh.wait("the end of the cgroup", PATIENCE, |_| Ok(fs::remove_dir(&cgroup.folder)?))?;
+        fs::create_dir(&cgroup.folder)?;
+        // Sooner than the agent's usual look.
+        thread::sleep(std::time::Duration::from_millis(300));
+        refused(&mesh).with_context(|| format!("round {round}: {}", mesh.logs()))?;
+        // By the agent, which knows who it was.
+        mesh.wait("the record", PATIENCE, |mesh| {
+            let told = denied_of_batch(mesh)?;
+            ensure!(told == before + round + 1, "{told} denials of batch");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
