@@ -112,6 +112,8 @@ struct Destination {
     /// The posture of the workload itself; there is one exactly if it is registered.
     posture: Option<Mode>,
     policies: Vec<ResolvedPolicy>,
+    /// The strictest of theirs; none if there is none.
+    policies_mode: Option<Mode>,
     by_caller: HashMap<SpiffeId, Vec<RuleIndex>>,
     by_namespace: HashMap<TrustDomain, HashMap<String, Vec<RuleIndex>>>,
 }
@@ -143,6 +145,8 @@ impl Destination {
                 }
             }
         }
+        self.policies_mode =
+            strictest(self.policies_mode.into_iter().chain(std::iter::once(policy.mode)));
         self.policies.push(policy);
     }
 
@@ -151,7 +155,7 @@ impl Destination {
         if self.posture == Some(Mode::Audit) {
             return Mode::Audit;
         }
-        strictest(self.policies.iter().map(|policy| policy.mode)).unwrap_or(Mode::Enforce)
+        self.policies_mode.unwrap_or(Mode::Enforce)
     }
 
     /// The rules whose `from` covers the caller, exact ones first.
@@ -204,19 +208,26 @@ impl Destination {
     }
 
     fn denial(&self, request: Request<'_>) -> Denial {
-        let covering = self.covering(request.source).take(NEAREST_MISS_SCAN);
-        let others = self
-            .policies
-            .iter()
-            .flat_map(|policy| policy.rules.iter().map(move |rule| (policy, rule)))
+        let covering = self
+            .covering(request.source)
             .take(NEAREST_MISS_SCAN)
-            .filter(|(_, rule)| !rule.peers.iter().any(|peer| peer.matches(request.source)));
-        let nearest = covering
-            .chain(others)
             .filter_map(|(policy, rule)| {
-                difference(rule, request).map(|differs| (differs, policy, rule))
+                covering_differs(rule, request).map(|differs| (differs, policy, rule))
             })
             .min_by(|a, b| a.0.cmp(&b.0));
+        // Who is named in no rule has the right port in one, at the nearest.
+        let nearest = covering.or_else(|| {
+            self.policies
+                .iter()
+                .flat_map(|policy| policy.rules.iter().map(move |rule| (policy, rule)))
+                .take(NEAREST_MISS_SCAN)
+                .filter(|(_, rule)| rule.ports.contains(&request.port))
+                .filter(|(_, rule)| !rule.peers.iter().any(|peer| peer.matches(request.source)))
+                .find_map(|(policy, rule)| {
+                    let allowed = rule.peers.first()?.to_string();
+                    Some((Difference::Caller { allowed }, policy, rule))
+                })
+        });
         let Some((differs, policy, rule)) = nearest else {
             return match self.policies.first() {
                 None => no_policy(request),
@@ -248,20 +259,14 @@ impl Destination {
     }
 }
 
-fn difference(rule: &ResolvedRule, request: Request<'_>) -> Option<Difference> {
-    let caller = rule.peers.iter().any(|peer| peer.matches(request.source));
-    let port = rule.ports.contains(&request.port);
-    match (caller, port, rule.not_after) {
-        (true, true, Some(at)) => Some(Difference::Expired { at }),
-        // A rule that matches and never ends would have allowed it.
-        (true, true, None) | (false, false, _) => None,
-        (true, false, _) => Some(Difference::Port {
-            allowed: rule.ports.iter().copied().take(NEAREST_MISS_PORTS).collect(),
-        }),
-        (false, true, _) => {
-            rule.peers.first().map(|peer| Difference::Caller { allowed: peer.to_string() })
-        }
+/// What keeps a rule that names the caller from matching.
+fn covering_differs(rule: &ResolvedRule, request: Request<'_>) -> Option<Difference> {
+    if !rule.ports.contains(&request.port) {
+        let allowed = rule.ports.iter().copied().take(NEAREST_MISS_PORTS).collect();
+        return Some(Difference::Port { allowed });
     }
+    // A rule that matches and never ends would have allowed it.
+    rule.not_after.map(|at| Difference::Expired { at })
 }
 
 fn mend(
