@@ -17,6 +17,7 @@ use crate::{
     authorize::Permit,
     context::{Context, Local},
     policy::Snapshot,
+    quietly::Quietly,
     relay::{Application, End, Event, Relay},
     report::Report,
     session::{OPEN_TIMEOUT, Session, SessionError},
@@ -77,30 +78,33 @@ impl Forward<'_> {
         }
         let cut = loop {
             let pause = next_look(&relay, &permit, unanswered);
-            tokio::select! {
-                biased;
-                () = context.cut.cancelled() => break Cut::Draining,
-                changed = snapshots.changed() => {
-                    if changed.is_err() {
-                        break Cut::Draining;
-                    }
+            let turn = {
+                let interrupt = interruption(context, &mut snapshots, &mut installed, pause);
+                let interrupt = std::pin::pin!(interrupt);
+                let interrupt = Quietly::new(interrupt);
+                tokio::select! {
+                    biased;
+                    interrupt = interrupt => Turn::Interrupt(interrupt),
+                    event = relay.run() => Turn::Event(event),
+                }
+            };
+            match turn {
+                Turn::Interrupt(Interrupt::Cut(cut)) => break cut,
+                Turn::Interrupt(Interrupt::Policy) => {
                     let snapshot = snapshots.borrow_and_update().clone();
                     match permit.renew(&snapshot) {
                         Ok(renewed) => permit = renewed,
                         Err(denial) => break Cut::Policy(denial),
                     }
                 }
-                changed = installed.changed() => {
-                    if changed.is_err() {
-                        break Cut::Unregistered;
-                    }
+                Turn::Interrupt(Interrupt::Certificate) => {
                     if let Some(credential) = local.identity.slot.load()
                         && let Err(error) = relay.session.show_proof(&credential)
                     {
                         break Cut::Proof(error);
                     }
                 }
-                () = tokio::time::sleep(pause) => {
+                Turn::Interrupt(Interrupt::Look) => {
                     if let Some(cut) = look(&mut relay, unanswered, &mut proof_until) {
                         break cut;
                     }
@@ -110,7 +114,7 @@ impl Forward<'_> {
                         Err(denial) => break Cut::Policy(denial),
                     }
                 }
-                event = relay.run() => match event {
+                Turn::Event(event) => match event {
                     Event::Accepted => report.opened(Path::Mtls),
                     Event::Reauthenticate(frame) => {
                         let trust = context.trust.load();
@@ -136,6 +140,43 @@ impl Forward<'_> {
         report.bytes(relay.sent, relay.received);
         Box::pin(cut_off(relay, &cut, report)).await;
         Outcome::Over(None)
+    }
+}
+
+enum Turn {
+    Interrupt(Interrupt),
+    Event(Event),
+}
+
+/// What may come in between.
+enum Interrupt {
+    Cut(Cut),
+    /// Another policy is in force.
+    Policy,
+    /// The local workload has a newer certificate.
+    Certificate,
+    /// It is time to look.
+    Look,
+}
+
+async fn interruption(
+    context: &Context,
+    snapshots: &mut watch::Receiver<Arc<Snapshot>>,
+    installed: &mut watch::Receiver<u64>,
+    pause: Duration,
+) -> Interrupt {
+    tokio::select! {
+        biased;
+        () = context.cut.cancelled() => Interrupt::Cut(Cut::Draining),
+        changed = snapshots.changed() => match changed {
+            Ok(()) => Interrupt::Policy,
+            Err(_) => Interrupt::Cut(Cut::Draining),
+        },
+        changed = installed.changed() => match changed {
+            Ok(()) => Interrupt::Certificate,
+            Err(_) => Interrupt::Cut(Cut::Unregistered),
+        },
+        () = tokio::time::sleep(pause) => Interrupt::Look,
     }
 }
 

@@ -23,6 +23,7 @@ mod outbound;
 mod passthrough;
 mod policy;
 mod pool;
+mod quietly;
 mod relay;
 mod report;
 mod session;
