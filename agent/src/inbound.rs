@@ -230,13 +230,14 @@ async fn serve_stream(
         drop(reset_on_close(&application));
         return None;
     }
-    let relay = match Relay::new(Application::new(application), session, counters) {
+    let mut relay = match Relay::new(Application::new(application), session, counters) {
         Ok(relay) => relay,
         Err(error) => {
             report.closed("session_failed", Some(error.to_string()));
             return None;
         }
     };
+    relay.hold_answer();
     report.opened(Path::Mtls);
     let asked = permit.asked();
     let forward = Forward { context, local: &local, relay, snapshots };

@@ -6,10 +6,12 @@
 //! thread's (`session/scratch.rs`); a relay keeps only what a socket did not take.
 
 use std::{
+    future::Future,
     io::{self, IoSlice, IoSliceMut},
     net::Shutdown,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use hauberk_core::session::{
@@ -21,6 +23,7 @@ use hauberk_tls::channel::{MAX_PLAINTEXT, RECORD_HEADER, RECORD_OVERHEAD};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    time::Sleep,
 };
 
 use crate::session::{RECORD, SLOTS, Scratch, Session, SessionError, owned, with_scratch};
@@ -34,6 +37,10 @@ const RUNS: usize = 16;
 /// What may ride along before the destination has answered: it is kept until then, to be sent again on
 /// another session if the destination never saw it.
 const EARLY: usize = MAX_PLAINTEXT;
+
+/// How long the answer to an open frame waits for the application's first bytes, to go out with them. The
+/// caller's agent misses nothing meanwhile: its application's first bytes are here already.
+const ACCEPT_HOLD: Duration = Duration::from_millis(1);
 
 /// How a relay ended.
 #[derive(Debug)]
@@ -113,6 +120,8 @@ pub(crate) struct Relay {
     pub(crate) held_back: bool,
     /// Nothing is sent to a peer whose certificate has ended.
     pub(crate) suspended: bool,
+    /// What waits to go out is only the answer to the open frame, and waits on until then.
+    held: Option<Pin<Box<Sleep>>>,
     /// Application → peer.
     pub(crate) sent: u64,
     /// Peer → application.
@@ -144,9 +153,25 @@ impl Relay {
             then: None,
             held_back: false,
             suspended: false,
+            held: None,
             sent,
             received: 0,
         }))
+    }
+
+    /// Lets the answer to the open frame wait for the application's first bytes.
+    pub(crate) fn hold_answer(&mut self) {
+        self.held = Some(Box::pin(tokio::time::sleep(ACCEPT_HOLD)));
+    }
+
+    fn is_held(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(until) = &mut self.held else { return false };
+        // A caller that has sent all it may before the answer waits for that.
+        let wanted = self.received >= count(EARLY);
+        if wanted || until.as_mut().poll(cx).is_ready() {
+            self.held = None;
+        }
+        self.held.is_some()
     }
 
     pub(crate) fn into_parts(mut self) -> (Application, Box<Session>) {
@@ -210,9 +235,10 @@ impl Relay {
         let read = match self.poll_read(cx, scratch, start) {
             Poll::Ready(Ok(read)) => read,
             Poll::Ready(Err(error)) => return Poll::Ready(Err(End::ApplicationFailed(error))),
-            Poll::Pending if waiting == 0 => return Poll::Pending,
+            Poll::Pending if waiting == 0 || self.is_held(cx) => return Poll::Pending,
             Poll::Pending => return Poll::Ready(self.session.seal_control().map_err(end_of)),
         };
+        self.held = None;
         if read == 0 {
             self.application.ended = true;
             return Poll::Ready(self.session.fin().map_err(end_of));

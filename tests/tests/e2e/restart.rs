@@ -43,7 +43,10 @@ fn carries(mesh: &Mesh, listener: &TcpListener) -> anyhow::Result<()> {
     let mut accepted = None;
     // A try that met an agent still starting is lost; the caller tries again.
     mesh.wait("the connection", std::time::Duration::from_secs(2), |_| {
-        accepted = Some(listener.accept()?);
+        let (stream, from) = listener.accept()?;
+        // An earlier try's, which came through after it was given up.
+        ensure!(from == client.local_addr()?, "{from} is not this try's");
+        accepted = Some((stream, from));
         Ok(())
     })
     .with_context(|| mesh.logs())?;
@@ -284,6 +287,7 @@ fn damaged_workload_certificates_open_nothing_and_are_replaced() -> anyhow::Resu
     mesh.restart_control_plane()?;
     // They have asked in vain by now, and ask less and less often.
     mesh.wait("the certificates", Duration::from_secs(40), |mesh| carries(mesh, &listener))
+        .with_context(|| mesh.logs())
 }
 
 fn a_damaged_file_of_the_control_plane_is_told_with_its_mend() -> anyhow::Result<()> {
