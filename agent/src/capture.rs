@@ -117,7 +117,8 @@ impl Captures {
         loop {
             let snapshot = self.snapshots.borrow_and_update().clone();
             if snapshot.revision > 0 {
-                self.reconcile(&snapshot, &mut current, known);
+                // It asks the kernel about every namespace, and waits for its answers.
+                tokio::task::block_in_place(|| self.reconcile(&snapshot, &mut current, known));
                 known = true;
             }
             tokio::select! {

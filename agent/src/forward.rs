@@ -30,6 +30,10 @@ const LOOK: Duration = Duration::from_secs(30);
 /// a quarter of an hour.
 const SILENCE: Duration = Duration::from_secs(30);
 
+/// Over how long the open connections of a workload show their peers its new certificate: all at once would
+/// hold up everybody's bytes. Less where the old one ends soon.
+const PROOF_SPREAD: Duration = Duration::from_secs(10);
+
 /// How long after an application reads again the proof of the peer's newer certificate may take, that
 /// waited behind what was not read.
 const PROOF_GRACE: Duration = Duration::from_secs(10);
@@ -66,6 +70,8 @@ impl Forward<'_> {
         let Self { context, local, mut relay, mut snapshots } = self;
         let unanswered = Instant::now() + OPEN_TIMEOUT;
         let mut proof_until = None;
+        // When to show the newest certificate.
+        let mut proof_due: Option<Instant> = None;
         let mut installed = local.identity.installed.clone();
         installed.mark_unchanged();
         // Renewed since the session was made, and nobody has told the peer.
@@ -77,7 +83,10 @@ impl Forward<'_> {
             return Outcome::Over(None);
         }
         let cut = loop {
-            let pause = next_look(&relay, &permit, unanswered);
+            let mut pause = next_look(&relay, &permit, unanswered);
+            if let Some(due) = proof_due {
+                pause = pause.min(due.saturating_duration_since(Instant::now()));
+            }
             let turn = {
                 let interrupt = interruption(context, &mut snapshots, &mut installed, pause);
                 let interrupt = std::pin::pin!(interrupt);
@@ -98,13 +107,19 @@ impl Forward<'_> {
                     }
                 }
                 Turn::Interrupt(Interrupt::Certificate) => {
-                    if let Some(credential) = local.identity.slot.load()
-                        && let Err(error) = relay.session.show_proof(&credential)
-                    {
-                        break Cut::Proof(error);
-                    }
+                    let left = relay.session.shown_until().map(|end| end.since(hauberk_tls::now()));
+                    let due = Instant::now() + proof_delay(left.unwrap_or_default());
+                    proof_due = Some(proof_due.map_or(due, |earlier| earlier.min(due)));
                 }
                 Turn::Interrupt(Interrupt::Look) => {
+                    if proof_due.is_some_and(|due| due <= Instant::now()) {
+                        proof_due = None;
+                        if let Some(credential) = local.identity.slot.load()
+                            && let Err(error) = relay.session.show_proof(&credential)
+                        {
+                            break Cut::Proof(error);
+                        }
+                    }
                     if let Some(cut) = look(&mut relay, unanswered, &mut proof_until) {
                         break cut;
                     }
@@ -141,6 +156,12 @@ impl Forward<'_> {
         Box::pin(cut_off(relay, &cut, report)).await;
         Outcome::Over(None)
     }
+}
+
+/// A chance part of the time that there is: the peer goes by the certificate it was shown for `left` more.
+fn proof_delay(left: Duration) -> Duration {
+    let share = getrandom::u32().map_or(0.0, |chance| f64::from(chance) / f64::from(u32::MAX));
+    PROOF_SPREAD.min(left / 4).mul_f64(share)
 }
 
 enum Turn {
@@ -357,6 +378,23 @@ fn failed(error: &SessionError, report: &mut Report<'_>) {
         | SessionError::Protocol(_)
         | SessionError::Closed => {
             report.closed("unreachable", Some(format!("the destination's agent: {error}")));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proof_comes_well_before_the_certificate_that_it_follows_has_ended() {
+        let longest = |left: u64| {
+            (0..1_000).map(|_| proof_delay(Duration::from_secs(left))).max().unwrap_or_default()
+        };
+        assert_eq!(longest(0), Duration::ZERO);
+        for (left, most) in [(4, 1), (20, 5), (3_600, 10)] {
+            let (longest, most) = (longest(left), Duration::from_secs(most));
+            assert!(longest <= most && longest > most / 2, "{longest:?} with {left} s left");
         }
     }
 }

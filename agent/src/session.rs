@@ -86,6 +86,8 @@ struct Facts {
     /// The name the caller asked for; at the destination only.
     server_name: Option<String>,
     own: Option<Arc<Credential>>,
+    /// When the newest certificate ends that the peer was shown.
+    shown_until: Option<Timestamp>,
     trust: Arc<TrustBundle>,
     made: Instant,
     proofs_sent: u32,
@@ -242,12 +244,18 @@ impl Session {
         Ok(())
     }
 
+    /// When the newest certificate ends that the peer was shown.
+    pub(crate) fn shown_until(&self) -> Option<Timestamp> {
+        self.facts.shown_until
+    }
+
     /// Shows the peer a newer certificate, in place of one that it was not shown yet.
     pub(crate) fn show_proof(&mut self, credential: &Credential) -> Result<(), String> {
         let sequence = self.facts.proofs_sent + 1;
         let proof = prove(credential, &self.facts.binding, self.facts.is_source, sequence)
             .map_err(|error| error.to_string())?;
         self.facts.proofs_sent = sequence;
+        self.facts.shown_until = Some(credential.facts().not_after());
         self.proof = Some(Box::new(proof));
         Ok(())
     }

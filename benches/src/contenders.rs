@@ -21,8 +21,15 @@ use crate::{AS_HAUBERK, load::Kind, load::Measured, processes, serve::Port};
 /// Those with an agent: the caller's and the server's.
 const MACHINES: [&str; 2] = ["machine-a", "machine-b"];
 
+/// Those with one agent for both, and how it carries connections between them.
+const NODES: [(&str, u8, &str); 2] =
+    [("node-mtls", 4, "mtls"), ("node-local", 5, "verified-local")];
+
 const MESHED_CLIENT: u8 = 11;
 const MESHED_SERVER: u8 = 21;
+/// The callers and servers of one node.
+const NODE_PAIRS: [[(&str, u8); 2]; 2] =
+    [[("mtls-caller", 41), ("mtls-server", 42)], [("local-caller", 51), ("local-server", 52)]];
 const PLAIN_CLIENT: u8 = 31;
 const PLAIN_SERVER: u8 = 32;
 
@@ -41,11 +48,27 @@ pub(crate) enum Contender {
     Haproxy,
     Stunnel,
     Hauberk,
+    /// Both workloads on one node.
+    OneNode,
+    /// The same under `verified-local`.
+    VerifiedLocal,
 }
 
 impl Contender {
-    pub(crate) const ALL: [Self; 5] =
-        [Self::Raw, Self::Plain, Self::Haproxy, Self::Stunnel, Self::Hauberk];
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Raw,
+        Self::Plain,
+        Self::Haproxy,
+        Self::Stunnel,
+        Self::Hauberk,
+        Self::OneNode,
+        Self::VerifiedLocal,
+    ];
+
+    /// Whether it is a relay at each of the two ends, and not nothing or one for both.
+    pub(crate) fn is_a_pair(self) -> bool {
+        !matches!(self, Self::Raw | Self::OneNode | Self::VerifiedLocal)
+    }
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -54,6 +77,8 @@ impl Contender {
             Self::Haproxy => "haproxy",
             Self::Stunnel => "stunnel",
             Self::Hauberk => "hauberk",
+            Self::OneNode => "hauberk, one node",
+            Self::VerifiedLocal => "hauberk, one node, verified-local",
         }
     }
 
@@ -65,6 +90,8 @@ impl Contender {
             Self::Haproxy => "haproxy",
             Self::Stunnel => "stunnel",
             Self::Hauberk => "hauberk",
+            Self::OneNode => "one-node",
+            Self::VerifiedLocal => "verified-local",
         }
     }
 }
@@ -106,24 +133,35 @@ impl Field {
         ] {
             lab.add(name, number)?;
         }
+        for (name, number, _) in NODES {
+            lab.add(name, number)?;
+        }
+        for (name, number) in NODE_PAIRS.into_iter().flatten() {
+            lab.add(name, number)?;
+            lab.namespace(name)?.run(many_ports)??;
+        }
         drop(cubic);
         for name in ["caller", "server", "plain-caller", "plain-server"] {
             lab.namespace(name)?.run(many_ports)??;
         }
         let servers = [("server", MESHED_SERVER), ("plain-server", PLAIN_SERVER)]
+            .into_iter()
+            .chain(NODE_PAIRS.map(|[_, server]| server))
             .map(|(namespace, number)| {
                 let mut command = on_cpu(0, &program);
                 let address = SocketAddr::new(ipv4(number), SERVER);
                 command.arg("serve").arg(address.to_string());
                 lab.spawn(namespace, &format!("serve-{namespace}"), &mut command)
             })
-            .into_iter()
             .collect::<anyhow::Result<Vec<_>>>()?;
         write_manifests(&lab, rules)?;
         // Certificates of a minute: rotation goes on all the time.
         lab.start_control_plane(&["--workload-certificate-lifetime", "60s"])?;
         for machine in MACHINES {
             lab.start_agent(machine, agent_arguments)?;
+        }
+        for (machine, _, edges) in NODES {
+            lab.start_agent(machine, &["--local-edges", edges])?;
         }
         lab.wait_ready().context("the mesh")?;
         Ok(Self { lab, program, _servers: servers })
@@ -133,6 +171,8 @@ impl Field {
     pub(crate) fn ready(&self, contender: Contender) -> anyhow::Result<Ready<'_>> {
         let (client, address) = match contender {
             Contender::Hauberk => ("caller", SocketAddr::new(ipv4(MESHED_SERVER), SERVER)),
+            Contender::OneNode => of_pair(NODE_PAIRS[0]),
+            Contender::VerifiedLocal => of_pair(NODE_PAIRS[1]),
             Contender::Raw => ("plain-caller", SocketAddr::new(ipv4(PLAIN_SERVER), SERVER)),
             Contender::Plain | Contender::Haproxy | Contender::Stunnel => {
                 ("plain-caller", SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), NEAR))
@@ -141,6 +181,8 @@ impl Field {
         let (running, processes) = match contender {
             Contender::Raw => (Vec::new(), Vec::new()),
             Contender::Hauberk => (Vec::new(), self.agents()?.to_vec()),
+            Contender::OneNode => (Vec::new(), vec![self.agent(NODES[0].0)?]),
+            Contender::VerifiedLocal => (Vec::new(), vec![self.agent(NODES[1].0)?]),
             Contender::Plain | Contender::Haproxy | Contender::Stunnel => {
                 let running = self.start(contender)?;
                 let processes = running.iter().map(Running::process).collect();
@@ -180,7 +222,9 @@ impl Field {
             ],
             Contender::Haproxy => haproxy(&folder, far)?,
             Contender::Stunnel => stunnel(&folder, far)?,
-            Contender::Raw | Contender::Hauberk => bail!("{} is not started", contender.name()),
+            Contender::Raw | Contender::Hauberk | Contender::OneNode | Contender::VerifiedLocal => {
+                bail!("{} is not started", contender.name())
+            }
         };
         // The far half first: the near one may look for it.
         let [mut near, mut far] = halves;
@@ -198,8 +242,12 @@ impl Field {
 
     /// Hauberk's agents, the caller's and the server's.
     pub(crate) fn agents(&self) -> anyhow::Result<[u32; 2]> {
-        let [near, far] = MACHINES.map(|machine| self.lab.process(machine).context("no agent"));
+        let [near, far] = MACHINES.map(|machine| self.agent(machine));
         Ok([near?, far?])
+    }
+
+    fn agent(&self, machine: &str) -> anyhow::Result<u32> {
+        self.lab.process(machine).context("no agent")
     }
 
     /// Throws away what the agents have recorded, as a log rotation does: millions of connections would fill
@@ -222,6 +270,11 @@ impl Field {
         let congestion = self.lab.namespace("caller")?.run(|| fs::read_to_string(CONGESTION))??;
         Ok(format!("{} policies, congestion control {}", status.policies, congestion.trim()))
     }
+}
+
+/// Where a pair of workloads of one node is loaded from, and where its server is.
+fn of_pair([(caller, _), (_, server)]: [(&'static str, u8); 2]) -> (&'static str, SocketAddr) {
+    (caller, SocketAddr::new(ipv4(server), SERVER))
 }
 
 /// What a load cost.
@@ -309,19 +362,32 @@ impl Ready<'_> {
     pub(crate) fn memory_with(&self, connections: usize, burst: bool) -> anyhow::Result<[f64; 2]> {
         let more: &[&str] = if burst { &["--burst"] } else { &[] };
         let mut command = self.command(Kind::Idle, connections, 0.0, more);
+        self.holding(&mut command, || self.memory())?
+    }
+
+    /// Does some work beside so many idle connections.
+    pub(crate) fn beside<T>(
+        &self,
+        connections: usize,
+        work: impl FnOnce() -> T,
+    ) -> anyhow::Result<T> {
+        self.holding(&mut self.command(Kind::Idle, connections, 0.0, &[]), work)
+    }
+
+    fn holding<T>(&self, command: &mut Command, work: impl FnOnce() -> T) -> anyhow::Result<T> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let namespace = self.field.lab.namespace(self.client)?;
         let mut child = namespace.run(|| command.spawn())?.context("start the load")?;
         let mut line = String::new();
         let mut stdout = BufReader::new(child.stdout.take().context("no output")?);
         stdout.read_line(&mut line)?;
-        let after = self.memory();
+        let done = work();
         // Its end lets the connections go.
         drop(child.stdin.take());
         stdout.read_line(&mut String::new())?;
         let status = child.wait()?;
         ensure!(line.trim() == "holding" && status.success(), "the connections were not held");
-        after
+        Ok(done)
     }
 }
 
@@ -363,26 +429,35 @@ fn on_cpu(cpu: usize, program: &Path) -> Command {
 
 fn write_manifests(lab: &Lab, rules: usize) -> anyhow::Result<()> {
     let mut text = String::new();
-    for (machine, number) in [("machine-a", 2), ("machine-b", 3)] {
+    let nodes = NODES.map(|(machine, number, _)| (machine, number));
+    for (machine, number) in [("machine-a", 2), ("machine-b", 3)].into_iter().chain(nodes) {
         text += &format!(
             "---\napiVersion: hauberk.dev/v1alpha1\nkind: Machine\nmetadata: {{name: {machine}}}\n\
              spec: {{addresses: ['{}']}}\n",
             ipv4(number)
         );
     }
-    for (name, machine, number, ports) in [
-        ("caller", "machine-a", MESHED_CLIENT, String::new()),
-        ("server", "machine-b", MESHED_SERVER, ports()),
-    ] {
+    let mut workloads = vec![
+        ("caller", "machine-a", MESHED_CLIENT, "caller"),
+        ("server", "machine-b", MESHED_SERVER, "server"),
+    ];
+    for ((machine, ..), [caller, server]) in NODES.into_iter().zip(NODE_PAIRS) {
+        workloads.push((caller.0, machine, caller.1, "caller"));
+        workloads.push((server.0, machine, server.1, "server"));
+    }
+    for (name, machine, number, app) in workloads {
+        let ports = if app == "server" { ports() } else { String::new() };
         text += &format!(
             "---\napiVersion: hauberk.dev/v1alpha1\nkind: Workload\n\
-             metadata: {{name: {name}, namespace: bench, labels: {{app: {name}}}}}\n\
+             metadata: {{name: {name}, namespace: bench, labels: {{app: {app}}}}}\n\
              spec: {{machine: {machine}, serviceAccount: {name}, \
              process: {{networkNamespace: {name}}}, addresses: ['{}'], ports: [{ports}]}}\n",
             ipv4(number)
         );
     }
-    text += &policy("server", &rule("caller", "bench", "caller"));
+    let callers = ["caller"].into_iter().chain(NODE_PAIRS.map(|[caller, _]| caller.0));
+    let own: String = callers.map(|caller| rule(caller, "bench", caller)).collect();
+    text += &policy("server", &own);
     lab.write_manifest("bench.yaml", &text)?;
     // A hundred rules each, about callers that never come.
     for number in 0..rules.div_ceil(100) {

@@ -52,7 +52,13 @@ pub(crate) const FIGURES: &[Figure] = &[
     figure("the same after a burst, server's relay", "kB", false),
     figure("small exchanges p99, 1,000 connections", "µs", false),
     figure("small exchanges p99, 1,000 connections beside a bulk stream", "µs", false),
+    figure("round trips, 64 connections beside 9,300 idle ones", "1/s", true),
+    figure("new connections, 16 at once beside 9,300 idle ones", "1/s", true),
 ];
+
+/// What can be measured by itself.
+const PARTS: [&str; 6] =
+    ["memory", "throughput", "round trips", "new connections", "fairness", "crowd"];
 
 /// Every value that was measured, by figure and contender.
 #[derive(Debug, Default, Serialize)]
@@ -83,7 +89,14 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
             args.contenders.is_empty() || args.contenders.iter().any(|w| w == contender.word())
         })
         .collect();
-    ensure!(!wanted.is_empty(), "no contender of {:?} is known", args.contenders);
+    let known = Contender::ALL.map(Contender::word);
+    for word in &args.contenders {
+        ensure!(known.contains(&word.as_str()), "{word} is not one of {}", known.join(", "));
+    }
+    for part in &args.figures {
+        let known = PARTS.iter().any(|word| word.contains(part.as_str()));
+        ensure!(known, "{part} is in none of {}", PARTS.join(", "));
+    }
     let started = Instant::now();
     let field = Field::new(args.rules, &[])?;
     eprintln!("the field is ready: {}, {} rules", field.status()?, args.rules);
@@ -126,7 +139,7 @@ impl Turn<'_> {
     fn measure(&mut self, first_round: bool) -> anyhow::Result<()> {
         let seconds = self.args.duration().as_secs_f64();
         // Memory does not vary as speed does: once is enough. First, before the heap has grown.
-        if first_round && self.wants("memory") && self.contender != Contender::Raw {
+        if first_round && self.wants("memory") && self.contender.is_a_pair() {
             self.memory()?;
         }
         if self.wants("throughput") {
@@ -138,8 +151,11 @@ impl Turn<'_> {
         if self.wants("new connections") {
             self.connects(seconds)?;
         }
-        if self.wants("fairness") {
+        if self.wants("fairness") && self.contender.is_a_pair() {
             self.fairness(seconds)?;
+        }
+        if self.wants("crowd") && matches!(self.contender, Contender::Plain | Contender::Hauberk) {
+            self.crowd(seconds)?;
         }
         Ok(())
     }
@@ -219,6 +235,26 @@ impl Turn<'_> {
             ensure!(measured.failed == 0, "{name}: {} connections failed", measured.failed);
             let [_, p99, _] = measured.latency_us.context("nothing came back")?;
             self.add(name, "µs", p99);
+        }
+        Ok(())
+    }
+
+    /// Beside nearly as many idle connections as a process may have.
+    fn crowd(&mut self, seconds: f64) -> anyhow::Result<()> {
+        let many = processes::many_connections()?.saturating_sub(500);
+        let ready = &self.ready;
+        let (rounds, connects) = ready.beside(many, || {
+            (
+                ready.load(Kind::Rounds, 64, seconds, &[]),
+                ready.load(Kind::Connects, 16, seconds, &[]),
+            )
+        })?;
+        for (measured, name) in [
+            (rounds?, "round trips, 64 connections beside 9,300 idle ones"),
+            (connects?, "new connections, 16 at once beside 9,300 idle ones"),
+        ] {
+            ensure!(measured.failed == 0, "{name}: {} connections failed", measured.failed);
+            self.add(name, "1/s", measured.per_second());
         }
         Ok(())
     }

@@ -78,10 +78,10 @@ pub(crate) struct RunArgs {
     /// Seconds of each measurement.
     #[arg(long, default_value_t = 3.0)]
     seconds: f64,
-    /// Only these contenders.
+    /// Only these contenders: raw, plain, haproxy, stunnel, hauberk, one-node, verified-local.
     #[arg(long, value_delimiter = ',')]
     contenders: Vec<String>,
-    /// Only figures whose name contains one of these.
+    /// Only figures of these: memory, throughput, round trips, new connections, fairness, crowd.
     #[arg(long, value_delimiter = ',')]
     figures: Vec<String>,
     /// Rules in Hauberk's policy, besides the one that allows the load.

@@ -165,6 +165,7 @@ impl Session {
                 is_source: role == Role::Source,
                 tls: Arc::new(tls),
                 server_name,
+                shown_until: own.as_ref().map(|own| own.facts().not_after()),
                 own,
                 trust,
                 made: Instant::now(),
