@@ -18,7 +18,7 @@ demo:
 generate:
     cargo run -p hauberk-proto-generate
 
-# Hauberk beside raw TCP, plain relays, haproxy and stunnel: a quarter of an hour, as root, with haproxy,
+# Hauberk beside raw TCP, plain relays, haproxy and stunnel: half an hour, as root, with haproxy,
 # stunnel4 and util-linux installed.
 bench:
     cargo run --release -p hauberk-bench -- run --rounds 3 --seconds 2 --out docs

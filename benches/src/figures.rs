@@ -154,7 +154,10 @@ impl Turn<'_> {
         if self.wants("fairness") && self.contender.is_a_pair() {
             self.fairness(seconds)?;
         }
-        if self.wants("crowd") && matches!(self.contender, Contender::Plain | Contender::Hauberk) {
+        if !self.args.quick
+            && self.wants("crowd")
+            && matches!(self.contender, Contender::Plain | Contender::Hauberk)
+        {
             self.crowd(seconds)?;
         }
         Ok(())
@@ -269,6 +272,9 @@ impl Turn<'_> {
             (many, false, "memory of an idle connection of 10,000"),
             (many, true, "the same after a burst"),
         ] {
+            if self.args.quick && connections == many {
+                continue;
+            }
             let held = self.ready.memory_with(connections, burst);
             let [near, far] = match held {
                 Ok(held) => held,

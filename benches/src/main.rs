@@ -69,9 +69,9 @@ enum Command {
 /// What is measured, and how long.
 #[derive(clap::Args)]
 pub(crate) struct RunArgs {
-    /// Two rounds of short measurements, under five minutes.
+    /// Two rounds of short measurements, under five minutes: nothing of 10,000 connections.
     #[arg(long)]
-    quick: bool,
+    pub(crate) quick: bool,
     /// Rounds; each measures every contender, in another order.
     #[arg(long, default_value_t = 5)]
     rounds: usize,

@@ -11,7 +11,9 @@ use std::{
 
 use anyhow::{Context, bail};
 use hauberk_linux::packets::{CaptureOptions, Interface, PacketCapture, PcapFile};
+use serde::Serialize;
 
+use crate::Output;
 use crate::lab::{Lab, become_root, interrupted, ipv4, listen_for_interrupts};
 
 /// How the demonstration runs.
@@ -20,6 +22,61 @@ pub(crate) struct Args {
     /// Leave it running, to play with, until Ctrl-C.
     #[arg(long)]
     keep: bool,
+
+    /// How to tell of it: step by step, or what came of it as one value.
+    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    output: Output,
+}
+
+/// What came of it.
+#[derive(Serialize)]
+struct Outcome {
+    /// What the ledger answered, and the record of its agent.
+    allowed: Attempt,
+    /// How the other caller was refused, and the record of its agent.
+    denied: Attempt,
+    /// The lines of the agents' metrics that tell of both.
+    metrics: Vec<Metric>,
+    wire: Wire,
+}
+
+#[derive(Serialize)]
+struct Attempt {
+    answer: String,
+    record: serde_json::Value,
+}
+
+#[derive(Serialize)]
+struct Metric {
+    machine: &'static str,
+    line: String,
+}
+
+/// What the wire between the machines saw.
+#[derive(Serialize)]
+struct Wire {
+    frames: u64,
+    handshakes: usize,
+    offers_x25519mlkem768: bool,
+    takes_x25519mlkem768: bool,
+    takes_tls_13: bool,
+    payload_in_clear: bool,
+}
+
+/// Tells people, step by step; programs get the outcome.
+#[derive(Clone, Copy)]
+struct Narrator(Output);
+
+impl Narrator {
+    fn step(self, text: &str) {
+        self.say(&format!("\n▶ {text}"));
+    }
+
+    fn say(self, text: &str) {
+        if self.0 == Output::Text {
+            println!("{text}");
+        }
+    }
 }
 
 const WEB: u8 = 11;
@@ -96,7 +153,8 @@ spec:
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let own_users = become_root()?;
     listen_for_interrupts()?;
-    step("making two machines and three services: network namespaces on a bridge");
+    let narrator = Narrator(args.output);
+    narrator.step("making two machines and three services: network namespaces on a bridge");
     let program = std::env::current_exe().context("find this program")?;
     let mut lab = Lab::new(vec![OsString::from(program)])?;
     lab.add("machine-a", 2)?;
@@ -109,9 +167,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     {
         lab.write_manifest(name, text)?;
     }
-    step("starting the control plane, with a certificate authority of its own");
+    narrator.step("starting the control plane, with a certificate authority of its own");
     lab.start_control_plane(&[])?;
-    step("joining two agents with one-use tokens; they capture the services");
+    narrator.step("joining two agents with one-use tokens; they capture the services");
     for machine in ["machine-a", "machine-b"] {
         lab.start_agent(machine, &["--remove-rules-on-stop"])?;
     }
@@ -127,42 +185,50 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         })
     })??;
 
-    step("checkout asks the ledger, which the ledger's owner allows");
+    narrator.step("checkout asks the ledger, which the ledger's owner allows");
     let answer = lab.get("checkout", ledger, "/").with_context(|| logs(&lab))?;
-    println!("    GET http://{ledger}/ -> {}", answer.trim());
+    narrator.say(&format!("    GET http://{ledger}/ -> {}", answer.trim()));
     interrupted()?;
-    step("web asks the ledger, which nobody allows");
-    match lab.get("web", ledger, "/") {
+    narrator.step("web asks the ledger, which nobody allows");
+    let refusal = match lab.get("web", ledger, "/") {
         Ok(answer) => bail!("web got an answer, and should not have: {answer}"),
-        Err(error) => println!("    GET http://{ledger}/ -> {error}"),
-    }
+        Err(error) => error.to_string(),
+    };
+    narrator.say(&format!("    GET http://{ledger}/ -> {refusal}"));
     let allowed = record(&lab, "machine-b", "\"decision\":\"allow\"")?;
     let denied = record(&lab, "machine-a", "\"decision\":\"deny\"")?;
-    step("the record of the allowed connection, from the ledger's agent");
-    println!("{}", pretty(&allowed)?);
-    step("the record of the denied one, from web's agent: reason, owner and mend");
-    println!("{}", pretty(&denied)?);
-    step("the metrics that tell of them");
+    narrator.step("the record of the allowed connection, from the ledger's agent");
+    narrator.say(&pretty(&allowed)?);
+    narrator.step("the record of the denied one, from web's agent: reason, owner and mend");
+    narrator.say(&pretty(&denied)?);
+    narrator.step("the metrics that tell of them");
     let metrics = SocketAddr::from(([127, 0, 0, 1], 9465));
+    let mut told = Vec::new();
     for machine in ["machine-a", "machine-b"] {
         let page = lab.get(machine, metrics, "/metrics")?;
         for line in page.lines().filter(|line| {
             line.starts_with("hauberk_connections_total")
                 || line.starts_with("hauberk_connections_denied_total")
         }) {
-            println!("    {machine}  {line}");
+            narrator.say(&format!("    {machine}  {line}"));
+            told.push(Metric { machine, line: line.to_owned() });
         }
     }
-    prove_wire(capture)?;
+    let wire = prove_wire(capture, narrator)?;
+    if args.output == Output::Json {
+        let outcome = Outcome {
+            allowed: Attempt { answer: answer.trim().to_owned(), record: allowed },
+            denied: Attempt { answer: refusal, record: denied },
+            metrics: told,
+            wire,
+        };
+        println!("{}", serde_json::to_string(&outcome)?);
+    }
     if args.keep {
         keep(&lab, ledger, own_users)?;
     }
-    step("stopping; nothing is left behind");
+    narrator.step("stopping; nothing is left behind");
     Ok(ExitCode::SUCCESS)
-}
-
-fn step(text: &str) {
-    println!("\n▶ {text}");
 }
 
 /// The service that others want: it answers with what must stay secret.
@@ -191,27 +257,26 @@ fn serve_ledger(lab: &Lab, address: SocketAddr) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn record(lab: &Lab, machine: &str, part: &str) -> anyhow::Result<String> {
+fn record(lab: &Lab, machine: &str, part: &str) -> anyhow::Result<serde_json::Value> {
     let mut found = None;
     lab.wait("the record", Duration::from_secs(5), |lab| {
         let text = std::fs::read_to_string(lab.records(machine))?;
         found = text.lines().find(|line| line.contains(part)).map(str::to_owned);
         if found.is_some() { Ok(()) } else { bail!("{machine} has no record with {part}") }
     })?;
-    found.context("no record")
+    Ok(serde_json::from_str(&found.context("no record")?)?)
 }
 
-fn pretty(line: &str) -> anyhow::Result<String> {
-    let value: serde_json::Value = serde_json::from_str(line)?;
-    let text = serde_json::to_string_pretty(&value)?;
+fn pretty(record: &serde_json::Value) -> anyhow::Result<String> {
+    let text = serde_json::to_string_pretty(record)?;
     Ok(text.lines().map(|line| format!("    {line}\n")).collect::<String>().trim_end().to_owned())
 }
 
 /// What the wire between the machines saw.
-fn prove_wire(capture: PacketCapture) -> anyhow::Result<()> {
+fn prove_wire(capture: PacketCapture, narrator: Narrator) -> anyhow::Result<Wire> {
     const TLS13: u16 = 0x0304;
     const X25519MLKEM768: u16 = 0x11ec;
-    step("the wire between the machines, captured meanwhile");
+    narrator.step("the wire between the machines, captured meanwhile");
     // The last packets of the connections are on their way.
     std::thread::sleep(Duration::from_millis(200));
     let captured = capture.stop()?;
@@ -219,23 +284,29 @@ fn prove_wire(capture: PacketCapture) -> anyhow::Result<()> {
     let first = handshakes.first().context("the wire saw no TLS handshake between the agents")?;
     let client = first.client.as_ref().context("the wire saw no ClientHello")?;
     let server = first.server.as_ref().context("the wire saw no ServerHello")?;
-    println!(
+    let wire = Wire {
+        frames: captured.frames(),
+        handshakes: handshakes.len(),
+        offers_x25519mlkem768: client.groups.contains(&X25519MLKEM768),
+        takes_x25519mlkem768: server.group == Some(X25519MLKEM768),
+        takes_tls_13: server.version == TLS13,
+        payload_in_clear: captured.contains(PAYLOAD.as_bytes()),
+    };
+    narrator.say(&format!(
         "    {} frames, {} TLS handshakes between agents",
-        captured.frames(),
-        handshakes.len()
-    );
-    println!(
+        wire.frames, wire.handshakes
+    ));
+    narrator.say(&format!(
         "    ClientHello offers X25519MLKEM768: {}; ServerHello takes TLS 1.3: {}, X25519MLKEM768: {}",
-        yes(client.groups.contains(&X25519MLKEM768)),
-        yes(server.version == TLS13),
-        yes(server.group == Some(X25519MLKEM768)),
-    );
-    let leaked = captured.contains(PAYLOAD.as_bytes());
-    println!("    the payload {PAYLOAD:?} in clear: {}", yes(leaked));
-    if leaked || server.version != TLS13 {
+        yes(wire.offers_x25519mlkem768),
+        yes(wire.takes_tls_13),
+        yes(wire.takes_x25519mlkem768),
+    ));
+    narrator.say(&format!("    the payload {PAYLOAD:?} in clear: {}", yes(wire.payload_in_clear)));
+    if wire.payload_in_clear || !wire.takes_tls_13 {
         bail!("the wire was not protected");
     }
-    Ok(())
+    Ok(wire)
 }
 
 fn yes(is: bool) -> &'static str {
@@ -269,7 +340,7 @@ fn keep(lab: &Lab, ledger: SocketAddr, own_users: bool) -> anyhow::Result<()> {
     };
     let program = std::env::current_exe().context("find this program")?;
     let hauberk = program.display();
-    step("it goes on running until Ctrl-C; from another terminal:");
+    println!("\n▶ it goes on running until Ctrl-C; from another terminal:");
     println!("    allowed:  {} curl -s http://{ledger}/", enter("checkout")?);
     println!("    denied:   {} curl -s http://{ledger}/", enter("web")?);
     println!("    metrics:  {} curl -s http://127.0.0.1:9465/metrics", enter("machine-b")?);

@@ -68,6 +68,10 @@ struct JoinArgs {
     /// The join token.
     token: hauberk_proto::token::JoinToken,
 
+    /// How logs are written; as --log-format.
+    #[arg(short, long, value_enum)]
+    output: Option<Output>,
+
     #[command(flatten)]
     args: hauberk_agent::config::Args,
 }
@@ -158,8 +162,14 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Action::Agent(AgentArgs { args, action: Some(AgentAction::Cleanup) }) => {
             return hauberk_agent::app::cleanup(&args);
         }
-        Action::Join(JoinArgs { token, mut args }) => {
+        Action::Join(JoinArgs { token, output, mut args }) => {
             args.join_token = Some(token);
+            if let Some(output) = output {
+                args.log_format = match output {
+                    Output::Text => hauberk_agent::config::LogFormat::Text,
+                    Output::Json => hauberk_agent::config::LogFormat::Json,
+                };
+            }
             return hauberk_agent::app::main(args);
         }
         Action::Token(TokenAction::Create { node, ttl, asking }) => {

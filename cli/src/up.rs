@@ -8,7 +8,7 @@ use hauberk_proto::v1;
 use hauberk_telemetry::{LogFormat, LogOptions};
 use tokio_util::sync::CancellationToken;
 
-use crate::operator;
+use crate::{Output, operator};
 
 /// How long the own control plane may take to answer.
 const START: Duration = Duration::from_secs(20);
@@ -53,6 +53,10 @@ pub(crate) struct Args {
     #[arg(long, env = "HAUBERK_NETNS_DIR", value_name = "DIR", default_value = "/run/netns")]
     netns_dir: PathBuf,
 
+    /// How logs are written.
+    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    output: Output,
+
     /// Stop when standard input ends: for a parent that must not leave children behind.
     #[arg(long, hide = true)]
     stop_with_stdin: bool,
@@ -67,7 +71,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             .ok()
             .context("the host name is not text; give --machine NAME")?,
     };
-    hauberk_telemetry::log::init(&LogOptions { format: LogFormat::Text, filter: None })?;
+    let format = match args.output {
+        Output::Text => LogFormat::Text,
+        Output::Json => LogFormat::Json,
+    };
+    hauberk_telemetry::log::init(&LogOptions { format, filter: None })?;
     hauberk_telemetry::process::raise_file_limit();
     hauberk_telemetry::process::keep_memory_private();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

@@ -20,6 +20,7 @@ use crate::command::{Beside, Folder};
 crate::trials!(
     the_demo_shows_what_is_allowed_denied_and_protected,
     the_demo_needs_no_root,
+    the_demo_tells_programs_in_one_value,
     a_demo_that_is_kept_can_be_played_with,
     a_demo_of_an_ordinary_user_can_be_played_with,
 );
@@ -188,6 +189,25 @@ fn shows_all(text: &str) -> anyhow::Result<()> {
         ensure!(shown, "no line has {parts:?}:\n{text}");
     }
     Ok(())
+}
+
+fn the_demo_tells_programs_in_one_value() -> anyhow::Result<()> {
+    let stage = Stage::set("demo-json", Who::Us)?;
+    let mut demo = stage.start(&["-o", "json"])?;
+    let status = demo.end()?;
+    let text = demo.text()?;
+    ensure!(status.success(), "it ended with {status}:\n{text}");
+    let told: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    let (allowed, denied) = (&told["allowed"], &told["denied"]);
+    let answer = allowed["answer"].as_str().unwrap_or_default();
+    ensure!(answer.contains(PAYLOAD), "{allowed}");
+    ensure!(is(&allowed["record"], "decision", "allow"), "{allowed}");
+    ensure!(is(&denied["record"], "reason", "no_matching_rule"), "{denied}");
+    let metrics = told["metrics"].as_array().context("no metrics")?;
+    ensure!(metrics.iter().any(|metric| is(metric, "machine", "machine-a")), "{text}");
+    let wire = &told["wire"];
+    ensure!(wire["payload_in_clear"] == false && wire["takes_tls_13"] == true, "{wire}");
+    stage.nothing_is_left()
 }
 
 fn demonstrates(name: &str, who: Who) -> anyhow::Result<()> {
