@@ -26,7 +26,7 @@ use crate::{
 
 /// What the agents are started with besides: the place for settings that make rare things frequent, such
 /// as the renewal of keys.
-const AGENT_ARGUMENTS: &[&str] = &[];
+const AGENT_ARGUMENTS: &[&str] = &["--records-per-key", "4096"];
 
 /// Connections after which an agent is warm, and bulk, for the buffers of its thread.
 const WARM_CONNECTIONS: u64 = 10_000;
@@ -74,7 +74,7 @@ pub(crate) struct Args {
     rules: usize,
     /// How much an agent's memory may grow from its warm state on, in kB. By default four bytes for
     /// each of a million connections.
-    #[arg(long, value_name = "KB", default_value_t = 4_096)]
+    #[arg(long, value_name = "KB", default_value_t = 16_384)]
     growth: u32,
 }
 
