@@ -72,8 +72,8 @@ pub(crate) struct Args {
     /// Rules in the policy, besides the one that allows the load.
     #[arg(long, default_value_t = 10_000)]
     rules: usize,
-    /// How much an agent's memory may grow from its warm state on, in kB. By default four bytes for
-    /// each of a million connections.
+    /// How much an agent's memory may grow from its warm state on, in kB. Less than the default comes
+    /// and goes with what the heap keeps.
     #[arg(long, value_name = "KB", default_value_t = 16_384)]
     growth: u32,
 }
