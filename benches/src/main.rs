@@ -99,7 +99,7 @@ impl RunArgs {
     }
 
     fn duration(&self) -> Duration {
-        Duration::from_secs_f64(if self.quick { 0.7 } else { self.seconds })
+        Duration::from_secs_f64(if self.quick { 0.5 } else { self.seconds })
     }
 }
 
