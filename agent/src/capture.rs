@@ -47,6 +47,8 @@ pub(crate) struct Captures {
 pub(crate) struct Captured {
     namespaces: BTreeMap<String, NamespaceCapture>,
     host: Option<HostCapture>,
+    /// The agent could not listen on the host: rules are there that only close.
+    host_closed: bool,
     /// Those whose workload is gone, since when. The resets of their connections pass through the
     /// rules: without them the kernel would no longer translate the addresses, and the
     /// applications would wait for ever.
@@ -61,8 +63,8 @@ impl Captured {
         for capture in self.namespaces.values().chain(leaving) {
             capture.remove_rules();
         }
-        if let Some(host) = &self.host {
-            host.remove_rules();
+        if self.host.is_some() || self.host_closed {
+            HostCapture::remove_rules();
         }
     }
 
@@ -185,12 +187,15 @@ impl Captures {
 
     fn host(&mut self, workloads: &[Arc<MeshWorkload>], current: &mut Captured) {
         if workloads.is_empty() {
+            if std::mem::take(&mut current.host_closed) {
+                HostCapture::remove_rules();
+            }
             let Some(host) = &mut current.host else { return };
             let since = *current.host_leaving.get_or_insert_with(Instant::now);
             if since.elapsed() < LEAVING {
                 host.update(&self.context, &[], &mut self.identities);
             } else {
-                host.remove_rules();
+                HostCapture::remove_rules();
                 current.host = None;
             }
             return;
@@ -199,9 +204,13 @@ impl Captures {
         let host = match &mut current.host {
             Some(host) => host,
             None => match HostCapture::start(&self.context) {
-                Ok(host) => current.host.insert(host),
+                Ok(host) => {
+                    current.host_closed = false;
+                    current.host.insert(host)
+                }
                 Err(error) => {
                     let mut text = format!("{error:#}");
+                    current.host_closed = true;
                     if let Err(error) = HostCapture::close(workloads) {
                         text = format!("{text}; nor could its ports be closed: {error:#}");
                     }

@@ -17,7 +17,8 @@ use tokio::{
 
 use crate::session::{RECORD, SLOTS, with_scratch};
 
-/// The two connections, which are reset if they end otherwise than well, and the counters of the ends that this agent tells of.
+/// The two connections, which are reset if they end otherwise than well, and the counters of the ends that
+/// this agent tells of.
 pub(crate) struct Joined {
     caller: TcpStream,
     called: TcpStream,

@@ -38,7 +38,7 @@ pub(crate) struct LocalEdge<'a> {
 enum Cut {
     Policy(Denial),
     Unregistered,
-    Certificate(String),
+    Certificate(Reason, String),
     Draining,
 }
 
@@ -128,7 +128,14 @@ impl LocalEdge<'_> {
                 },
             }
             if let Err((denial, detail)) = self.check_both() {
-                break Cut::Certificate(detail.unwrap_or(denial.mend));
+                break match denial.reason {
+                    // There was one: whoever renews it took it out of use at its end.
+                    Reason::NotReady => {
+                        let text = "a workload's certificate ended and there is no newer one";
+                        Cut::Certificate(Reason::ExpiredCert, text.to_owned())
+                    }
+                    reason => Cut::Certificate(reason, detail.unwrap_or(denial.mend)),
+                };
             }
             let snapshot = snapshots.borrow_and_update().clone();
             match permit.renew(&snapshot) {
@@ -210,8 +217,8 @@ impl Cut {
                 let text = "a workload of it is no longer registered here".to_owned();
                 report.terminated(Reason::PolicyRevoked, text);
             }
-            Self::Certificate(detail) => {
-                report.terminated(Reason::ExpiredCert, detail.clone());
+            Self::Certificate(reason, detail) => {
+                report.terminated(*reason, detail.clone());
             }
             Self::Draining => {
                 report.closed("draining", Some("the agent is stopping".to_owned()));

@@ -334,7 +334,7 @@ impl HostCapture {
         &self.locals
     }
 
-    pub(super) fn remove_rules(&self) {
+    pub(super) fn remove_rules() {
         if let Err(error) = capture::remove() {
             tracing::warn!(%error, "the host's capture rules could not be removed");
         }

@@ -18,6 +18,7 @@ use crate::programs::Process;
 crate::trials!(
     a_service_port_stays_closed_while_its_cgroup_is_gone,
     a_host_on_which_the_agent_cannot_listen_stays_closed,
+    a_host_that_was_only_closed_is_opened_when_its_workload_is_gone,
     a_cgroup_made_anew_is_captured_again,
 );
 
@@ -113,6 +114,19 @@ fn a_host_on_which_the_agent_cannot_listen_stays_closed() -> anyhow::Result<()> 
         Ok(())
     })?;
     is_closed(&mesh, address)
+}
+
+fn a_host_that_was_only_closed_is_opened_when_its_workload_is_gone() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let before = mesh.wait_revision(0)?;
+    let address = answering(&mesh)?;
+    let _taken = mesh.listen("machine-b", SocketAddr::from(([0, 0, 0, 0], 15_006)))?;
+    mesh.write_manifest("store.yaml", &store("{user: '4343'}"))?;
+    let with_store = mesh.wait_revision(before)?;
+    mesh.wait("the closed port", PATIENCE, |mesh| is_closed(mesh, address))?;
+    mesh.remove_manifest("store.yaml")?;
+    mesh.wait_revision(with_store)?;
+    mesh.wait("the open port", PATIENCE, |mesh| answer(mesh, "outside", address))
 }
 
 fn denied_of_batch(mesh: &Mesh) -> anyhow::Result<usize> {
