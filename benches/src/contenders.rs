@@ -115,8 +115,13 @@ pub(crate) struct Ready<'a> {
 }
 
 impl Field {
-    /// With so many rules in Hauberk's policy, and with these arguments to its agents.
-    pub(crate) fn new(rules: usize, agent_arguments: &[&str]) -> anyhow::Result<Self> {
+    /// With so many rules in Hauberk's policy, certificates that live so long (`60s`), and with these arguments
+    /// to its agents.
+    pub(crate) fn new(
+        rules: usize,
+        lifetime: &str,
+        agent_arguments: &[&str],
+    ) -> anyhow::Result<Self> {
         let program = std::env::current_exe()?;
         // Each agent sees one CPU from its start on, and sets itself up for one.
         let hauberk = ["taskset", "-c", "1"].map(OsString::from).into_iter();
@@ -155,8 +160,7 @@ impl Field {
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
         write_manifests(&lab, rules)?;
-        // Certificates of a minute: rotation goes on all the time.
-        lab.start_control_plane(&["--workload-certificate-lifetime", "60s"])?;
+        lab.start_control_plane(&["--workload-certificate-lifetime", lifetime])?;
         for machine in MACHINES {
             lab.start_agent(machine, agent_arguments)?;
         }

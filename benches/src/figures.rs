@@ -98,7 +98,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
         ensure!(known, "{part} is in none of {}", PARTS.join(", "));
     }
     let started = Instant::now();
-    let field = Field::new(args.rules, &[])?;
+    let field = Field::new(args.rules, &args.certificate_lifetime, &[])?;
     eprintln!("the field is ready: {}, {} rules", field.status()?, args.rules);
     let mut results = Results::default();
     for round in 0..args.rounds() {

@@ -87,6 +87,9 @@ pub(crate) struct RunArgs {
     /// Rules in Hauberk's policy, besides the one that allows the load.
     #[arg(long, default_value_t = 10_000)]
     rules: usize,
+    /// How long Hauberk's certificates live; they are renewed at the half, all the time.
+    #[arg(long, default_value = "60s")]
+    certificate_lifetime: String,
     /// The folder for the table (performance-table.md), the plot (performance.svg) and the raw figures
     /// (performance.json); nothing is written without it.
     #[arg(long)]

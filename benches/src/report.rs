@@ -76,11 +76,12 @@ fn table(args: &RunArgs, contenders: &[Contender], field: &str, results: &Result
     let mut text = format!(
         "Medians of {} rounds of {:.1} s each; in brackets least and most. The last columns are the \
          medians of the ratios of each round, Hauberk to the other. Hauberk had {} rules, {field}; \
-         certificates lived 60 s, records and metrics were on. 10,000 connections are as many as a \
+         certificates lived {}, records and metrics were on. 10,000 connections are as many as a \
          process may have here with two files each, at most {}.\n\n| |",
         args.rounds(),
         args.duration().as_secs_f64(),
         args.rules,
+        args.certificate_lifetime,
         crate::processes::many_connections().unwrap_or_default()
     );
     let others: Vec<Contender> = contenders
