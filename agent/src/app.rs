@@ -16,7 +16,9 @@ use crate::{
     capture::{Captures, StatusBoard},
     config::{Args, LocalEdges, LogFormat},
     context::Context,
-    identity::{Identities, Node, draw_jitter, open_node, renew_node, system_time},
+    identity::{
+        Attestation, Identities, Node, PodToken, draw_jitter, open_node, renew_node, system_time,
+    },
     policy::{Enforcer, POLICY_CHECK, Subscription},
 };
 
@@ -87,8 +89,15 @@ pub async fn run(
     };
     let records = RecordSink::start(RecordOptions::new(destination), metrics.records_lost())?;
     let health = Health::new(&[NODE_CHECK, POLICY_CHECK]);
-    let node =
-        open_node(&args.data, args.join_token.as_ref(), args.control_plane.as_deref()).await?;
+    let attestation = match (&args.kubernetes_token, &args.trust_bundle, &args.control_plane) {
+        (Some(token), Some(roots), Some(address)) => Attestation::Pod(PodToken {
+            token: token.clone(),
+            roots: roots.clone(),
+            address: address.clone(),
+        }),
+        _ => Attestation::Token(args.join_token.clone()),
+    };
+    let node = open_node(&args.data, attestation, args.control_plane.as_deref()).await?;
     let enforcer = Arc::new(Enforcer::open(&args.data, metrics.clone(), health.clone()));
     let context = Arc::new(Context::new(
         node.name.clone(),
@@ -110,6 +119,7 @@ pub async fn run(
         context: context.clone(),
         identities,
         netns_dir: args.netns_dir.clone(),
+        cri_socket: args.cri_socket.clone(),
         board: board.clone(),
         snapshots: enforcer.subscribe(),
     };
@@ -188,6 +198,9 @@ fn lock(data: &Path) -> anyhow::Result<nix::fcntl::Flock<std::fs::File>> {
     )
 }
 
+/// Between two tries to attest a node whose certificate has ended.
+const ATTEST_PAUSE: Duration = Duration::from_secs(5);
+
 /// Keeps the node certificate young.
 async fn tend_node(
     mut node: Node,
@@ -207,6 +220,28 @@ async fn tend_node(
             Step::Wait(until) | Step::RetryAt(until) => {
                 let pause = until.since(now).max(Duration::from_millis(20)).min(LONGEST_SLEEP);
                 tokio::time::sleep(pause).await;
+            }
+            // A pod's token needs no certificate to get one.
+            Step::Expired if node.attests_itself() => {
+                health.set(
+                    NODE_CHECK,
+                    HealthState::NotReady("the node certificate has expired".to_owned()),
+                );
+                match renew_node(&mut node).await {
+                    Ok(()) => {
+                        failure = None;
+                        renewed.send_modify(|count| *count += 1);
+                        health.set(NODE_CHECK, HealthState::Ready);
+                        tracing::info!(node = node.name, "the node was attested anew");
+                    }
+                    Err(error) => {
+                        tracing::error!(
+                            error = format!("{error:#}"),
+                            "the node certificate has expired"
+                        );
+                        tokio::time::sleep(ATTEST_PAUSE).await;
+                    }
+                }
             }
             Step::Expired => {
                 let text = "the node certificate has expired: join anew with a new token \

@@ -6,10 +6,11 @@ mod board;
 mod listeners;
 mod locals;
 mod place;
+mod sandboxes;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    collections::{BTreeMap, BTreeSet, HashSet},
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -22,6 +23,7 @@ pub(crate) use locals::Locals;
 
 use crate::{context::Context, identity::Identities, policy::Snapshot};
 use place::{HostCapture, NamespaceCapture};
+use sandboxes::Sandboxes;
 
 /// How often what is there is compared with what should be.
 const RECONCILE: Duration = Duration::from_secs(2);
@@ -38,6 +40,7 @@ pub(crate) struct Captures {
     pub(crate) context: Arc<Context>,
     pub(crate) identities: Identities,
     pub(crate) netns_dir: PathBuf,
+    pub(crate) cri_socket: PathBuf,
     pub(crate) board: StatusBoard,
     pub(crate) snapshots: watch::Receiver<Arc<Snapshot>>,
 }
@@ -110,17 +113,32 @@ async fn next_reconcile(current: &Captured) {
     }
 }
 
+/// The UIDs of the pods of a node.
+fn pods(snapshot: &Snapshot, node: &str) -> HashSet<String> {
+    let uid = |workload: &Arc<MeshWorkload>| match &workload.process {
+        ProcessSelector::Pod { uid, .. } => Some(uid.clone()),
+        ProcessSelector::User(_)
+        | ProcessSelector::Cgroup(_)
+        | ProcessSelector::NetworkNamespace { .. } => None,
+    };
+    snapshot.on_node(node).filter_map(uid).collect()
+}
+
 impl Captures {
     /// Runs until the agent stops taking connections. What is captured then stays so: its rules are
     /// needed while connections drain.
     pub(crate) async fn run(mut self) -> Captured {
         let mut current = Captured::default();
         let mut known = false;
+        let mut sandboxes = Sandboxes::new(self.cri_socket.clone(), self.netns_dir.clone());
         loop {
             let snapshot = self.snapshots.borrow_and_update().clone();
             if snapshot.revision > 0 {
+                sandboxes.look_up(&pods(&snapshot, &self.context.node)).await;
                 // It asks the kernel about every namespace, and waits for its answers.
-                tokio::task::block_in_place(|| self.reconcile(&snapshot, &mut current, known));
+                tokio::task::block_in_place(|| {
+                    self.reconcile(&snapshot, &sandboxes, &mut current, known);
+                });
                 known = true;
             }
             tokio::select! {
@@ -134,7 +152,13 @@ impl Captures {
         }
     }
 
-    fn reconcile(&mut self, snapshot: &Snapshot, current: &mut Captured, known: bool) {
+    fn reconcile(
+        &mut self,
+        snapshot: &Snapshot,
+        sandboxes: &Sandboxes,
+        current: &mut Captured,
+        known: bool,
+    ) {
         let node = self.context.node.clone();
         let wanted: Vec<Arc<MeshWorkload>> = snapshot.on_node(&node).cloned().collect();
         let keys: BTreeSet<String> = wanted.iter().map(|workload| workload.key()).collect();
@@ -146,9 +170,13 @@ impl Captures {
         for workload in wanted {
             match &workload.process {
                 ProcessSelector::NetworkNamespace { name, .. } => {
-                    let name = name.clone();
-                    self.namespace(&workload, &name, current);
+                    let path = self.netns_dir.join(name);
+                    self.namespace(&workload, &path, current);
                 }
+                ProcessSelector::Pod { uid, .. } => match sandboxes.path(uid) {
+                    Ok(path) => self.namespace(&workload, path, current),
+                    Err(error) => self.note(&workload, Err(error)),
+                },
                 ProcessSelector::User(_) | ProcessSelector::Cgroup(_) => on_host.push(workload),
             }
         }
@@ -164,11 +192,10 @@ impl Captures {
         self.context.metrics.set_workloads(enrolled, unenrolled);
     }
 
-    fn namespace(&mut self, workload: &Arc<MeshWorkload>, name: &str, current: &mut Captured) {
+    fn namespace(&mut self, workload: &Arc<MeshWorkload>, path: &Path, current: &mut Captured) {
         let key = workload.key();
-        let path = self.netns_dir.join(name);
         let outcome = match current.namespaces.get_mut(&key) {
-            Some(capture) => match capture.still_there(&path) {
+            Some(capture) => match capture.still_there(path) {
                 Ok(true) => capture.update(workload, &mut self.identities),
                 Ok(false) => {
                     current.namespaces.remove(&key);
@@ -176,9 +203,9 @@ impl Captures {
                 }
                 Err(error) => Err(error),
             },
-            None => NamespaceCapture::start(&self.context, workload, &path, &mut self.identities)
+            None => NamespaceCapture::start(&self.context, workload, path, &mut self.identities)
                 .map(|capture| {
-                    tracing::info!(workload = key, namespace = name, "captured");
+                    tracing::info!(workload = key, namespace = %path.display(), "captured");
                     current.namespaces.insert(key.clone(), capture);
                 }),
         };

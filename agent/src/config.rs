@@ -26,6 +26,25 @@ pub struct Args {
     #[arg(long, env = "HAUBERK_CONTROL_PLANE", value_name = "HOST:PORT")]
     pub control_plane: Option<String>,
 
+    /// In a Kubernetes cluster: the projected service account token of this pod, which attests its node in
+    /// place of a join token. It is read anew each time.
+    #[arg(long, env = "HAUBERK_KUBERNETES_TOKEN", value_name = "FILE",
+          requires_all = ["trust_bundle", "control_plane"], conflicts_with = "join_token")]
+    pub kubernetes_token: Option<PathBuf>,
+
+    /// With --kubernetes-token: the roots of the control plane, PEM.
+    #[arg(long, env = "HAUBERK_TRUST_BUNDLE", value_name = "FILE")]
+    pub trust_bundle: Option<PathBuf>,
+
+    /// The socket of the container runtime, which knows where pods are.
+    #[arg(
+        long,
+        env = "HAUBERK_CRI_SOCKET",
+        value_name = "FILE",
+        default_value = "/run/containerd/containerd.sock"
+    )]
+    pub cri_socket: PathBuf,
+
     /// Where Prometheus scrapes and health is asked.
     #[arg(long, env = "HAUBERK_METRICS", value_name = "ADDR", default_value = "127.0.0.1:9465")]
     pub metrics: SocketAddr,
@@ -94,6 +113,9 @@ impl Args {
             data: "/var/lib/hauberk/agent".into(),
             join_token: None,
             control_plane: None,
+            kubernetes_token: None,
+            trust_bundle: None,
+            cri_socket: "/run/containerd/containerd.sock".into(),
             metrics: SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 9465)),
             records: "-".into(),
             netns_dir: "/run/netns".into(),

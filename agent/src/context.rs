@@ -22,7 +22,9 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{config::LocalEdges, identity::LocalIdentity, policy::Snapshot, pool::Pool};
+use crate::{
+    config::LocalEdges, identity::LocalIdentity, policy::Snapshot, pool::Pool, services::Balancer,
+};
 
 /// A connection that comes before the agent can decide waits this long, rather than being refused.
 const READY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -42,6 +44,8 @@ pub(crate) struct Context {
     /// Records that are sent under one key, if that is less than TLS allows.
     pub(crate) records_per_key: u64,
     pub(crate) handshakes: Arc<Handshakes>,
+    /// Which backends of services get this node's connections.
+    pub(crate) balancer: Arc<Balancer>,
     /// The captured workloads of this node by their keys, for `verified-local`; none under `mtls`.
     pub(crate) neighbours: Option<Neighbours>,
     /// Take no more connections.
@@ -78,6 +82,7 @@ impl Context {
             records,
             records_per_key,
             handshakes: Arc::default(),
+            balancer: Arc::default(),
             neighbours: match local_edges {
                 LocalEdges::Mtls => None,
                 LocalEdges::VerifiedLocal => Some(Neighbours::default()),

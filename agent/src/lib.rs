@@ -26,6 +26,7 @@ mod pool;
 mod quietly;
 mod relay;
 mod report;
+mod services;
 mod session;
 
 #[cfg(test)]

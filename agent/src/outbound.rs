@@ -1,6 +1,6 @@
 //! One outgoing connection of a local workload: where it wants to go, whether it may, and who is there.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Instant};
 
 use hauberk_core::{
     policy::{Denial, Reason, resolve::MeshWorkload},
@@ -74,10 +74,19 @@ async fn carry(
 ) -> Option<TcpStream> {
     let (snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
-    let destination: Arc<MeshWorkload> = match snapshot.find(wanted) {
+    let service = match snapshot.find(wanted) {
+        Found::Unknown => snapshot.service(wanted),
+        Found::Workload(_) | Found::UndeclaredPort => None,
+    };
+    let chosen = service.and_then(|backends| context.balancer.choose(backends));
+    let target = chosen.as_ref().map_or(wanted, |chosen| chosen.backend);
+    let destination: Arc<MeshWorkload> = match snapshot.find(target) {
         Found::Workload(destination) => destination.clone(),
         found @ (Found::UndeclaredPort | Found::Unknown) => {
-            let denial = unknown(&found, wanted, snapshot.revision);
+            let denial = match service {
+                Some(backends) if snapshot.revision > 0 => of_service(backends, wanted, target),
+                Some(_) | None => unknown(&found, wanted, snapshot.revision),
+            };
             return match authorize::pass_audited(&snapshot, &local.workload, denial) {
                 Ok(pass) => {
                     drop(snapshot);
@@ -94,21 +103,25 @@ async fn carry(
         }
     };
     report.destination(&destination.identity, Some(&destination));
-    let checked =
-        authorize::check(&snapshot, &local.workload.identity, &destination.identity, wanted.port());
-    let neighbour = context
-        .neighbours
-        .as_ref()
-        .filter(|_| snapshot.owns_address(&local.workload.identity, from.ip()))
-        .and_then(|neighbours| neighbours.find(&destination));
-    drop(snapshot);
-    let permit = match checked {
+    // Not held in a variable: it would have its place in every connection's future.
+    let permit = match authorize::check(
+        &snapshot,
+        &local.workload.identity,
+        &destination.identity,
+        target.port(),
+    ) {
         Ok(permit) => permit,
         Err(denial) => {
             report.denied(&denial, None);
             return Some(application);
         }
     };
+    let neighbour = context
+        .neighbours
+        .as_ref()
+        .filter(|_| snapshot.owns_address(&local.workload.identity, from.ip()))
+        .and_then(|neighbours| neighbours.find(&destination));
+    drop(snapshot);
     if !local.has_certificate().await {
         report.denied(&not_ready("the workload has no certificate yet"), None);
         return Some(application);
@@ -117,24 +130,25 @@ async fn carry(
         connection_id: id,
         // The agent takes part in no trace of its own yet.
         trace_id: [0; 16],
-        original_destination: wanted,
+        original_destination: target,
         source_address: from,
     };
     // Best effort: the connection works without.
     drop(tune_local(&application));
     if let Some(neighbour) = neighbour {
-        let edge = LocalEdge { context, source: local, destination: neighbour, id, from, wanted };
+        let edge =
+            LocalEdge { context, source: local, destination: neighbour, id, from, wanted: target };
         return Box::pin(edge.carry(application, permit, snapshots, report)).await;
     }
     let edge = Edge {
         destination: destination.identity.clone(),
-        agent: SocketAddr::new(wanted.ip(), MESH_PORT),
+        agent: SocketAddr::new(target.ip(), MESH_PORT),
     };
     let (mut application, mut permit) = (Application::new(application), permit);
     for attempt in 1..=ATTEMPTS {
         // The last one does not depend on what the pool believes.
         let idle =
-            if attempt < ATTEMPTS { idle(context, local, &edge, wanted.port()) } else { None };
+            if attempt < ATTEMPTS { idle(context, local, &edge, target.port()) } else { None };
         let reused = idle.is_some();
         let obtained = match idle {
             Some(session) => Ok(session),
@@ -143,6 +157,9 @@ async fn carry(
         let mut session = match obtained {
             Ok(session) => session,
             Err(error) => {
+                if let Some(chosen) = &chosen {
+                    chosen.failed();
+                }
                 failed(&error, &permit, report);
                 return Some(application.stream);
             }
@@ -168,7 +185,7 @@ async fn carry(
         let forward = Forward { context, local, relay, snapshots: snapshots.clone() };
         match Box::pin(forward.run(permit, report)).await {
             Outcome::Over(Some(session)) => {
-                local.pool.put(&edge, session, wanted.port());
+                local.pool.put(&edge, session, target.port());
                 return None;
             }
             Outcome::Over(None) => {
@@ -252,6 +269,19 @@ fn failed(error: &SessionError, permit: &Permit, report: &mut Report<'_>) {
             report.closed("unreachable", Some(format!("the destination's agent: {error}")));
         }
     }
+}
+
+/// A service none of whose backends is in the mesh, or which has none.
+fn of_service(backends: &BTreeSet<SocketAddr>, wanted: SocketAddr, target: SocketAddr) -> Denial {
+    let mend = if backends.is_empty() {
+        format!("the service at {wanted} has no endpoint that is ready; see to its pods")
+    } else {
+        format!(
+            "the service at {wanted} leads to {target}, which is not in the mesh; label its namespace \
+             hauberk.dev/mode: audit or enforce"
+        )
+    };
+    without_policy(Reason::UnknownDestination, mend)
 }
 
 fn unknown(found: &Found<'_>, wanted: SocketAddr, revision: u64) -> Denial {

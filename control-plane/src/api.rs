@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use hauberk_kubernetes::{Attestor, Cluster};
 use hauberk_telemetry::{ControlPlaneMetrics, metrics::Outcome};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -29,11 +30,19 @@ pub(crate) struct Shared {
     pub(crate) fleet: Fleet,
     pub(crate) issuance: IssuanceRate,
     pub(crate) metrics: Arc<ControlPlaneMetrics>,
+    /// In a cluster, its API.
+    pub(crate) kubernetes: Option<Kubernetes>,
     pub(crate) advertised: String,
     pub(crate) workload_lifetime: Duration,
     pub(crate) node_lifetime: Duration,
     /// Streams without an end of their own end with this.
     pub(crate) stopping: CancellationToken,
+}
+
+/// The cluster that this control plane is one of.
+pub(crate) struct Kubernetes {
+    pub(crate) cluster: Arc<Cluster>,
+    pub(crate) attestor: Attestor,
 }
 
 /// The longest time for which a node's own calls may be on their way with the certificate before.

@@ -29,7 +29,8 @@ use crate::{
     config::{Args, LogFormat},
     fleet::Fleet,
     issuance::IssuanceRate,
-    policy::Publisher,
+    kubernetes,
+    policy::{HEALTH_CHECK, Publisher},
     serve,
     store::Store,
 };
@@ -94,11 +95,19 @@ pub async fn run(
     private_folder(&args.data).context("open the data folder")?;
     let store = Arc::new(Store::open(&args.data.join("store.redb"))?);
     demand_same_trust_domain(&store, &args.trust_domain, &args.data)?;
-    let authority = Authority::open(&args.data.join("ca"), &args.trust_domain, hauberk_tls::now())
+    let ca_folder = args.data.join("ca");
+    let cluster = match args.kubernetes {
+        true => Some(kubernetes::connect(&ca_folder, &args.trust_domain).await?),
+        false => None,
+    };
+    let authority = Authority::open(&ca_folder, &args.trust_domain, hauberk_tls::now())
         .context("open the certificate authority")?;
+    if let Some(cluster) = &cluster {
+        cluster.publish_trust_bundle(authority.root()).await?;
+    }
     let metrics = Arc::new(ControlPlaneMetrics::new().context("set up metrics")?);
     let publisher = Publisher::start(
-        args.manifests.clone(),
+        cluster.is_none().then(|| args.manifests.clone()),
         args.trust_domain.clone(),
         store.clone(),
         metrics.clone(),
@@ -126,16 +135,25 @@ pub async fn run(
         fleet: Fleet::default(),
         issuance: IssuanceRate::default(),
         metrics: metrics.clone(),
+        kubernetes: cluster.as_ref().map(|cluster| cluster.api(&args.agent_service_account)),
         advertised,
         workload_lifetime: args.workload_certificate_lifetime,
         node_lifetime: args.node_certificate_lifetime,
         stopping: stopping.clone(),
     });
-    let health = Health::new(&["store", "certificate_authority"]);
+    let mut checks = vec!["store", "certificate_authority"];
+    checks.extend(cluster.is_some().then_some(HEALTH_CHECK));
+    let health = Health::new(&checks);
     health.set("store", HealthState::Ready);
     health.set("certificate_authority", HealthState::Ready);
 
-    tokio::spawn(publisher.watch());
+    match cluster {
+        None => drop(tokio::spawn(publisher.watch())),
+        Some(cluster) => {
+            let follower = cluster.follower(publisher, &args.trust_domain, health.clone());
+            tokio::spawn(follower.run());
+        }
+    }
     tokio::spawn(tend_ca(shared.clone(), own, health.clone(), args.node_certificate_lifetime));
     let registries = vec![
         metrics.registry().clone(),

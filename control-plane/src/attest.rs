@@ -47,6 +47,13 @@ pub(crate) fn node(extensions: &Extensions, shared: &Shared) -> Result<Caller, S
         )));
     };
     let name = name.to_owned();
+    // A node of the cluster is attested by its agent's pod, again and again, by whichever replica: there
+    // is no one certificate that is its only one. It is a node for as long as Kubernetes says so.
+    if shared.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.cluster.has_node(&name)) {
+        let node = AttestedNode::from_identity(svid.id().clone())
+            .map_err(|error| Status::permission_denied(error.to_string()))?;
+        return Ok(Caller { node, svid });
+    }
     let serial = svid.facts().serial().to_string();
     let now = hauberk_tls::now();
     let grace = shared.clone_grace();

@@ -3,5 +3,5 @@
 mod authority;
 mod issuer;
 
-pub(crate) use authority::{Authority, CaError};
+pub(crate) use authority::{Authority, CaError, keep_root, root_files};
 pub(crate) use issuer::{BACKDATE, Issued};

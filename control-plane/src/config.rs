@@ -36,6 +36,21 @@ pub struct Args {
     )]
     pub manifests: PathBuf,
 
+    /// Take policies, pods and services from the Kubernetes API, and keep the CA and the revision there,
+    /// instead of a manifest folder and files: for control planes that run in a cluster.
+    #[arg(long, env = "HAUBERK_KUBERNETES", conflicts_with = "manifests")]
+    pub kubernetes: bool,
+
+    /// The service account of the agents, in the control plane's own namespace: its pods' tokens attest
+    /// their nodes. With --kubernetes.
+    #[arg(
+        long,
+        env = "HAUBERK_AGENT_SERVICE_ACCOUNT",
+        value_name = "NAME",
+        default_value = "hauberk-agent"
+    )]
+    pub agent_service_account: String,
+
     /// Where agents connect.
     #[arg(long, env = "HAUBERK_LISTEN", value_name = "ADDR", default_value = "[::]:8443")]
     pub listen: SocketAddr,
@@ -104,6 +119,8 @@ impl Args {
             trust_domain,
             data: "/var/lib/hauberk/control-plane".into(),
             manifests: "/etc/hauberk/manifests".into(),
+            kubernetes: false,
+            agent_service_account: "hauberk-agent".to_owned(),
             listen: SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, 8443)),
             advertise: None,
             metrics: SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 9464)),

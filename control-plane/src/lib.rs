@@ -9,6 +9,7 @@ mod attest;
 mod ca;
 mod fleet;
 mod issuance;
+mod kubernetes;
 mod policy;
 mod serve;
 mod store;

@@ -1,7 +1,9 @@
 //! From manifests to what agents enforce: read whole, resolved, published as revisions.
 
+mod kubernetes;
 mod publish;
 mod source;
 
+pub(crate) use kubernetes::{Follower, HEALTH_CHECK};
 pub(crate) use publish::{Published, Publisher, chain};
 pub(crate) use source::{Folder, read_folder};

@@ -28,12 +28,21 @@ pub enum NodeStanding {
 /// What a node names when it asks on behalf of a workload.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum WorkloadKey {
-    /// A workload with a namespace, on a machine or as a pod.
+    /// A workload with a namespace, on a machine.
     Namespaced {
         /// Its namespace.
         namespace: ResourceName,
         /// Its name.
         name: ResourceName,
+    },
+    /// A pod: this one, and none that has its name after it.
+    Pod {
+        /// Its namespace.
+        namespace: ResourceName,
+        /// Its name.
+        name: ResourceName,
+        /// Its UID.
+        uid: String,
     },
     /// A workload registered on a machine.
     Machine {
@@ -190,6 +199,7 @@ impl fmt::Display for WorkloadKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Namespaced { namespace, name } => write!(f, "workload {namespace}/{name}"),
+            Self::Pod { namespace, name, uid } => write!(f, "pod {namespace}/{name} ({uid})"),
             Self::Machine { name } => write!(f, "machine workload {name}"),
         }
     }
@@ -202,7 +212,7 @@ fn check_identity_fits(key: &WorkloadKey, identity: &SpiffeId) -> Result<(), Ref
             Err(Refusal::PrivilegedIdentity { key: key.clone(), identity: identity.clone() })
         }
         (
-            WorkloadKey::Namespaced { namespace, .. },
+            WorkloadKey::Namespaced { namespace, .. } | WorkloadKey::Pod { namespace, .. },
             IdentityKind::Workload { namespace: named, .. },
         ) if namespace.as_str() == named => Ok(()),
         (
@@ -210,7 +220,7 @@ fn check_identity_fits(key: &WorkloadKey, identity: &SpiffeId) -> Result<(), Ref
             IdentityKind::Machine { .. } | IdentityKind::Workload { .. },
         ) => Ok(()),
         (
-            WorkloadKey::Namespaced { .. },
+            WorkloadKey::Namespaced { .. } | WorkloadKey::Pod { .. },
             IdentityKind::Workload { .. } | IdentityKind::Machine { .. } | IdentityKind::Other,
         )
         | (WorkloadKey::Machine { .. }, IdentityKind::Other) => Err(unfitting()),

@@ -6,10 +6,12 @@ pub mod examples;
 pub mod model;
 pub mod reason;
 pub mod resolve;
+pub mod service;
 pub mod table;
 pub mod verdict;
 
 pub use model::*;
 pub use reason::Reason;
+pub use service::MeshService;
 pub use table::{DecisionTable, Request};
 pub use verdict::{Allowed, Denial, NearestMiss, Verdict};

@@ -2,13 +2,18 @@
 
 mod error;
 mod policy;
+mod service;
 mod workload;
 
 pub use error::ConvertError;
 pub use policy::{guardrail, guardrail_message, policy, policy_message};
+pub use service::{service, service_message};
 pub use workload::{workload, workload_message};
 
-use hauberk_core::policy::resolve::{MeshWorkload, ResolvedGuardrail, ResolvedPolicy};
+use hauberk_core::policy::{
+    MeshService,
+    resolve::{MeshWorkload, ResolvedGuardrail, ResolvedPolicy},
+};
 
 use crate::v1;
 
@@ -21,6 +26,8 @@ pub enum Resource {
     Policy(ResolvedPolicy),
     /// A guardrail.
     Guardrail(ResolvedGuardrail),
+    /// Addresses that stand for others.
+    Service(MeshService),
 }
 
 impl Resource {
@@ -33,6 +40,7 @@ impl Resource {
             Self::Guardrail(guardrail) => {
                 format!("guardrail:{}:{}", guardrail.policy, guardrail.destination)
             }
+            Self::Service(service) => format!("service:{}/{}", service.namespace, service.name),
         }
     }
 
@@ -45,6 +53,7 @@ impl Resource {
                 Self::Workload(workload) => Kind::Workload(workload_message(workload)),
                 Self::Policy(policy) => Kind::Policy(policy_message(policy)),
                 Self::Guardrail(guardrail) => Kind::Guardrail(guardrail_message(guardrail)),
+                Self::Service(service) => Kind::Service(service_message(service)),
             }),
         }
     }
@@ -59,6 +68,7 @@ impl TryFrom<v1::Resource> for Resource {
             Kind::Workload(message) => Self::Workload(workload(message)?),
             Kind::Policy(message) => Self::Policy(policy(message)?),
             Kind::Guardrail(message) => Self::Guardrail(guardrail(message)?),
+            Kind::Service(message) => Self::Service(service(message)?),
         })
     }
 }

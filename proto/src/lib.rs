@@ -8,6 +8,12 @@ pub mod v1 {
     include!("gen/hauberk.v1.rs");
 }
 
+/// The messages of the container runtime that agents ask (`proto/cri/runtime.proto`).
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::as_conversions)]
+pub mod cri {
+    include!("gen/runtime.v1.rs");
+}
+
 pub mod convert;
 pub mod state;
 pub mod token;

@@ -11,8 +11,8 @@ use std::{
 use serde_json::Value;
 
 /// The crates that programs are made of; each is in the folder of its name.
-const OURS: [&str; 8] =
-    ["core", "proto", "tls", "telemetry", "linux", "agent", "control-plane", "cli"];
+const OURS: [&str; 9] =
+    ["core", "proto", "tls", "telemetry", "linux", "kubernetes", "agent", "control-plane", "cli"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
@@ -122,7 +122,7 @@ fn the_agent_does_not_see_the_control_plane() {
 
 #[test]
 fn the_control_plane_does_not_see_the_agent() {
-    let allowed = ["core", "proto", "telemetry", "tls"];
+    let allowed = ["core", "kubernetes", "proto", "telemetry", "tls"];
     let reason = "the two programs meet on the wire only, and it touches no kernel networking";
     sees_only("hauberk-control-plane", &allowed, reason);
 }
@@ -132,7 +132,8 @@ fn nothing_but_tests_and_benchmark_sees_the_command() {
     let allowed = ["agent", "control-plane", "core", "linux", "proto", "telemetry"];
     sees_only("hauberk-cli", &allowed, "it runs the programs and leaves TLS to them");
     for (name, dependencies) in dependencies() {
-        let may = ["hauberk-tests", "hauberk-bench"].contains(&name.as_str());
+        let may =
+            ["hauberk-tests", "hauberk-kubernetes-tests", "hauberk-bench"].contains(&name.as_str());
         assert!(
             may || !dependencies.contains("hauberk-cli"),
             "{name} must not see hauberk-cli: the command is the top"
@@ -141,10 +142,19 @@ fn nothing_but_tests_and_benchmark_sees_the_command() {
 }
 
 #[test]
+fn the_kubernetes_api_is_seen_through_one_crate_that_sees_only_the_core() {
+    sees_only("hauberk-kubernetes", &["core"], "it tells what the API server says");
+    for (name, dependencies) in dependencies() {
+        let through = name == "hauberk-kubernetes" || !dependencies.contains("kube");
+        assert!(through, "{name} must not see kube: hauberk-kubernetes is the way to it");
+    }
+}
+
+#[test]
 fn every_crate_has_its_arrows_here() {
     let known: BTreeSet<String> = OURS
         .iter()
-        .chain(&["proto-generate", "tests", "bench"])
+        .chain(&["proto-generate", "tests", "kubernetes-tests", "bench"])
         .map(|name| format!("hauberk-{name}"))
         .collect();
     let all: BTreeSet<String> = dependencies().into_keys().collect();

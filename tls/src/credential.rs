@@ -19,7 +19,7 @@ use rustls_pki_types::CertificateDer;
 use crate::{PrivateKey, config::provider};
 
 /// A certificate chain, its key, and what its leaf says.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Credential {
     certified: Arc<CertifiedKey>,
     facts: LeafFacts,

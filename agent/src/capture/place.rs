@@ -366,7 +366,7 @@ fn host_process(process: &ProcessSelector) -> anyhow::Result<ProcessMatch> {
             let level = u32::try_from(path.split('/').filter(|part| !part.is_empty()).count())?;
             Ok(ProcessMatch::Cgroup { level, path: path.clone() })
         }
-        ProcessSelector::NetworkNamespace { .. } => {
+        ProcessSelector::NetworkNamespace { .. } | ProcessSelector::Pod { .. } => {
             bail!("a workload in a network namespace of its own is not a process of the host")
         }
     }

@@ -1,8 +1,10 @@
-//! The node's own identity: joined once with a token, renewed from then on.
+//! The node's own identity: joined once with a token and renewed from then on, or attested
+//! by its pod each time.
 
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
@@ -15,6 +17,8 @@ use hauberk_tls::{
     Credential, CredentialSlot, PrivateKey, TrustBundle, TrustSlot, signing_request,
 };
 
+use rustls_pki_types::{CertificateDer, pem::PemObject};
+
 use super::{ControlPlane, Kept};
 
 /// Who this node is.
@@ -26,19 +30,54 @@ pub(crate) struct Node {
     pub(crate) validity: Validity,
     path: PathBuf,
     address: String,
+    /// Attested by this instead of the certificate before.
+    pod: Option<PodToken>,
 }
 
-/// Loads the node's identity, or joins with the token if there is none that is good.
+impl Node {
+    /// Whether it needs no certificate to get one.
+    pub(crate) fn attests_itself(&self) -> bool {
+        self.pod.is_some()
+    }
+}
+
+/// How long a node without any identity tries to be attested before its agent gives up.
+const ATTEST_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Between two tries.
+const ATTEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// How a node proves which one it is.
+pub(crate) enum Attestation {
+    /// By a join token once, and by what it got from then on.
+    Token(Option<JoinToken>),
+    /// By its own pod's token, each time.
+    Pod(PodToken),
+}
+
+/// Where a pod's token is, and to whom it is shown.
+pub(crate) struct PodToken {
+    pub(crate) token: PathBuf,
+    /// The roots of the control plane, PEM.
+    pub(crate) roots: PathBuf,
+    pub(crate) address: String,
+}
+
+/// Loads the node's identity, or joins if there is none that is good.
 pub(crate) async fn open_node(
     data: &Path,
-    token: Option<&JoinToken>,
+    attestation: Attestation,
     address: Option<&str>,
 ) -> anyhow::Result<Node> {
     let path = data.join("node.json");
-    let kept = match Kept::load(&path)
+    let kept = Kept::load(&path)
         .map_err(anyhow::Error::from)
-        .and_then(|kept| kept.map(|kept| from_kept(&kept, &path, address)).transpose())
-    {
+        .and_then(|kept| kept.map(|kept| from_kept(&kept, &path, address)).transpose());
+    let token = match attestation {
+        Attestation::Pod(pod) => return open_attested(pod, kept, &path).await,
+        Attestation::Token(token) => token,
+    };
+    let kept = match kept {
         Ok(Some(node)) => {
             if token.is_some() {
                 tracing::info!(node = node.name, "already joined, the join token is not needed");
@@ -66,7 +105,92 @@ pub(crate) async fn open_node(
             "the node's identity cannot be used, joining anew"
         );
     }
-    join(token, &path, address).await
+    join(&token, &path, address).await
+}
+
+/// Attests the node. If the control plane is away, goes on with what was kept; without that, tries for a
+/// while.
+async fn open_attested(
+    pod: PodToken,
+    kept: anyhow::Result<Option<Node>>,
+    path: &Path,
+) -> anyhow::Result<Node> {
+    let mut kept = kept.unwrap_or_else(|error| {
+        tracing::warn!(error = format!("{error:#}"), "the kept node identity cannot be used");
+        None
+    });
+    let since = Instant::now();
+    loop {
+        let error = match attest(&pod, path).await {
+            Ok(mut node) => {
+                tracing::info!(node = node.name, "attested by this pod's token");
+                node.pod = Some(pod);
+                return Ok(node);
+            }
+            Err(error) => error,
+        };
+        if let Some(mut node) = kept.take() {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                node = node.name,
+                "the node could not be attested, it goes on with the identity that it has"
+            );
+            node.pod = Some(pod);
+            return Ok(node);
+        }
+        if since.elapsed() > ATTEST_PATIENCE {
+            return Err(error.context("attest the node by this pod's token"));
+        }
+        tracing::warn!(
+            error = format!("{error:#}"),
+            "the node could not be attested, trying again"
+        );
+        tokio::time::sleep(ATTEST_PAUSE).await;
+    }
+}
+
+/// Trades the pod's token for a node certificate.
+async fn attest(pod: &PodToken, path: &Path) -> anyhow::Result<Node> {
+    let token = std::fs::read_to_string(&pod.token)
+        .with_context(|| format!("read the token {}", pod.token.display()))?;
+    let roots = roots(&pod.roots)?;
+    let mut last = anyhow::anyhow!("{} has no certificate", pod.roots.display());
+    for root in roots {
+        let (key, request) = signing_request()?;
+        let root_sha256 = hauberk_tls::sha256(&root);
+        let control_plane = ControlPlane::pinned(pod.address.clone(), root_sha256)?;
+        let answer = EnrollmentClient::new(control_plane.channel())
+            .attest_pod(v1::AttestPodRequest {
+                token: token.trim().to_owned(),
+                certificate_request: request,
+            })
+            .await
+            .map_err(|status| explain(&status))
+            .with_context(|| format!("ask the control plane at {}", pod.address));
+        match answer {
+            Ok(answer) => {
+                let answer = answer.into_inner();
+                demand_root(&answer, root_sha256)?;
+                return keep(&answer, &key, path, &pod.address);
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn roots(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+    CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect)
+        .map_err(|error| anyhow::anyhow!("read the roots in {}: {error}", path.display()))
+}
+
+/// The answer came over a connection whose root is known; the roots in it must include it.
+fn demand_root(answer: &v1::NodeCredential, root_sha256: [u8; 32]) -> anyhow::Result<()> {
+    if !answer.trust_bundle.iter().any(|root| hauberk_tls::sha256(root) == root_sha256) {
+        bail!("the control plane's trust bundle does not have the root that it was reached by");
+    }
+    Ok(())
 }
 
 async fn join(token: &JoinToken, path: &Path, address: Option<&str>) -> anyhow::Result<Node> {
@@ -79,10 +203,7 @@ async fn join(token: &JoinToken, path: &Path, address: Option<&str>) -> anyhow::
         .map_err(|status| explain(&status))
         .with_context(|| format!("join through the control plane at {address}"))?
         .into_inner();
-    // The answer came over a connection whose root the token names; the roots in it must include it.
-    if !answer.trust_bundle.iter().any(|root| hauberk_tls::sha256(root) == token.root_sha256) {
-        bail!("the control plane's trust bundle does not have the root that the join token names");
-    }
+    demand_root(&answer, token.root_sha256)?;
     let node = keep(&answer, &key, path, &address)?;
     tracing::info!(node = node.name, "joined");
     Ok(node)
@@ -90,20 +211,23 @@ async fn join(token: &JoinToken, path: &Path, address: Option<&str>) -> anyhow::
 
 /// Asks for the next node certificate, for a new key, and puts it to use.
 pub(crate) async fn renew_node(node: &mut Node) -> anyhow::Result<()> {
-    let (key, request) = signing_request()?;
-    let answer = EnrollmentClient::new(node.control_plane.channel())
-        .renew_node(v1::RenewNodeRequest { certificate_request: request })
-        .await
-        .map_err(|status| explain(&status))?
-        .into_inner();
-    if answer.node != node.name {
-        bail!("the control plane answered for node {}, this is {}", answer.node, node.name);
+    let renewed = match &node.pod {
+        Some(pod) => attest(pod, &node.path).await?,
+        None => {
+            let (key, request) = signing_request()?;
+            let answer = EnrollmentClient::new(node.control_plane.channel())
+                .renew_node(v1::RenewNodeRequest { certificate_request: request })
+                .await
+                .map_err(|status| explain(&status))?
+                .into_inner();
+            keep(&answer, &key, &node.path, &node.address)?
+        }
+    };
+    if renewed.name != node.name {
+        bail!("the control plane answered for node {}, this is {}", renewed.name, node.name);
     }
-    let renewed = keep(&answer, &key, &node.path, &node.address)?;
     let credential = renewed.slot.load().context("the renewed certificate is missing")?;
-    let chain = credential.chain().to_vec();
-    let stored = node.slot.store(Credential::new(chain, &key, hauberk_tls::now())?);
-    if stored.is_err() {
+    if node.slot.store(Credential::clone(&credential)).is_err() {
         bail!("the renewed certificate is of another identity");
     }
     node.trust.store(TrustBundle::clone(&renewed.trust.load()));
@@ -158,6 +282,7 @@ fn from_kept(kept: &Kept, path: &Path, address: Option<&str>) -> anyhow::Result<
         validity,
         path: path.to_owned(),
         address,
+        pod: None,
     })
 }
 

@@ -1,14 +1,14 @@
 //! One revision of the state, ready to be asked: decisions, and who lives at which address.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
 use hauberk_core::{
     identity::SpiffeId,
-    policy::{DecisionTable, ProcessSelector, resolve::MeshWorkload},
+    policy::{DecisionTable, resolve::MeshWorkload},
 };
 use hauberk_proto::{
     convert::{ConvertError, Resource},
@@ -27,6 +27,7 @@ pub(crate) struct Snapshot {
     workloads: Vec<Arc<MeshWorkload>>,
     by_address: HashMap<IpAddr, Address>,
     addresses_of: HashMap<SpiffeId, HashSet<IpAddr>>,
+    services: HashMap<SocketAddr, BTreeSet<SocketAddr>>,
 }
 
 #[derive(Debug)]
@@ -71,6 +72,7 @@ impl Snapshot {
             return Err(SnapshotError::Hash);
         }
         let (mut workloads, mut policies, mut guardrails) = (Vec::new(), Vec::new(), Vec::new());
+        let mut services = HashMap::new();
         for (key, message) in &resources {
             let resource = Resource::try_from(message.clone())
                 .map_err(|source| SnapshotError::Convert { key: key.clone(), source })?;
@@ -78,6 +80,12 @@ impl Snapshot {
                 Resource::Workload(workload) => workloads.push(Arc::new(workload)),
                 Resource::Policy(policy) => policies.push(policy),
                 Resource::Guardrail(guardrail) => guardrails.push(guardrail),
+                Resource::Service(service) => {
+                    for (port, backends) in service.ports {
+                        let places = service.addresses.iter().map(|ip| SocketAddr::new(*ip, port));
+                        services.extend(places.map(|place| (place, backends.clone())));
+                    }
+                }
             }
         }
         let postures: Vec<_> =
@@ -89,6 +97,7 @@ impl Snapshot {
             table: DecisionTable::build(policies, guardrails, postures),
             by_address: HashMap::new(),
             addresses_of: HashMap::new(),
+            services,
             workloads,
         };
         snapshot.index_addresses()?;
@@ -107,7 +116,7 @@ impl Snapshot {
                     first: self.workloads.get(other).map(|w| w.key()).unwrap_or_default(),
                     second: workload.key(),
                 };
-                let whole = matches!(workload.process, ProcessSelector::NetworkNamespace { .. });
+                let whole = workload.process.own_addresses().is_some();
                 match (self.by_address.get_mut(address), whole) {
                     (None, true) => {
                         self.by_address.insert(*address, Address::Whole(place));
@@ -148,6 +157,11 @@ impl Snapshot {
             Some(workload) => Found::Workload(workload),
             None => Found::UndeclaredPort,
         }
+    }
+
+    /// The backends of the service whose address and port this is.
+    pub(crate) fn service(&self, address: SocketAddr) -> Option<&BTreeSet<SocketAddr>> {
+        self.services.get(&address)
     }
 
     /// The workload that an identity and one of its addresses mean; for names in records.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use hauberk_core::identity::SpiffeId;
+use hauberk_kubernetes::AttestError;
 use hauberk_proto::v1::{self, enrollment_server};
 use hauberk_telemetry::metrics::Outcome;
 use hauberk_tls::sha256;
@@ -50,6 +51,40 @@ impl enrollment_server::Enrollment for Enrollment {
         shared.metrics.join_attempt(Outcome::Success);
         tracing::info!(target: "hauberk.audit", node, serial = issued.serial, addr = address, "a node joined");
         Ok(Response::new(credential(shared, node, &issued)))
+    }
+
+    async fn attest_pod(
+        &self,
+        request: Request<v1::AttestPodRequest>,
+    ) -> Result<Response<v1::NodeCredential>, Status> {
+        let address = request.extensions().get::<Connection>().map(|c| c.address.to_string());
+        let address = address.unwrap_or_default();
+        let shared = &self.0;
+        let Some(kubernetes) = &shared.kubernetes else {
+            return Err(Status::unimplemented(
+                "this control plane is not one of a Kubernetes cluster; join with a token",
+            ));
+        };
+        let message = request.into_inner();
+        let pod = kubernetes.attestor.attest(message.token).await.map_err(|error| {
+            shared.metrics.join_attempt(Outcome::Failure);
+            tracing::warn!(target: "hauberk.audit", addr = address, reason = %error,
+                "a pod's token was refused");
+            match error {
+                AttestError::Api(_) => Status::unavailable(error.to_string()),
+                AttestError::Token { .. }
+                | AttestError::User { .. }
+                | AttestError::NoPod
+                | AttestError::Gone(_)
+                | AttestError::NoNode(_) => Status::permission_denied(error.to_string()),
+            }
+        })?;
+        shared.within_rate(&pod.node, "node")?;
+        let issued = issue_node(shared, &pod.node, &message.certificate_request)?;
+        shared.metrics.join_attempt(Outcome::Success);
+        tracing::info!(target: "hauberk.audit", node = pod.node, pod = pod.pod, pod_uid = pod.uid,
+            serial = issued.serial, addr = address, "a node was attested by its agent's pod");
+        Ok(Response::new(credential(shared, pod.node, &issued)))
     }
 
     async fn renew_node(
@@ -122,6 +157,7 @@ pub(super) fn refused(error: CaError) -> Status {
         | CaError::OtherKey(_)
         | CaError::Missing(_)
         | CaError::OtherTrustDomain { .. }
+        | CaError::Remove(..)
         | CaError::Date => internal(error),
     }
 }

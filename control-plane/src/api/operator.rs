@@ -3,8 +3,8 @@
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use hauberk_core::{
-    identity::SpiffeId,
-    policy::{Mode, Request as Question, Verdict},
+    identity::{IdentityKind, SpiffeId},
+    policy::{Mode, Request as Question, Verdict, resolve::MeshWorkload},
 };
 use hauberk_proto::{
     token::JoinToken,
@@ -140,7 +140,7 @@ fn status(shared: &Shared) -> Result<v1::GetStatusResponse, Status> {
                 .cloned()
                 .unwrap_or_default();
             v1::WorkloadInfo {
-                workload: key,
+                workload: workload.shown(),
                 spiffe_id: workload.identity.to_string(),
                 node: workload.node.to_string(),
                 mode: match workload.mode {
@@ -218,12 +218,21 @@ fn identity(field: &str, text: &str, published: &Published) -> Result<SpiffeId, 
             .parse()
             .map_err(|error| Status::invalid_argument(format!("{field}: {text:?}: {error}")));
     }
-    if let Some(workload) = published.workload(text) {
+    if let Some(workload) = published.named(text) {
         return Ok(workload.identity.clone());
     }
-    let known: Vec<String> = published.workloads.iter().map(|workload| workload.key()).collect();
+    // Pods have names that nobody knows by heart; those of their service accounts, people do.
+    let by_account = published.workloads.iter().find(|workload| {
+        matches!(workload.identity.kind(), IdentityKind::Workload { namespace, service_account }
+            if text.split_once('/') == Some((namespace, service_account)))
+    });
+    if let Some(workload) = by_account {
+        return Ok(workload.identity.clone());
+    }
+    let known: Vec<String> = published.workloads.iter().map(MeshWorkload::shown).collect();
     Err(Status::not_found(format!(
-        "{field}: no workload {text:?}; give namespace/workload, machine/name or a SPIFFE ID. \
+        "{field}: no workload {text:?}; give namespace/workload, namespace/service-account, machine/name \
+         or a SPIFFE ID. \
          Registered are: {}",
         if known.is_empty() { "none".to_owned() } else { known.join(", ") }
     )))
@@ -261,8 +270,10 @@ fn notes(
             )),
             Some(_) => {}
         }
-        if role == "destination" && !workload.ports.contains(&port) {
-            notes.push(format!("{} does not declare that it serves port {port}", workload.key()));
+        // Every port of an address of its own is its own.
+        let declares = workload.process.own_addresses().is_none() || !workload.ports.is_empty();
+        if role == "destination" && declares && !workload.ports.contains(&port) {
+            notes.push(format!("{} does not declare that it serves port {port}", workload.shown()));
         }
     }
     notes

@@ -106,7 +106,8 @@ async fn send_updates(
     let mut sent_revision = None;
     loop {
         let next = published.borrow_and_update().clone();
-        if sent_revision != Some(next.revision) {
+        // Without any state yet there is nothing to send: an agent goes on with what it has.
+        if next.revision > 0 && sent_revision != Some(next.revision) {
             let full = sent_revision.is_none();
             let (upserts, removals) = delta(&sent, &next.resources);
             let update = v1::StateUpdate {

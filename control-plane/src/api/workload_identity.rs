@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use hauberk_core::{
     admission::{NodeStanding, RegisteredWorkload, WorkloadKey, admit},
-    policy::resolve::MeshWorkload,
+    policy::{ProcessSelector, RESERVED_NAMESPACE, resolve::MeshWorkload},
 };
 use hauberk_proto::v1::{self, workload_identity_server};
 use hauberk_telemetry::metrics::Outcome;
@@ -64,23 +64,43 @@ impl workload_identity_server::WorkloadIdentity for WorkloadIdentity {
 fn workload_key(text: &str) -> Result<WorkloadKey, Status> {
     let invalid = || {
         Status::invalid_argument(format!(
-            "workload: {text:?} is not namespace/name, nor machine/name"
+            "workload: {text:?} is not namespace/name, namespace/name@uid of a pod, nor machine/name"
         ))
     };
-    let (first, name) = text.split_once('/').ok_or_else(invalid)?;
+    let (first, rest) = text.split_once('/').ok_or_else(invalid)?;
+    let (name, uid) = match rest.split_once('@') {
+        Some((name, uid)) => (name, Some(uid)),
+        None => (rest, None),
+    };
     let name = name.parse().map_err(|_| invalid())?;
-    Ok(match first {
-        "machine" => WorkloadKey::Machine { name },
-        namespace => {
-            WorkloadKey::Namespaced { namespace: namespace.parse().map_err(|_| invalid())?, name }
+    Ok(match (first, uid) {
+        (RESERVED_NAMESPACE, None) => WorkloadKey::Machine { name },
+        (RESERVED_NAMESPACE, Some(_)) => return Err(invalid()),
+        (namespace, uid) => {
+            let namespace = namespace.parse().map_err(|_| invalid())?;
+            match uid {
+                None => WorkloadKey::Namespaced { namespace, name },
+                Some(uid) if ProcessSelector::is_pod_uid(uid) => {
+                    WorkloadKey::Pod { namespace, name, uid: uid.to_owned() }
+                }
+                Some(_) => return Err(invalid()),
+            }
         }
     })
 }
 
 fn registered_key(workload: &MeshWorkload) -> WorkloadKey {
     let name = workload.name.clone();
-    match workload.namespace.clone() {
-        Some(namespace) => WorkloadKey::Namespaced { namespace, name },
-        None => WorkloadKey::Machine { name },
+    match (workload.namespace.clone(), &workload.process) {
+        (Some(namespace), ProcessSelector::Pod { uid, .. }) => {
+            WorkloadKey::Pod { namespace, name, uid: uid.clone() }
+        }
+        (
+            Some(namespace),
+            ProcessSelector::User(_)
+            | ProcessSelector::Cgroup(_)
+            | ProcessSelector::NetworkNamespace { .. },
+        ) => WorkloadKey::Namespaced { namespace, name },
+        (None, _) => WorkloadKey::Machine { name },
     }
 }

@@ -4,6 +4,7 @@
 //! This is the only place that holds a CA key.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -65,6 +66,8 @@ pub(crate) enum CaError {
     WeakKey,
     #[error("a lifetime reaches past what a date can say")]
     Date,
+    #[error("remove {0}")]
+    Remove(PathBuf, #[source] std::io::Error),
 }
 
 pub(crate) struct Authority {
@@ -188,6 +191,44 @@ fn demand_private_files(folder: &Path) -> Result<bool, CaError> {
         any |= read_private(&folder.join(name))?.map(Zeroizing::new).is_some();
     }
     Ok(any)
+}
+
+/// The root and its key, as files of the folder: what makes the CA what it is. Intermediates are made
+/// from them.
+pub(crate) fn root_files(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>, CaError> {
+    [ROOT_KEY, ROOT_CERTIFICATE]
+        .into_iter()
+        .map(|name| {
+            let path = folder.join(name);
+            let bytes = read_private(&path)?.ok_or(CaError::Missing(path))?;
+            Ok((name.to_owned(), bytes))
+        })
+        .collect()
+}
+
+/// Puts the root and its key into the folder. What was made from another root there goes.
+pub(crate) fn keep_root(folder: &Path, files: &BTreeMap<String, Vec<u8>>) -> Result<(), CaError> {
+    private_folder(folder)?;
+    let mut news = false;
+    for name in [ROOT_KEY, ROOT_CERTIFICATE] {
+        let path = folder.join(name);
+        let bytes = files.get(name).ok_or_else(|| CaError::Missing(path.clone()))?;
+        if read_private(&path)?.as_ref() != Some(bytes) {
+            write_private(&path, bytes)?;
+            news = true;
+        }
+    }
+    if news {
+        for name in [INTERMEDIATE_KEY, INTERMEDIATE_CERTIFICATE] {
+            match std::fs::remove_file(folder.join(name)) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(CaError::Remove(folder.join(name), error));
+                }
+                Ok(()) | Err(_) => {}
+            }
+        }
+    }
+    Ok(())
 }
 
 fn make_root(

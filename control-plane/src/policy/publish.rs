@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -10,7 +10,7 @@ use std::{
 use hauberk_core::{
     identity::{SpiffeId, TrustDomain},
     policy::{
-        DecisionTable,
+        DecisionTable, MeshService,
         resolve::{MeshWorkload, Resolved, resolve},
     },
     time::Timestamp,
@@ -51,14 +51,55 @@ impl Published {
         self.workloads.iter().find(|workload| workload.key() == key)
     }
 
+    /// The registered workload that people call so: by its key, or by that of a pod without the UID.
+    pub(crate) fn named(&self, name: &str) -> Option<&MeshWorkload> {
+        self.workloads.iter().find(|workload| workload.shown() == name || workload.key() == name)
+    }
+
     /// Whether an identity is registered.
     pub(crate) fn by_identity(&self, id: &SpiffeId) -> Option<&MeshWorkload> {
         self.workloads.iter().find(|workload| workload.identity == *id)
     }
 }
 
+/// How many objects there are of a kind.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Counts {
+    pub(crate) policies: usize,
+    pub(crate) guardrails: usize,
+}
+
+/// A state that has no number yet.
+pub(crate) struct State {
+    resolved: Resolved,
+    machines: Vec<String>,
+    counts: Counts,
+    resources: BTreeMap<String, v1::Resource>,
+    pub(crate) warnings: Vec<String>,
+    pub(crate) hash: [u8; 32],
+}
+
+impl State {
+    pub(crate) fn new(
+        resolved: Resolved,
+        services: Vec<MeshService>,
+        mut machines: Vec<String>,
+        counts: Counts,
+    ) -> Self {
+        machines.sort();
+        let resources = resources(&resolved, services);
+        let warnings = resolved
+            .unresolved
+            .iter()
+            .map(|unresolved| format!("AccessPolicy {}: {}", unresolved.policy, unresolved.problem))
+            .collect();
+        Self { hash: state_hash(&resources), resolved, machines, counts, resources, warnings }
+    }
+}
+
 pub(crate) struct Publisher {
-    folder: PathBuf,
+    /// None if somebody else puts the state in force.
+    folder: Option<PathBuf>,
     trust_domain: TrustDomain,
     store: Arc<Store>,
     metrics: Arc<ControlPlaneMetrics>,
@@ -74,9 +115,10 @@ struct Seen {
 }
 
 impl Publisher {
-    /// Reads the folder, or the last good manifests if it has errors.
+    /// Reads the folder, or the last good manifests if it has errors. Without a folder there is no state
+    /// until one is [put](Self::put).
     pub(crate) fn start(
-        folder: PathBuf,
+        folder: Option<PathBuf>,
         trust_domain: TrustDomain,
         store: Arc<Store>,
         metrics: Arc<ControlPlaneMetrics>,
@@ -102,7 +144,9 @@ impl Publisher {
             errors: Mutex::default(),
             seen: Mutex::default(),
         });
-        if !publisher.reload()? {
+        if let Some(folder) = &publisher.folder
+            && !publisher.reload(folder)?
+        {
             publisher.fall_back()?;
         }
         Ok(publisher)
@@ -123,6 +167,7 @@ impl Publisher {
 
     /// Watches the folder until the program ends.
     pub(crate) async fn watch(self: Arc<Self>) {
+        let Some(folder) = self.folder.clone() else { return };
         let (changed, mut changes) = tokio::sync::mpsc::channel::<()>(1);
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             // Our own reading is noticed too, and is no change.
@@ -140,9 +185,9 @@ impl Publisher {
             }
         };
         if let Some(watcher) = &mut watcher
-            && let Err(error) = watcher.watch(&self.folder, notify::RecursiveMode::Recursive)
+            && let Err(error) = watcher.watch(&folder, notify::RecursiveMode::Recursive)
         {
-            tracing::warn!(%error, folder = %self.folder.display(),
+            tracing::warn!(%error, folder = %folder.display(),
                 "the manifest folder cannot be watched, it is read every 10 s");
         }
         loop {
@@ -150,8 +195,8 @@ impl Publisher {
                 Some(()) = changes.recv() => tokio::time::sleep(DEBOUNCE).await,
                 () = tokio::time::sleep(RESCAN) => {}
             }
-            let publisher = self.clone();
-            let reloaded = tokio::task::spawn_blocking(move || publisher.reload()).await;
+            let (publisher, folder) = (self.clone(), folder.clone());
+            let reloaded = tokio::task::spawn_blocking(move || publisher.reload(&folder)).await;
             match reloaded {
                 Ok(Ok(_)) => {}
                 // People see it in the status as well, and it is tried again at the next look.
@@ -165,9 +210,9 @@ impl Publisher {
     }
 
     /// Puts the folder in force if it is whole. Returns whether it is.
-    fn reload(&self) -> Result<bool, StoreError> {
+    fn reload(&self, folder: &Path) -> Result<bool, StoreError> {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let files = match read_folder(&self.folder) {
+        let files = match read_folder(folder) {
             Ok(files) => files,
             Err(error) => {
                 *seen = None;
@@ -203,7 +248,7 @@ impl Publisher {
         let files = self.store.manifests()?;
         if files.is_empty() {
             tracing::warn!("there are no good manifests yet: everything is denied");
-            return self.publish_resolved(Resolved::default(), Vec::new(), 0, 0);
+            return self.publish_resolved(Resolved::default(), Vec::new(), Counts::default());
         }
         match Folder::parse(files) {
             Ok(folder) => {
@@ -214,12 +259,13 @@ impl Publisher {
                 // A newer version may refuse what an older one took.
                 tracing::error!(errors = ?error.lines(),
                     "the last good manifests are not accepted any more: everything is denied");
-                self.publish_resolved(Resolved::default(), Vec::new(), 0, 0)
+                self.publish_resolved(Resolved::default(), Vec::new(), Counts::default())
             }
         }
     }
 
-    fn set_errors(&self, lines: Vec<String>) {
+    /// What people should mend; empty if everything is in force.
+    pub(crate) fn set_errors(&self, lines: Vec<String>) {
         let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
         if *errors == lines {
             return;
@@ -249,11 +295,10 @@ impl Publisher {
         if self.store.manifests()? != folder.files {
             self.store.save_manifests(&folder.files)?;
         }
-        let mut machines: Vec<String> =
-            declared.machines.iter().map(|machine| machine.name.to_string()).collect();
-        machines.sort();
-        let (policies, guardrails) = (declared.policies.len(), declared.guardrails.len());
-        self.publish_resolved(resolved, machines, policies, guardrails)?;
+        let machines = declared.machines.iter().map(|machine| machine.name.to_string()).collect();
+        let counts =
+            Counts { policies: declared.policies.len(), guardrails: declared.guardrails.len() };
+        self.publish_resolved(resolved, machines, counts)?;
         Ok(true)
     }
 
@@ -261,14 +306,11 @@ impl Publisher {
         &self,
         resolved: Resolved,
         machines: Vec<String>,
-        policies: usize,
-        guardrails: usize,
+        counts: Counts,
     ) -> Result<(), StoreError> {
-        let resources = resources(&resolved);
-        let state_hash = state_hash(&resources);
-        let now = hauberk_tls::now();
+        let state = State::new(resolved, Vec::new(), machines, counts);
         let kept = self.store.revision()?;
-        let hex = hex::encode(state_hash);
+        let hex = hex::encode(state.hash);
         let revision = if kept.state_hash == hex {
             kept.number
         } else {
@@ -276,24 +318,28 @@ impl Publisher {
             self.store.save_revision(&next)?;
             next.number
         };
+        self.put(revision, state);
+        Ok(())
+    }
+
+    /// Puts a state in force under its number.
+    pub(crate) fn put(&self, revision: u64, state: State) {
         self.metrics.set_state_revision(revision);
         self.metrics.manifests_read(0, SystemTime::now());
         let before = self.current();
-        let warnings = resolved
-            .unresolved
-            .iter()
-            .map(|unresolved| format!("AccessPolicy {}: {}", unresolved.policy, unresolved.problem))
-            .collect();
-        if before.revision == revision && before.machines == machines && before.warnings == warnings
+        if before.revision == revision
+            && before.machines == state.machines
+            && before.warnings == state.warnings
         {
-            return Ok(());
+            return;
         }
+        let State { resolved, machines, counts, resources, warnings, hash } = state;
         if before.revision != revision {
             tracing::info!(
                 revision,
                 workloads = resolved.workloads.len(),
-                policies,
-                guardrails,
+                policies = counts.policies,
+                guardrails = counts.guardrails,
                 "published a revision"
             );
         }
@@ -301,27 +347,27 @@ impl Publisher {
             resolved.workloads.iter().map(|w| (w.identity.clone(), w.mode)).collect();
         self.sender.send_replace(Arc::new(Published {
             revision,
-            made_at: now,
+            made_at: hauberk_tls::now(),
             resources,
-            state_hash,
+            state_hash: hash,
             table: DecisionTable::build(resolved.policies, resolved.guardrails, postures),
             workloads: resolved.workloads,
             machines,
             warnings,
-            policies,
-            guardrails,
+            policies: counts.policies,
+            guardrails: counts.guardrails,
         }));
-        Ok(())
     }
 }
 
-fn resources(resolved: &Resolved) -> BTreeMap<String, v1::Resource> {
+fn resources(resolved: &Resolved, services: Vec<MeshService>) -> BTreeMap<String, v1::Resource> {
     let workloads = resolved.workloads.iter().cloned().map(Resource::Workload);
     let policies = resolved.policies.iter().cloned().map(Resource::Policy);
     let guardrails = resolved.guardrails.iter().cloned().map(Resource::Guardrail);
     workloads
         .chain(policies)
         .chain(guardrails)
+        .chain(services.into_iter().map(Resource::Service))
         .map(|resource| (resource.key(), resource.message()))
         .collect()
 }

@@ -103,6 +103,8 @@ impl<'a> Check<'a> {
             ProcessSelector::NetworkNamespace { name, .. } => {
                 (ProcessKey::NetworkNamespace(name), format!("network namespace {name}"))
             }
+            // No manifest can say so.
+            ProcessSelector::Pod { .. } => return,
         };
         if let Some(first) = claim(&mut self.processes, (machine, key), object) {
             let problem = format!("{what} of machine {machine} is a workload already, at {first}");
@@ -118,7 +120,7 @@ impl<'a> Check<'a> {
                 }
             }
             // Processes of the host share its addresses, and so its ports.
-            ProcessSelector::User(_) | ProcessSelector::Cgroup(_) => {
+            ProcessSelector::User(_) | ProcessSelector::Cgroup(_) | ProcessSelector::Pod { .. } => {
                 for port in &process.ports {
                     if let Some(first) = claim(&mut self.ports, (machine, *port), object) {
                         let problem = format!(

@@ -261,10 +261,21 @@ pub enum ProcessSelector {
         /// Never empty.
         addresses: BTreeSet<std::net::IpAddr>,
     },
+    /// The pod of this UID, in its network namespace. No manifest says so: the control plane knows it of
+    /// the Kubernetes API.
+    Pod {
+        /// The pod's `metadata.uid`.
+        uid: String,
+        /// The pod's addresses; never empty.
+        addresses: BTreeSet<std::net::IpAddr>,
+    },
 }
 
 /// The longest Unix user name, as of useradd.
 const MAX_USER: usize = 32;
+
+/// The longest UID of a pod. Kubernetes' own are 36 characters, those of static pods 32.
+const MAX_POD_UID: usize = 64;
 
 /// The longest file name: a network namespace is a file in a folder, a cgroup a directory.
 const MAX_FILE_NAME: usize = 255;
@@ -300,6 +311,27 @@ impl ProcessSelector {
         !matches!(text, "" | "." | "..")
             && text.len() <= MAX_FILE_NAME
             && text.chars().all(is_file_character)
+    }
+}
+
+impl ProcessSelector {
+    /// Whether a text can be the UID of a pod.
+    #[must_use]
+    pub fn is_pod_uid(text: &str) -> bool {
+        (1..=MAX_POD_UID).contains(&text.len())
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+    }
+
+    /// The addresses of a network namespace of its own; none for a process of a host, which has its
+    /// machine's.
+    #[must_use]
+    pub fn own_addresses(&self) -> Option<&BTreeSet<std::net::IpAddr>> {
+        match self {
+            Self::User(_) | Self::Cgroup(_) => None,
+            Self::NetworkNamespace { addresses, .. } | Self::Pod { addresses, .. } => {
+                Some(addresses)
+            }
+        }
     }
 }
 

@@ -148,9 +148,21 @@ pub struct MeshWorkload {
 }
 
 impl MeshWorkload {
-    /// `namespace/name`, or `machine/name` for a machine: unique in a mesh.
+    /// `namespace/name`, or `machine/name` for a machine, or `namespace/name@uid` for a pod: unique in a
+    /// mesh, and no other pod's that has the name after it.
     #[must_use]
     pub fn key(&self) -> String {
+        match &self.process {
+            ProcessSelector::Pod { uid, .. } => format!("{}@{uid}", self.shown()),
+            ProcessSelector::User(_)
+            | ProcessSelector::Cgroup(_)
+            | ProcessSelector::NetworkNamespace { .. } => self.shown(),
+        }
+    }
+
+    /// As people write it: `namespace/name`, or `machine/name` for a machine.
+    #[must_use]
+    pub fn shown(&self) -> String {
         match &self.namespace {
             Some(namespace) => format!("{namespace}/{}", self.name),
             None => format!("machine/{}", self.name),
@@ -265,11 +277,9 @@ fn mesh_workload(
         object: format!("Workload {}/{}", workload.namespace, workload.name),
         source,
     })?;
-    let addresses = match &workload.process.selector {
-        ProcessSelector::NetworkNamespace { addresses, .. } => addresses.clone(),
-        ProcessSelector::User(_) | ProcessSelector::Cgroup(_) => {
-            machines.get(&workload.machine).map(|set| (*set).clone()).unwrap_or_default()
-        }
+    let addresses = match workload.process.selector.own_addresses() {
+        Some(addresses) => addresses.clone(),
+        None => machines.get(&workload.machine).map(|set| (*set).clone()).unwrap_or_default(),
     };
     Ok(MeshWorkload {
         namespace: Some(workload.namespace.clone()),

@@ -118,6 +118,8 @@ fn nothing_is_empty(object: &Located<Object>) -> bool {
         Object::Machine(_) => true,
         Object::Workload(workload) => match &workload.process.selector {
             ProcessSelector::NetworkNamespace { addresses, .. } => !addresses.is_empty(),
+            // Of pods no manifest speaks.
+            ProcessSelector::Pod { .. } => false,
             ProcessSelector::User(name) | ProcessSelector::Cgroup(name) => !name.is_empty(),
         },
     }

@@ -25,6 +25,7 @@ pub fn workload_message(workload: &MeshWorkload) -> v1::MeshWorkload {
             ProcessSelector::NetworkNamespace { name, .. } => {
                 Process::NetworkNamespace(name.clone())
             }
+            ProcessSelector::Pod { uid, .. } => Process::PodUid(uid.clone()),
         }),
     }
 }
@@ -52,6 +53,18 @@ pub fn workload(message: v1::MeshWorkload) -> Result<MeshWorkload, ConvertError>
                 return Err(ConvertError::missing("workload.addresses"));
             }
             ProcessSelector::NetworkNamespace { name, addresses: addresses.clone() }
+        }
+        Process::PodUid(uid) if !ProcessSelector::is_pod_uid(&uid) => {
+            return Err(process(&uid, "the UID of a pod"));
+        }
+        Process::PodUid(uid) => {
+            if addresses.is_empty() {
+                return Err(ConvertError::missing("workload.addresses"));
+            }
+            if message.namespace.is_empty() {
+                return Err(ConvertError::missing("workload.namespace"));
+            }
+            ProcessSelector::Pod { uid, addresses: addresses.clone() }
         }
     };
     let namespace = match message.namespace.as_str() {
@@ -82,7 +95,7 @@ pub(super) fn name(field: &str, text: &str) -> Result<ResourceName, ConvertError
     text.parse().map_err(|error| ConvertError::new(field, format!("{text:?}: {error}")))
 }
 
-fn address(field: &str, text: &str) -> Result<IpAddr, ConvertError> {
+pub(super) fn address(field: &str, text: &str) -> Result<IpAddr, ConvertError> {
     text.parse().map_err(|_| ConvertError::new(field, format!("{text:?} is not an IP address")))
 }
 
@@ -91,15 +104,14 @@ pub(super) fn spiffe_id(field: &str, text: &str) -> Result<SpiffeId, ConvertErro
 }
 
 pub(super) fn ports(field: &str, ports: &[u32]) -> Result<BTreeSet<u16>, ConvertError> {
-    ports
-        .iter()
-        .map(|port| {
-            u16::try_from(*port)
-                .ok()
-                .filter(|port| *port != 0)
-                .ok_or_else(|| ConvertError::new(field, format!("{port} is not a port")))
-        })
-        .collect()
+    ports.iter().map(|number| port(field, *number)).collect()
+}
+
+pub(super) fn port(field: &str, number: u32) -> Result<u16, ConvertError> {
+    u16::try_from(number)
+        .ok()
+        .filter(|port| *port != 0)
+        .ok_or_else(|| ConvertError::new(field, format!("{number} is not a port")))
 }
 
 pub(super) fn some_ports(field: &str, list: &[u32]) -> Result<BTreeSet<u16>, ConvertError> {

@@ -9,6 +9,15 @@ pub struct JoinRequest {
     pub certificate_request: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AttestPodRequest {
+    /// A projected token whose audience is the control plane.
+    #[prost(string, tag = "1")]
+    pub token: ::prost::alloc::string::String,
+    /// PKCS#10, DER. Only its public key is taken.
+    #[prost(bytes = "vec", tag = "2")]
+    pub certificate_request: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RenewNodeRequest {
     /// PKCS#10, DER. Only its public key is taken.
     #[prost(bytes = "vec", tag = "1")]
@@ -30,7 +39,8 @@ pub struct NodeCredential {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct IssueRequest {
-    /// "namespace/name", or "machine/name" for a machine that speaks for itself.
+    /// "namespace/name", "namespace/name@uid" for a pod, or "machine/name" for a machine that speaks for
+    /// itself.
     #[prost(string, tag = "1")]
     pub workload: ::prost::alloc::string::String,
     /// PKCS#10, DER. Only its public key is taken.
@@ -149,6 +159,29 @@ pub mod enrollment_client {
                 .insert(GrpcMethod::new("hauberk.v1.Enrollment", "Join"));
             self.inner.unary(req, path, codec).await
         }
+        /// Trades a Kubernetes service account token of the agent's own pod for the certificate of the node that
+        /// the pod runs on. As often as needed, and without a client certificate: the token is the proof.
+        pub async fn attest_pod(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AttestPodRequest>,
+        ) -> std::result::Result<tonic::Response<super::NodeCredential>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/hauberk.v1.Enrollment/AttestPod",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("hauberk.v1.Enrollment", "AttestPod"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Renews the node certificate of the caller, for a new key.
         pub async fn renew_node(
             &mut self,
@@ -190,6 +223,12 @@ pub mod enrollment_server {
         async fn join(
             &self,
             request: tonic::Request<super::JoinRequest>,
+        ) -> std::result::Result<tonic::Response<super::NodeCredential>, tonic::Status>;
+        /// Trades a Kubernetes service account token of the agent's own pod for the certificate of the node that
+        /// the pod runs on. As often as needed, and without a client certificate: the token is the proof.
+        async fn attest_pod(
+            &self,
+            request: tonic::Request<super::AttestPodRequest>,
         ) -> std::result::Result<tonic::Response<super::NodeCredential>, tonic::Status>;
         /// Renews the node certificate of the caller, for a new key.
         async fn renew_node(
@@ -302,6 +341,51 @@ pub mod enrollment_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = JoinSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/hauberk.v1.Enrollment/AttestPod" => {
+                    #[allow(non_camel_case_types)]
+                    struct AttestPodSvc<T: Enrollment>(pub Arc<T>);
+                    impl<
+                        T: Enrollment,
+                    > tonic::server::UnaryService<super::AttestPodRequest>
+                    for AttestPodSvc<T> {
+                        type Response = super::NodeCredential;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AttestPodRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Enrollment>::attest_pod(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AttestPodSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
@@ -718,7 +802,7 @@ pub struct StateUpdate {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Resource {
-    #[prost(oneof = "resource::Kind", tags = "1, 2, 3")]
+    #[prost(oneof = "resource::Kind", tags = "1, 2, 3, 4")]
     pub kind: ::core::option::Option<resource::Kind>,
 }
 /// Nested message and enum types in `Resource`.
@@ -731,7 +815,38 @@ pub mod resource {
         Policy(super::DestinationPolicy),
         #[prost(message, tag = "3")]
         Guardrail(super::Guardrail),
+        #[prost(message, tag = "4")]
+        Service(super::Service),
     }
+}
+/// Addresses that stand for others: connections to them go to one of the backends.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Service {
+    #[prost(string, tag = "1")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// IP addresses, as text.
+    #[prost(string, repeated, tag = "3")]
+    pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(message, repeated, tag = "4")]
+    pub ports: ::prost::alloc::vec::Vec<ServicePort>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ServicePort {
+    #[prost(uint32, tag = "1")]
+    pub port: u32,
+    /// Those that are ready; may be empty.
+    #[prost(message, repeated, tag = "2")]
+    pub backends: ::prost::alloc::vec::Vec<Backend>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Backend {
+    /// An IP address, as text.
+    #[prost(string, tag = "1")]
+    pub address: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub port: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MeshWorkload {
@@ -752,7 +867,7 @@ pub struct MeshWorkload {
     pub ports: ::prost::alloc::vec::Vec<u32>,
     #[prost(enumeration = "Mode", tag = "7")]
     pub mode: i32,
-    #[prost(oneof = "mesh_workload::Process", tags = "8, 9, 10")]
+    #[prost(oneof = "mesh_workload::Process", tags = "8, 9, 10, 11")]
     pub process: ::core::option::Option<mesh_workload::Process>,
 }
 /// Nested message and enum types in `MeshWorkload`.
@@ -768,6 +883,9 @@ pub mod mesh_workload {
         /// A named network namespace.
         #[prost(string, tag = "10")]
         NetworkNamespace(::prost::alloc::string::String),
+        /// The UID of a pod.
+        #[prost(string, tag = "11")]
+        PodUid(::prost::alloc::string::String),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

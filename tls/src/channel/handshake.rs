@@ -163,10 +163,12 @@ impl Handshake {
         let version =
             (state.protocol_version() == Some(ProtocolVersion::TLSv1_3)).then_some("TLSv1.3");
         let group = state.negotiated_key_exchange_group().and_then(|group| group.name().as_str());
-        let suite = state.negotiated_cipher_suite().ok_or(Error::HandshakeNotComplete)?;
-        let key_limit = match suite {
-            rustls::SupportedCipherSuite::Tls13(suite) => suite.common.confidentiality_limit,
-        };
+        // No other version is in the configuration, whatever rustls was built with.
+        let suite = state
+            .negotiated_cipher_suite()
+            .and_then(|suite| suite.tls13())
+            .ok_or(Error::HandshakeNotComplete)?;
+        let key_limit = suite.common.confidentiality_limit;
         let (extracted, secrets) = match self.connection {
             Connection::Client(connection) => {
                 let (extracted, kernel) = connection.dangerous_into_kernel_connection()?;

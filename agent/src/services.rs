@@ -1,0 +1,125 @@
+//! Which backend of a service a connection goes to: of two by chance the one with fewer open connections
+//! from here, and for a while none that just failed.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// How long a backend that could not be reached is left alone, while there are others.
+const REST: Duration = Duration::from_secs(10);
+
+/// What this agent knows of backends.
+#[derive(Default)]
+pub(crate) struct Balancer(Mutex<HashMap<SocketAddr, Load>>);
+
+#[derive(Default)]
+struct Load {
+    open: usize,
+    failed: Option<Instant>,
+}
+
+impl Load {
+    fn rests(&self, now: Instant) -> bool {
+        self.failed.is_some_and(|at| now.saturating_duration_since(at) < REST)
+    }
+}
+
+/// A backend that was chosen; counts as open for as long as this lives.
+pub(crate) struct Chosen {
+    balancer: Arc<Balancer>,
+    pub(crate) backend: SocketAddr,
+}
+
+impl Chosen {
+    /// It could not be reached.
+    pub(crate) fn failed(&self) {
+        self.balancer.lock().entry(self.backend).or_default().failed = Some(Instant::now());
+    }
+}
+
+impl Drop for Chosen {
+    fn drop(&mut self) {
+        let mut loads = self.balancer.lock();
+        if let Some(load) = loads.get_mut(&self.backend) {
+            load.open = load.open.saturating_sub(1);
+            if load.open == 0 && !load.rests(Instant::now()) {
+                loads.remove(&self.backend);
+            }
+        }
+    }
+}
+
+impl Balancer {
+    /// Nothing if there are no backends.
+    pub(crate) fn choose(self: &Arc<Self>, backends: &BTreeSet<SocketAddr>) -> Option<Chosen> {
+        let now = Instant::now();
+        let mut loads = self.lock();
+        let is_fit =
+            |backend: &&SocketAddr| loads.get(*backend).is_none_or(|load| !load.rests(now));
+        let mut fit: Vec<&SocketAddr> = backends.iter().filter(is_fit).collect();
+        if fit.is_empty() {
+            // All of them failed: the next one to try is as good as any.
+            fit = backends.iter().collect();
+        }
+        let one = **fit.get(chance(fit.len())?)?;
+        let other = **fit.get(chance(fit.len())?)?;
+        let open = |backend: &SocketAddr| loads.get(backend).map_or(0, |load| load.open);
+        let backend = if open(&other) < open(&one) { other } else { one };
+        loads.entry(backend).or_default().open += 1;
+        drop(loads);
+        Some(Chosen { balancer: self.clone(), backend })
+    }
+
+    /// Plain data: a panic elsewhere leaves nothing half-changed in it.
+    fn lock(&self) -> MutexGuard<'_, HashMap<SocketAddr, Load>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A number below `count`; nothing below nothing.
+fn chance(count: usize) -> Option<usize> {
+    let random = usize::try_from(getrandom::u32().unwrap_or(0)).unwrap_or(0);
+    random.checked_rem(count)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
+mod tests {
+    use super::*;
+
+    fn backends(count: u16) -> BTreeSet<SocketAddr> {
+        (1..=count).map(|port| SocketAddr::from(([10, 0, 0, 1], port))).collect()
+    }
+
+    #[test]
+    fn nobody_is_chosen_of_none() {
+        assert!(Arc::<Balancer>::default().choose(&BTreeSet::new()).is_none());
+    }
+
+    #[test]
+    fn open_connections_spread() {
+        let balancer = Arc::<Balancer>::default();
+        let open: Vec<_> = (0..300).map(|_| balancer.choose(&backends(3)).unwrap()).collect();
+        for backend in backends(3) {
+            let count = open.iter().filter(|chosen| chosen.backend == backend).count();
+            assert!((60..=140).contains(&count), "{backend}: {count} of 300");
+        }
+        drop(open);
+        assert!(balancer.lock().is_empty(), "what is closed is forgotten");
+    }
+
+    #[test]
+    fn one_that_failed_is_left_alone_while_there_are_others() {
+        let balancer = Arc::<Balancer>::default();
+        let first = balancer.choose(&backends(2)).unwrap();
+        first.failed();
+        for _ in 0..100 {
+            assert_ne!(balancer.choose(&backends(2)).unwrap().backend, first.backend);
+        }
+        let only: BTreeSet<_> = [first.backend].into();
+        assert_eq!(balancer.choose(&only).unwrap().backend, first.backend);
+    }
+}

@@ -1,0 +1,107 @@
+//! The control plane as one of a Kubernetes cluster: where its CA comes from, and what it follows.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+
+use anyhow::Context;
+use base64::{Engine, engine::general_purpose::STANDARD};
+use hauberk_core::identity::TrustDomain;
+use hauberk_kubernetes::{Attestor, Cluster, Shared};
+use hauberk_telemetry::Health;
+use rustls_pki_types::CertificateDer;
+
+use crate::{
+    api::Kubernetes,
+    ca::{Authority, keep_root, root_files},
+    policy::{Follower, Publisher},
+};
+
+/// The audience that agents' tokens must be for.
+pub(crate) const AUDIENCE: &str = "hauberk";
+
+/// The cluster's API, and what it shows of this namespace.
+pub(crate) struct Connection {
+    client: hauberk_kubernetes::Client,
+    namespace: String,
+    shared: Shared,
+    cluster: Arc<Cluster>,
+}
+
+/// Connects, and puts the CA of the cluster into the folder; makes one if there is none yet.
+pub(crate) async fn connect(ca: &Path, trust_domain: &TrustDomain) -> anyhow::Result<Connection> {
+    let client = hauberk_kubernetes::client().await.context("find the Kubernetes API")?;
+    let namespace = client.default_namespace().to_owned();
+    let shared = Shared::new(client.clone(), namespace.clone());
+    let cluster = Arc::new(Cluster::follow(&client));
+    bring_ca(&shared, ca, trust_domain).await.context("bring the CA of the cluster")?;
+    Ok(Connection { client, namespace, shared, cluster })
+}
+
+/// Of several replicas that make a CA at once, one is first, and the others take its.
+async fn bring_ca(
+    shared: &Shared,
+    folder: &Path,
+    trust_domain: &TrustDomain,
+) -> anyhow::Result<()> {
+    if let Some(files) = shared.ca().await? {
+        return Ok(keep_root(folder, &files)?);
+    }
+    drop(Authority::open(folder, trust_domain, hauberk_tls::now())?);
+    let made: BTreeMap<String, Vec<u8>> = root_files(folder)?;
+    if shared.keep_ca(made).await? {
+        tracing::info!("the CA of this cluster was made, and is kept in the Secret hauberk-ca");
+        return Ok(());
+    }
+    let files = shared.ca().await?.context("the Secret hauberk-ca was there and is gone")?;
+    Ok(keep_root(folder, &files)?)
+}
+
+impl Connection {
+    pub(crate) async fn publish_trust_bundle(
+        &self,
+        root: &CertificateDer<'_>,
+    ) -> anyhow::Result<()> {
+        Ok(self.shared.publish_trust_bundle(&pem(root)).await?)
+    }
+
+    pub(crate) fn api(&self, agent_service_account: &str) -> Kubernetes {
+        let attestor = Attestor::new(
+            self.client.clone(),
+            AUDIENCE.to_owned(),
+            self.namespace.clone(),
+            agent_service_account.to_owned(),
+        );
+        Kubernetes { cluster: self.cluster.clone(), attestor }
+    }
+
+    pub(crate) fn follower(
+        self,
+        publisher: Arc<Publisher>,
+        trust_domain: &TrustDomain,
+        health: Health,
+    ) -> Follower {
+        let trust_domain = trust_domain.clone();
+        Follower {
+            publisher,
+            cluster: self.cluster,
+            shared: self.shared,
+            trust_domain,
+            health,
+            good: BTreeMap::new(),
+        }
+    }
+}
+
+/// RFC 7468.
+fn pem(der: &[u8]) -> String {
+    let encoded = STANDARD.encode(der);
+    let mut text = "-----BEGIN CERTIFICATE-----\n".to_owned();
+    let mut rest = encoded.as_str();
+    while !rest.is_empty() {
+        let (line, more) = rest.split_at(rest.len().min(64));
+        text.push_str(line);
+        text.push('\n');
+        rest = more;
+    }
+    text.push_str("-----END CERTIFICATE-----\n");
+    text
+}

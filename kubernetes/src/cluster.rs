@@ -1,0 +1,229 @@
+//! What the API server knows that agents enforce, put together from its watches.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use hauberk_core::policy::{MeshService, Mode, Workload};
+use k8s_openapi::api::{
+    core::v1::{Namespace, Node, Pod, Service},
+    discovery::v1::EndpointSlice,
+};
+use kube::{
+    Api, Client, ResourceExt,
+    core::{ApiResource, DynamicObject},
+};
+use tokio::sync::watch;
+
+use crate::{
+    MODE_LABEL, crd,
+    objects::ManifestObject,
+    pods::PodFacts,
+    services::{ServiceFacts, SliceFacts},
+    watched::Watched,
+};
+
+/// The watches of a cluster.
+pub struct Cluster {
+    objects: Vec<Arc<Watched<ManifestObject>>>,
+    pods: Arc<Watched<PodFacts>>,
+    /// Each with its label.
+    namespaces: Arc<Watched<Option<String>>>,
+    nodes: Arc<Watched<()>>,
+    services: Arc<Watched<ServiceFacts>>,
+    slices: Arc<Watched<SliceFacts>>,
+    changed: watch::Receiver<u64>,
+}
+
+/// What all watches say together.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    /// The custom resources.
+    pub objects: Vec<ManifestObject>,
+    /// The pods that are in the mesh.
+    pub workloads: Vec<Workload>,
+    /// The services that have an address of their own.
+    pub services: Vec<MeshService>,
+    /// The names of all nodes.
+    pub nodes: Vec<String>,
+    /// What people should know: pods that cannot be in the mesh, for one.
+    pub notes: Vec<String>,
+    /// The newest resource version of each kind: how much this snapshot has seen.
+    pub seen: BTreeMap<String, u64>,
+}
+
+impl Cluster {
+    /// Begins to follow everything. Needs a tokio runtime.
+    #[must_use]
+    pub fn follow(client: &Client) -> Self {
+        let (sender, changed) = watch::channel(0);
+        let all = |resource: ApiResource| Api::<DynamicObject>::all_with(client.clone(), &resource);
+        let object = |kind: &'static str, resource: ApiResource| {
+            Watched::follow(kind, all(resource), sender.clone(), move |object| {
+                ManifestObject::new(kind, object)
+            })
+        };
+        Self {
+            objects: vec![
+                object("AccessPolicy", ApiResource::erase::<crd::AccessPolicy>(&())),
+                object("Guardrail", ApiResource::erase::<crd::Guardrail>(&())),
+                object("Machine", ApiResource::erase::<crd::Machine>(&())),
+                object("Workload", ApiResource::erase::<crd::Workload>(&())),
+            ],
+            pods: Watched::follow("Pod", Api::<Pod>::all(client.clone()), sender.clone(), |pod| {
+                PodFacts::new(pod)
+            }),
+            namespaces: Watched::follow(
+                "Namespace",
+                Api::<Namespace>::all(client.clone()),
+                sender.clone(),
+                |namespace| namespace.labels().get(MODE_LABEL).cloned(),
+            ),
+            nodes: Watched::follow("Node", Api::<Node>::all(client.clone()), sender.clone(), drop),
+            services: Watched::follow(
+                "Service",
+                Api::<Service>::all(client.clone()),
+                sender.clone(),
+                ServiceFacts::new,
+            ),
+            slices: Watched::follow(
+                "EndpointSlice",
+                Api::<EndpointSlice>::all(client.clone()),
+                sender,
+                SliceFacts::new,
+            ),
+            changed,
+        }
+    }
+
+    /// Counts up with each change.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.clone()
+    }
+
+    /// The kinds whose objects have not been listed yet: until there are none, nothing is known.
+    #[must_use]
+    pub fn unlisted(&self) -> Vec<&'static str> {
+        let mut kinds = Vec::new();
+        let mut note = |what, listed: bool| {
+            if !listed {
+                kinds.push(what);
+            }
+        };
+        for watched in &self.objects {
+            note(watched.what(), watched.is_listed());
+        }
+        note(self.pods.what(), self.pods.is_listed());
+        note(self.namespaces.what(), self.namespaces.is_listed());
+        note(self.nodes.what(), self.nodes.is_listed());
+        note(self.services.what(), self.services.is_listed());
+        note(self.slices.what(), self.slices.is_listed());
+        kinds
+    }
+
+    /// Whether the API server has a node of this name.
+    #[must_use]
+    pub fn has_node(&self, name: &str) -> bool {
+        self.nodes.read(|nodes, _| nodes.contains_key(name))
+    }
+
+    /// Everything, as it is now.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let mut snapshot = Snapshot::default();
+        for watched in &self.objects {
+            watched.read(|objects, version| {
+                snapshot.seen.insert(watched.what().to_owned(), version);
+                snapshot.objects.extend(objects.values().cloned());
+            });
+        }
+        let modes = self.namespaces.read(|namespaces, version| {
+            snapshot.seen.insert("Namespace".to_owned(), version);
+            modes(namespaces, &mut snapshot.notes)
+        });
+        self.pods.read(|pods, version| {
+            snapshot.seen.insert("Pod".to_owned(), version);
+            snapshot.workloads = workloads(pods.values(), &modes, &mut snapshot.notes);
+        });
+        snapshot.nodes = self.nodes.read(|nodes, _| nodes.keys().cloned().collect());
+        snapshot.services = self.slices.read(|slices, version| {
+            snapshot.seen.insert("EndpointSlice".to_owned(), version);
+            let mut of: HashMap<(&str, &str), Vec<&SliceFacts>> = HashMap::new();
+            for slice in slices.values() {
+                if let Some(service) = slice.service() {
+                    of.entry(service).or_default().push(slice);
+                }
+            }
+            self.services.read(|services, version| {
+                snapshot.seen.insert("Service".to_owned(), version);
+                let resolve = |service: &ServiceFacts| {
+                    let slices = of.get(&service.key()).map(Vec::as_slice).unwrap_or_default();
+                    service.resolve(slices.iter().copied())
+                };
+                services.values().filter_map(resolve).collect()
+            })
+        });
+        snapshot
+    }
+}
+
+/// The namespaces that are in the mesh.
+fn modes(
+    namespaces: &BTreeMap<String, Option<String>>,
+    notes: &mut Vec<String>,
+) -> HashMap<String, Mode> {
+    let mut modes = HashMap::new();
+    for (name, label) in namespaces {
+        let mode = match label.as_deref() {
+            None | Some("off") => continue,
+            Some("enforce") => Mode::Enforce,
+            Some("audit") => Mode::Audit,
+            Some(other) => {
+                // Somebody wanted protection and misspelt it.
+                notes.push(format!(
+                    "namespace {name}: label {MODE_LABEL}: {other:?} is not enforce, audit or off; taken for \
+                     enforce"
+                ));
+                Mode::Enforce
+            }
+        };
+        modes.insert(name.clone(), mode);
+    }
+    modes
+}
+
+fn workloads<'a>(
+    pods: impl Iterator<Item = &'a PodFacts>,
+    modes: &HashMap<String, Mode>,
+    notes: &mut Vec<String>,
+) -> Vec<Workload> {
+    // An address passes to the next pod before the last one's object is gone: the newest has it.
+    let mut owners: HashMap<IpAddr, &PodFacts> = HashMap::new();
+    let mut enrolled = Vec::new();
+    for pod in pods {
+        let Some(mode) = modes.get(&pod.namespace) else { continue };
+        match pod.workload(*mode) {
+            None => {}
+            Some(Err(note)) => notes.push(note),
+            Some(Ok(workload)) => {
+                for address in &pod.addresses {
+                    let owner = owners.entry(*address).or_insert(pod);
+                    if pod.created > owner.created {
+                        *owner = pod;
+                    }
+                }
+                enrolled.push((pod, workload));
+            }
+        }
+    }
+    let owns = |pod: &PodFacts| {
+        let mut addresses: BTreeSet<&IpAddr> = pod.addresses.iter().collect();
+        addresses.retain(|ip| owners.get(*ip).is_some_and(|owner| owner.uid == pod.uid));
+        addresses.len() == pod.addresses.len()
+    };
+    enrolled.retain(|(pod, _)| owns(pod));
+    enrolled.into_iter().map(|(_, workload)| workload).collect()
+}

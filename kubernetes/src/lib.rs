@@ -1,0 +1,29 @@
+//! Hauberk on Kubernetes: the custom resources that owners write, what the API server knows of pods and
+//! services, what replicas of the control plane share through it, and who a projected token is.
+//! Everything that talks to the Kubernetes API is in here; it decides nothing.
+
+mod attest;
+mod cluster;
+pub mod crd;
+mod objects;
+mod pods;
+mod services;
+mod shared;
+mod watched;
+
+pub use attest::{AttestError, AttestedPod, Attestor};
+pub use cluster::{Cluster, Snapshot};
+pub use kube::Client;
+pub use objects::ManifestObject;
+pub use shared::{Agreement, Shared, SharedError};
+
+/// The label of a namespace that puts its pods into the mesh, and says how: `enforce`, `audit` or `off`.
+pub const MODE_LABEL: &str = "hauberk.dev/mode";
+
+/// A client for the cluster that this process runs in, or that the user's kubeconfig names.
+///
+/// # Errors
+/// If there is neither, or it is damaged.
+pub async fn client() -> Result<Client, kube::Error> {
+    Client::try_default().await
+}

@@ -1,0 +1,263 @@
+//! What the replicas of the control plane share, in objects of its own namespace: the CA's root, what
+//! agents trust, and which revision the state has.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::{
+    ByteString,
+    api::core::v1::{ConfigMap, Secret},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use kube::{Api, Client, api::PostParams};
+use serde::{Deserialize, Serialize};
+
+/// The Secret with the CA's root.
+const CA_SECRET: &str = "hauberk-ca";
+
+/// The ConfigMap with the roots that agents trust.
+const TRUST_BUNDLE: &str = "hauberk-trust-bundle";
+
+/// The ConfigMap with the number of the state in force.
+const STATE: &str = "hauberk-state";
+
+/// The key in it.
+const REVISION: &str = "revision";
+
+/// How often one tries to agree while others write, too.
+const ATTEMPTS: usize = 8;
+
+/// The objects of one namespace.
+#[derive(Clone)]
+pub struct Shared {
+    client: Client,
+    namespace: String,
+}
+
+/// Why something could not be shared.
+#[derive(Debug, thiserror::Error)]
+pub enum SharedError {
+    /// The API server refused, or could not be asked.
+    #[error("{what} in namespace {namespace}")]
+    Api {
+        /// What was tried.
+        what: &'static str,
+        /// Where.
+        namespace: String,
+        /// Why it failed.
+        #[source]
+        source: Box<kube::Error>,
+    },
+    /// An object has not what it should.
+    #[error("{object} in namespace {namespace} is damaged: {why}")]
+    Damaged {
+        /// Which.
+        object: &'static str,
+        /// Where.
+        namespace: String,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+/// The number that a state has for all replicas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Agreement {
+    /// This one.
+    Revision(u64),
+    /// Another replica has seen more already: this state is old, and must not be given out.
+    Behind,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Kept {
+    number: u64,
+    state_hash: String,
+    /// What whoever wrote this had seen of each kind.
+    seen: BTreeMap<String, u64>,
+}
+
+impl Kept {
+    /// Whether somebody with these eyes knows at least as much.
+    fn is_covered_by(&self, seen: &BTreeMap<String, u64>) -> bool {
+        self.seen.iter().all(|(kind, version)| seen.get(kind).is_some_and(|mine| mine >= version))
+    }
+}
+
+impl Shared {
+    /// In the namespace of this control plane.
+    #[must_use]
+    pub fn new(client: Client, namespace: String) -> Self {
+        Self { client, namespace }
+    }
+
+    /// The CA's files, if another replica, or this one in an earlier life, has made them.
+    ///
+    /// # Errors
+    /// If the Secret cannot be read.
+    pub async fn ca(&self) -> Result<Option<BTreeMap<String, Vec<u8>>>, SharedError> {
+        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
+        let secret =
+            secrets.get_opt(CA_SECRET).await.map_err(self.failed("read Secret hauberk-ca"))?;
+        let Some(secret) = secret else { return Ok(None) };
+        let files = secret.data.unwrap_or_default();
+        if files.is_empty() {
+            let why =
+                "it is empty; restore it, or delete it to begin a new trust domain".to_owned();
+            let namespace = self.namespace.clone();
+            return Err(SharedError::Damaged { object: "Secret hauberk-ca", namespace, why });
+        }
+        Ok(Some(files.into_iter().map(|(name, bytes)| (name, bytes.0)).collect()))
+    }
+
+    /// Keeps the CA's files, unless another replica was first. Returns whether these are kept.
+    ///
+    /// # Errors
+    /// If the Secret cannot be written.
+    pub async fn keep_ca(&self, files: BTreeMap<String, Vec<u8>>) -> Result<bool, SharedError> {
+        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
+        let secret = Secret {
+            metadata: self.named(CA_SECRET),
+            // Nobody replaces the root of a mesh by mistake.
+            immutable: Some(true),
+            data: Some(files.into_iter().map(|(name, bytes)| (name, ByteString(bytes))).collect()),
+            type_: Some("hauberk.dev/ca".to_owned()),
+            ..Secret::default()
+        };
+        match secrets.create(&PostParams::default(), &secret).await {
+            Ok(_) => Ok(true),
+            Err(error) if is_conflict(&error) => Ok(false),
+            Err(error) => Err(self.failed("create Secret hauberk-ca")(error)),
+        }
+    }
+
+    /// Writes what agents trust, as `roots.pem`.
+    ///
+    /// # Errors
+    /// If the ConfigMap cannot be written.
+    pub async fn publish_trust_bundle(&self, pem: &str) -> Result<(), SharedError> {
+        let data = BTreeMap::from([("roots.pem".to_owned(), pem.to_owned())]);
+        self.write_config_map(TRUST_BUNDLE, data).await
+    }
+
+    /// Which number a state has: the one it has already, or the next, if this replica has seen all that
+    /// led to the present one.
+    ///
+    /// # Errors
+    /// If the ConfigMap cannot be read or written.
+    pub async fn agree(
+        &self,
+        state_hash: &str,
+        seen: &BTreeMap<String, u64>,
+    ) -> Result<Agreement, SharedError> {
+        let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
+        for _ in 0..ATTEMPTS {
+            let found =
+                maps.get_opt(STATE).await.map_err(self.failed("read ConfigMap hauberk-state"))?;
+            let kept = match &found {
+                None => Kept::default(),
+                Some(map) => self.read_state(map)?,
+            };
+            if found.is_some() && kept.state_hash == state_hash {
+                return Ok(Agreement::Revision(kept.number));
+            }
+            if !kept.is_covered_by(seen) {
+                return Ok(Agreement::Behind);
+            }
+            let next = Kept {
+                number: kept.number.saturating_add(1),
+                state_hash: state_hash.to_owned(),
+                seen: seen.clone(),
+            };
+            let text = serde_json::to_string(&next).unwrap_or_default();
+            let mut map = found.unwrap_or_default();
+            let exists = map.metadata.resource_version.is_some();
+            if !exists {
+                map.metadata = self.named(STATE);
+            }
+            map.data = Some(BTreeMap::from([(REVISION.to_owned(), text)]));
+            let written = if exists {
+                maps.replace(STATE, &PostParams::default(), &map).await
+            } else {
+                maps.create(&PostParams::default(), &map).await
+            };
+            match written {
+                Ok(_) => return Ok(Agreement::Revision(next.number)),
+                // Another replica was faster: look what it says.
+                Err(error) if is_conflict(&error) => {}
+                Err(error) => return Err(self.failed("write ConfigMap hauberk-state")(error)),
+            }
+        }
+        Ok(Agreement::Behind)
+    }
+
+    fn read_state(&self, map: &ConfigMap) -> Result<Kept, SharedError> {
+        let text = map.data.as_ref().and_then(|data| data.get(REVISION));
+        let damaged = |why: String| SharedError::Damaged {
+            object: "ConfigMap hauberk-state",
+            namespace: self.namespace.clone(),
+            why,
+        };
+        let text = text.ok_or_else(|| damaged(format!("it has no {REVISION}")))?;
+        serde_json::from_str(text).map_err(|error| damaged(error.to_string()))
+    }
+
+    async fn write_config_map(
+        &self,
+        name: &'static str,
+        data: BTreeMap<String, String>,
+    ) -> Result<(), SharedError> {
+        let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
+        let failed = self.failed("write ConfigMap hauberk-trust-bundle");
+        let found = maps.get_opt(name).await.map_err(&failed)?;
+        let written = match found {
+            Some(map) if map.data.as_ref() == Some(&data) => return Ok(()),
+            Some(mut map) => {
+                map.data = Some(data);
+                maps.replace(name, &PostParams::default(), &map).await
+            }
+            None => {
+                let map = ConfigMap {
+                    metadata: self.named(name),
+                    data: Some(data),
+                    ..ConfigMap::default()
+                };
+                maps.create(&PostParams::default(), &map).await
+            }
+        };
+        match written {
+            Ok(_) => Ok(()),
+            // Another replica writes the same.
+            Err(error) if is_conflict(&error) => Ok(()),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    fn named(&self, name: &str) -> ObjectMeta {
+        let labels = [
+            ("app.kubernetes.io/name", "hauberk"),
+            ("app.kubernetes.io/component", "control-plane"),
+        ];
+        ObjectMeta {
+            name: Some(name.to_owned()),
+            namespace: Some(self.namespace.clone()),
+            labels: Some(
+                labels.map(|(key, value)| (key.to_owned(), value.to_owned())).into_iter().collect(),
+            ),
+            ..ObjectMeta::default()
+        }
+    }
+
+    fn failed(&self, what: &'static str) -> impl Fn(kube::Error) -> SharedError {
+        let namespace = self.namespace.clone();
+        move |error| SharedError::Api {
+            what,
+            namespace: namespace.clone(),
+            source: Box::new(error),
+        }
+    }
+}
+
+fn is_conflict(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 409)
+}

@@ -1,0 +1,112 @@
+//! The way in: a cluster with the mesh installed by Helm.
+
+use std::{path::Path, process::Command, time::Duration};
+
+use anyhow::{Context, bail, ensure};
+use hauberk_kubernetes_tests::{Cluster, Image, Options};
+
+use crate::{AS_HAUBERK, Test};
+
+pub(crate) const TESTS: &[(&str, Test)] = &[("helm_installs_the_mesh", helm_installs_the_mesh)];
+
+/// How long a pod may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) const IMAGE: &str = "hauberk.test/hauberk:1";
+
+const CHARTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../charts");
+
+/// A cluster with the mesh in it, ready.
+pub(crate) fn start() -> anyhow::Result<Cluster> {
+    let cluster = Cluster::start(Options { images: vec![image()?], ..Options::default() })?;
+    let chart = |name: &str| format!("{CHARTS}/{name}");
+    let namespace = "--namespace=hauberk-system";
+    cluster.helm(&[
+        "install",
+        "hauberk-crds",
+        &chart("hauberk-crds"),
+        namespace,
+        "--create-namespace",
+    ])?;
+    let image = format!("image.reference={IMAGE}");
+    let installed = cluster.helm(&[
+        "install",
+        "hauberk",
+        &chart("hauberk"),
+        namespace,
+        "--set=trustDomain=test.example",
+        "--set",
+        &image,
+        "--set=image.pullPolicy=Never",
+        "--wait",
+        "--timeout=90s",
+    ]);
+    // Helm is content when all but one of the agents are there.
+    let complete = installed.and_then(|_| {
+        cluster.kubectl(&[
+            "rollout",
+            "status",
+            namespace,
+            "--timeout=60s",
+            "daemonset/hauberk-agent",
+        ])
+    });
+    if let Err(error) = complete {
+        bail!("{error:#}\n{}", everything(&cluster));
+    }
+    Ok(cluster)
+}
+
+/// What somebody would look at.
+pub(crate) fn everything(cluster: &Cluster) -> String {
+    let namespace = "--namespace=hauberk-system";
+    let ask =
+        |arguments: &[&str]| cluster.kubectl(arguments).unwrap_or_else(|error| error.to_string());
+    [
+        ask(&["get", "pods", "--all-namespaces", "--output=wide"]),
+        ask(&["describe", "pods", namespace]),
+        ask(&[
+            "logs",
+            namespace,
+            "--tail=40",
+            "--selector=app.kubernetes.io/component=control-plane",
+        ]),
+        ask(&["logs", namespace, "--tail=40", "--selector=app.kubernetes.io/component=agent"]),
+    ]
+    .join("\n")
+}
+
+/// This program as an image; without what only a debugger reads, which would be copied around.
+fn image() -> anyhow::Result<Image> {
+    let folder = tempfile::tempdir()?.keep();
+    let program = folder.join("hauberk");
+    strip(&std::env::current_exe()?, &program)?;
+    let mut image = Image {
+        name: IMAGE.to_owned(),
+        files: Vec::new(),
+        entrypoint: vec!["/hauberk".to_owned(), AS_HAUBERK.to_owned()],
+        environment: Vec::new(),
+        user: String::new(),
+    };
+    image.add_program("/hauberk", &program)?;
+    Ok(image)
+}
+
+fn strip(program: &Path, to: &Path) -> anyhow::Result<()> {
+    let status =
+        Command::new("strip").arg("-o").arg(to).arg(program).status().context("run strip")?;
+    ensure!(status.success(), "strip failed: {status}");
+    Ok(())
+}
+
+fn helm_installs_the_mesh(cluster: &Cluster) -> anyhow::Result<()> {
+    let agents = cluster.kubectl_json(&[
+        "get",
+        "daemonset",
+        "--namespace=hauberk-system",
+        "hauberk-agent",
+    ])?;
+    let ready = agents.pointer("/status/numberReady").and_then(serde_json::Value::as_i64);
+    ensure!(ready == Some(2), "{agents:#}");
+    Ok(())
+}

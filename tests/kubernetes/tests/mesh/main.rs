@@ -1,0 +1,66 @@
+//! Hauberk in a real cluster: installed with Helm, with pods on two nodes. Run as root.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::as_conversions,
+    reason = "a test fails by panicking, with the place"
+)]
+
+mod install;
+mod policy;
+
+use std::{
+    ffi::OsString,
+    process::ExitCode,
+    sync::{Arc, Mutex},
+    time::Instant,
+};
+
+use hauberk_kubernetes_tests::Cluster;
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// What the image runs is this very program, as the `hauberk` command.
+const AS_HAUBERK: &str = "--as-hauberk";
+
+/// Started by the first test that needs it.
+type Shared = Arc<Mutex<Option<Arc<Cluster>>>>;
+
+/// A test in that cluster.
+type Test = fn(&Cluster) -> anyhow::Result<()>;
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    if arguments.nth(1).is_some_and(|first| first == AS_HAUBERK) {
+        let rest: Vec<OsString> = arguments.collect();
+        return hauberk_cli::main(std::iter::once(OsString::from("hauberk")).chain(rest));
+    }
+    let mut arguments = Arguments::from_args();
+    // Each one changes the cluster that the next one finds.
+    arguments.test_threads = Some(1);
+    let shared: Shared = Arc::default();
+    let tests = [install::TESTS, policy::TESTS].concat();
+    let trials = tests
+        .into_iter()
+        .map(|(name, test)| {
+            let shared = Arc::clone(&shared);
+            Trial::test(name, move || {
+                let started = Instant::now();
+                let result = cluster(&shared).and_then(|cluster| test(&cluster));
+                eprintln!("{:.1} s", started.elapsed().as_secs_f64());
+                result.map_err(|error| Failed::from(format!("{error:#}")))
+            })
+        })
+        .collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    drop(shared.lock().unwrap().take());
+    conclusion.exit_code()
+}
+
+fn cluster(shared: &Shared) -> anyhow::Result<Arc<Cluster>> {
+    let mut shared = shared.lock().unwrap();
+    if let Some(cluster) = &*shared {
+        return Ok(Arc::clone(cluster));
+    }
+    let cluster = Arc::new(install::start()?);
+    Ok(Arc::clone(shared.insert(cluster)))
+}
