@@ -14,6 +14,7 @@ use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
     capture::{Captures, StatusBoard},
+    cni::{self, Installation, Server, Starting},
     config::{Args, LocalEdges, LogFormat},
     context::Context,
     identity::{
@@ -115,11 +116,34 @@ pub async fn run(
         metrics.clone(),
     )?;
     let board = StatusBoard::new(context.clone(), node.slot.clone());
+    let starting = Starting::default();
+    let (plugin_server, installation) = match &args.cni_plugin {
+        None => (None, None),
+        Some(plugin) => {
+            let server = Server {
+                node: node.name.clone(),
+                netns_dir: args.netns_dir.clone(),
+                board: board.clone(),
+                starting: starting.clone(),
+                snapshots: enforcer.subscribe(),
+            };
+            let installation = Installation {
+                plugin: plugin.clone(),
+                bin: args.cni_bin_dir.clone(),
+                configurations: args.cni_conf_dir.clone(),
+                socket: args.cni_socket.clone(),
+                exempt: args.cni_exempt_namespaces.clone(),
+            };
+            (Some((server, cni::listen(&args.cni_socket)?)), Some(installation))
+        }
+    };
     let captures = Captures {
         context: context.clone(),
         identities,
         netns_dir: args.netns_dir.clone(),
         cri_socket: args.cri_socket.clone(),
+        starting: starting.clone(),
+        installation,
         board: board.clone(),
         snapshots: enforcer.subscribe(),
     };
@@ -149,12 +173,17 @@ pub async fn run(
         context.cut.clone().cancelled_owned(),
     ));
     let captures = tokio::spawn(captures.run());
+    let plugin_server = plugin_server.map(|(server, listener)| tokio::spawn(server.run(listener)));
     let subscription = tokio::spawn(subscription.run());
     let tending = tokio::spawn(tend_node(node, health, metrics, renewed));
     stop.await;
 
     tracing::info!(open = context.open_connections(), "stopping, draining open connections");
     context.stopping.cancel();
+    // Pods that start from now on wait for the next agent.
+    if let Some(server) = plugin_server {
+        server.abort();
+    }
     let captured = captures.await.context("stop capturing")?;
     drain(&context, args.drain).await;
     context.cut.cancel();
@@ -277,13 +306,17 @@ async fn tend_node(
 pub fn cleanup(args: &Args) -> ExitCode {
     let mut failed = false;
     let mut note = |place: String, outcome: anyhow::Result<()>| match outcome {
-        Ok(()) => println!("no capture rules left in {place}"),
+        Ok(()) => println!("nothing left in {place}"),
         Err(error) => {
             failed = true;
             eprintln!("error: {place}: {error:#}");
         }
     };
     note("the host's network namespace".to_owned(), capture::remove().map_err(Into::into));
+    if args.cni_plugin.is_some() {
+        let outcome = cni::uninstall(&args.cni_bin_dir, &args.cni_conf_dir);
+        note(args.cni_conf_dir.display().to_string(), outcome);
+    }
     let entries = match std::fs::read_dir(&args.netns_dir) {
         Ok(entries) => entries.collect(),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use hauberk_core::{
     identity::SpiffeId,
-    policy::{Allowed, Denial, Mode, Reason, Request, Verdict, resolve::MeshWorkload},
+    policy::{
+        Allowed, Denial, Mode, ProcessSelector, Reason, Request, Verdict, resolve::MeshWorkload,
+    },
     time::Timestamp,
 };
 
@@ -83,16 +85,51 @@ impl Permit {
     }
 }
 
-/// An audited workload's connection with the world outside of the mesh may go on, although no policy can
-/// allow it. Only [`pass_audited`] makes one.
-pub(crate) struct AuditPass {
-    denial: Denial,
+/// A connection without TLS may go on, although no policy can allow it. Only [`pass_audited`] and
+/// [`pass_probe`] make one.
+pub(crate) struct Pass(Why);
+
+/// Why it may.
+pub(crate) enum Why {
+    /// The workload is only audited; this is why it would be denied.
+    Audited(Denial),
+    /// The node's kubelet sees whether the pod is well, on this port.
+    Probe(u16),
 }
 
-impl AuditPass {
-    /// Why it would be denied.
-    pub(crate) fn denial(&self) -> &Denial {
-        &self.denial
+impl Pass {
+    pub(crate) fn why(&self) -> &Why {
+        &self.0
+    }
+
+    /// Whether it is still good for the workload, as it is now.
+    pub(crate) fn holds(&self, workload: &MeshWorkload) -> bool {
+        match &self.0 {
+            Why::Audited(_) => workload.mode == Mode::Audit,
+            Why::Probe(port) => probes(workload, *port),
+        }
+    }
+}
+
+/// Lets a connection to a declared probe port pass that comes from an address of the node itself, and so
+/// from a process on it: nobody else gets the answer to what is sent from there. Nothing tells the kubelet
+/// from other processes of the node's own network.
+pub(crate) fn pass_probe(
+    snapshot: &Snapshot,
+    workload: &MeshWorkload,
+    port: u16,
+    from_node: impl FnOnce() -> bool,
+) -> Option<Pass> {
+    (snapshot.revision > 0 && probes(workload, port) && from_node())
+        .then_some(Pass(Why::Probe(port)))
+}
+
+fn probes(workload: &MeshWorkload, port: u16) -> bool {
+    match &workload.process {
+        ProcessSelector::Pod { probe_ports, .. } => probe_ports.contains(&port),
+        ProcessSelector::User(_)
+        | ProcessSelector::Cgroup(_)
+        | ProcessSelector::NetworkNamespace { .. } => false,
     }
 }
 
@@ -101,9 +138,9 @@ pub(crate) fn pass_audited(
     snapshot: &Snapshot,
     workload: &MeshWorkload,
     denial: Denial,
-) -> Result<AuditPass, Denial> {
+) -> Result<Pass, Denial> {
     match workload.mode {
-        Mode::Audit if snapshot.revision > 0 => Ok(AuditPass { denial }),
+        Mode::Audit if snapshot.revision > 0 => Ok(Pass(Why::Audited(denial))),
         Mode::Audit | Mode::Enforce => Err(denial),
     }
 }

@@ -20,8 +20,14 @@ use tokio::sync::watch;
 
 pub(crate) use board::StatusBoard;
 pub(crate) use locals::Locals;
+pub(crate) use sandboxes::netns_file;
 
-use crate::{context::Context, identity::Identities, policy::Snapshot};
+use crate::{
+    cni::{Installation, Starting},
+    context::Context,
+    identity::Identities,
+    policy::Snapshot,
+};
 use place::{HostCapture, NamespaceCapture};
 use sandboxes::Sandboxes;
 
@@ -41,6 +47,9 @@ pub(crate) struct Captures {
     pub(crate) identities: Identities,
     pub(crate) netns_dir: PathBuf,
     pub(crate) cri_socket: PathBuf,
+    pub(crate) starting: Starting,
+    /// The CNI plugin, if this node has pods.
+    pub(crate) installation: Option<Installation>,
     pub(crate) board: StatusBoard,
     pub(crate) snapshots: watch::Receiver<Arc<Snapshot>>,
 }
@@ -134,12 +143,13 @@ impl Captures {
         loop {
             let snapshot = self.snapshots.borrow_and_update().clone();
             if snapshot.revision > 0 {
-                sandboxes.look_up(&pods(&snapshot, &self.context.node)).await;
+                sandboxes.look_up(&pods(&snapshot, &self.context.node), &self.starting).await;
                 // It asks the kernel about every namespace, and waits for its answers.
                 tokio::task::block_in_place(|| {
                     self.reconcile(&snapshot, &sandboxes, &mut current, known);
                 });
                 known = true;
+                self.look_after_plugin();
             }
             tokio::select! {
                 () = self.context.stopping.cancelled() => {
@@ -147,6 +157,7 @@ impl Captures {
                     return current;
                 }
                 changed = self.snapshots.changed() => if changed.is_err() { return current },
+                () = self.starting.news() => {}
                 () = next_reconcile(&current) => {}
             }
         }
@@ -251,6 +262,19 @@ impl Captures {
         let outcomes = host.update(&self.context, workloads, &mut self.identities);
         for (workload, outcome) in workloads.iter().zip(outcomes) {
             self.note(workload, outcome);
+        }
+    }
+
+    /// From the first state on: pods that start have somebody to wait for.
+    fn look_after_plugin(&mut self) {
+        let Some(installation) = &self.installation else { return };
+        match tokio::task::block_in_place(|| installation.ensure()) {
+            Ok(false) => {}
+            Ok(true) => tracing::info!("the CNI plugin is in place"),
+            Err(error) => tracing::warn!(
+                error = format!("{error:#}"),
+                "the CNI plugin is not in place: pods start before they are captured"
+            ),
         }
     }
 

@@ -45,6 +45,43 @@ pub struct Args {
     )]
     pub cri_socket: PathBuf,
 
+    /// On a Kubernetes node: the CNI plugin that comes with this agent, to be chained to the node's network,
+    /// so that no pod starts before it is captured.
+    #[arg(long, env = "HAUBERK_CNI_PLUGIN", value_name = "FILE")]
+    pub cni_plugin: Option<PathBuf>,
+
+    /// Where the plugin finds this agent; the same path here and on the host.
+    #[arg(
+        long,
+        env = "HAUBERK_CNI_SOCKET",
+        value_name = "FILE",
+        default_value = "/run/hauberk/cni.sock"
+    )]
+    pub cni_socket: PathBuf,
+
+    /// Where the container runtime looks for CNI plugins.
+    #[arg(long, env = "HAUBERK_CNI_BIN_DIR", value_name = "DIR", default_value = "/opt/cni/bin")]
+    pub cni_bin_dir: PathBuf,
+
+    /// Where the container runtime looks for network configurations.
+    #[arg(
+        long,
+        env = "HAUBERK_CNI_CONF_DIR",
+        value_name = "DIR",
+        default_value = "/etc/cni/net.d"
+    )]
+    pub cni_conf_dir: PathBuf,
+
+    /// Namespaces whose pods start without waiting for an agent: those that the mesh itself needs.
+    #[arg(
+        long,
+        env = "HAUBERK_CNI_EXEMPT_NAMESPACES",
+        value_name = "NAME",
+        value_delimiter = ',',
+        default_value = "kube-system"
+    )]
+    pub cni_exempt_namespaces: Vec<String>,
+
     /// Where Prometheus scrapes and health is asked.
     #[arg(long, env = "HAUBERK_METRICS", value_name = "ADDR", default_value = "127.0.0.1:9465")]
     pub metrics: SocketAddr,
@@ -116,6 +153,11 @@ impl Args {
             kubernetes_token: None,
             trust_bundle: None,
             cri_socket: "/run/containerd/containerd.sock".into(),
+            cni_plugin: None,
+            cni_socket: "/run/hauberk/cni.sock".into(),
+            cni_bin_dir: "/opt/cni/bin".into(),
+            cni_conf_dir: "/etc/cni/net.d".into(),
+            cni_exempt_namespaces: vec!["kube-system".to_owned()],
             metrics: SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 9465)),
             records: "-".into(),
             netns_dir: "/run/netns".into(),

@@ -381,9 +381,15 @@ pub(crate) async fn serve_plaintext(
         Reason::Plaintext,
         "connect from a workload that is registered in the mesh, so that its agent carries the connection",
     );
-    let pass = match &local {
-        Some(local) => authorize::pass_audited(&snapshot, &local.workload, denial),
-        None => Err(denial),
+    let probe = local.as_ref().zip(wanted).and_then(|(local, wanted)| {
+        authorize::pass_probe(&snapshot, &local.workload, wanted.port(), || {
+            context.node_addresses.have(from.ip())
+        })
+    });
+    let pass = match (probe, &local) {
+        (Some(probe), _) => Ok(probe),
+        (None, Some(local)) => authorize::pass_audited(&snapshot, &local.workload, denial),
+        (None, None) => Err(denial),
     };
     drop(snapshot);
     match (pass, local, wanted) {
@@ -392,10 +398,8 @@ pub(crate) async fn serve_plaintext(
                 passthrough::inbound(context, &local, stream, from, wanted, pass, &mut report);
             Box::pin(passing).await;
         }
-        (Ok(pass), ..) => {
-            report.denied(pass.denial(), None);
-            drop(reset_on_close(&stream));
-        }
+        // Without a workload there is no pass.
+        (Ok(_), ..) => drop(reset_on_close(&stream)),
         (Err(denial), ..) => {
             report.denied(&denial, None);
             drop(reset_on_close(&stream));

@@ -13,6 +13,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 mod authorize;
 mod capture;
+mod cni;
 mod context;
 mod copy;
 mod forward;

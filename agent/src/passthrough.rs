@@ -1,14 +1,15 @@
-//! Connections of audited workloads that go on without the mesh: counted and recorded, never silent.
+//! Connections that go on without the mesh, of audited workloads and of kubelets that probe: counted and
+//! recorded, never silent.
 
 use std::net::SocketAddr;
 
-use hauberk_core::policy::{Mode, Reason};
+use hauberk_core::policy::Reason;
 use hauberk_linux::socket::reset_on_close;
 use hauberk_telemetry::record::Path;
 use tokio::net::TcpStream;
 
 use crate::{
-    authorize::AuditPass,
+    authorize::Pass,
     context::{Context, Local},
     copy::{Broken, Joined},
     report::Report,
@@ -20,14 +21,14 @@ pub(crate) async fn outbound(
     local: &Local,
     application: TcpStream,
     wanted: SocketAddr,
-    pass: AuditPass,
+    pass: Pass,
     report: &mut Report<'_>,
 ) {
-    let counters = report.audited(pass.denial());
+    let counters = report.passed(&pass);
     match local.place.dial(wanted).await {
         Ok(peer) => {
             let joined = Joined::new(application, peer, Some(counters), None);
-            copy(context, local, joined, true, report).await;
+            copy(context, local, &pass, joined, true, report).await;
         }
         Err(error) => {
             report.closed("unreachable", Some(error.to_string()));
@@ -43,14 +44,14 @@ pub(crate) async fn inbound(
     caller: TcpStream,
     from: SocketAddr,
     wanted: SocketAddr,
-    pass: AuditPass,
+    pass: Pass,
     report: &mut Report<'_>,
 ) {
-    let counters = report.audited(pass.denial());
+    let counters = report.passed(&pass);
     match local.place.dial_as_address(from, wanted).await {
         Ok(application) => {
             let joined = Joined::new(caller, application, None, Some(counters));
-            copy(context, local, joined, false, report).await;
+            copy(context, local, &pass, joined, false, report).await;
         }
         Err(error) => {
             report.closed("unreachable", Some(error.to_string()));
@@ -62,6 +63,7 @@ pub(crate) async fn inbound(
 async fn copy(
     context: &Context,
     local: &Local,
+    pass: &Pass,
     mut joined: Joined,
     local_is_caller: bool,
     report: &mut Report<'_>,
@@ -69,7 +71,7 @@ async fn copy(
     report.opened(Path::Clear);
     let ended = tokio::select! {
         () = context.cut.cancelled() => Ended::Draining,
-        () = no_longer_audited(context, local) => Ended::Enforced,
+        () = no_longer(context, local, pass) => Ended::Enforced,
         copied = joined.run() => match copied {
             Ok(()) => Ended::Complete,
             Err(broken) => Ended::Broken(broken),
@@ -82,7 +84,7 @@ async fn copy(
         Ended::Complete => report.closed("complete", None),
         Ended::Draining => report.closed("draining", None),
         Ended::Enforced => {
-            let text = "the workload is no longer only audited".to_owned();
+            let text = "it may no longer pass without the mesh".to_owned();
             report.terminated(Reason::PolicyRevoked, text);
         }
         Ended::Broken(Broken { caller, error }) if caller == local_is_caller => {
@@ -101,15 +103,15 @@ enum Ended {
     Broken(Broken),
 }
 
-/// Done when the workload is enforced, or gone.
-async fn no_longer_audited(context: &Context, local: &Local) {
+/// Done when the pass is not good any more, or the workload gone.
+async fn no_longer(context: &Context, local: &Local, pass: &Pass) {
     let mut snapshots = context.subscribe();
     loop {
         let snapshot = snapshots.borrow_and_update().clone();
         let key = local.workload.key();
         let mut here = snapshot.on_node(&context.node);
-        let audited = here.any(|w| w.key() == key && w.mode == Mode::Audit);
-        if !audited || snapshots.changed().await.is_err() {
+        let holds = here.any(|workload| workload.key() == key && pass.holds(workload));
+        if !holds || snapshots.changed().await.is_err() {
             return;
         }
     }

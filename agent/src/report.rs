@@ -18,7 +18,7 @@ use hauberk_telemetry::{
 };
 
 use crate::{
-    authorize::{Permit, Permitted},
+    authorize::{Pass, Permit, Permitted, Why},
     context::Context,
 };
 
@@ -62,6 +62,8 @@ enum Decided {
     Nothing,
     Permitted(Arc<Permitted>),
     WouldDeny(Box<Denial>),
+    /// Allowed by no policy, but to the node's kubelet.
+    Probe,
     Denied(Box<Denial>),
     DeniedByPeer(Reason, Box<Refusal>),
 }
@@ -125,9 +127,15 @@ impl<'a> Report<'a> {
         self.resolve()
     }
 
-    /// It passes only because its workload is audited.
-    pub(crate) fn audited(&mut self, denial: &Denial) -> EdgeCounters {
-        self.decided = Decided::WouldDeny(Box::new(denial.clone()));
+    /// It passes without the mesh.
+    pub(crate) fn passed(&mut self, pass: &Pass) -> EdgeCounters {
+        self.decided = match pass.why() {
+            Why::Audited(denial) => Decided::WouldDeny(Box::new(denial.clone())),
+            Why::Probe(_) => {
+                self.detail = Some("a probe from the node".into());
+                Decided::Probe
+            }
+        };
         self.resolve()
     }
 
@@ -204,6 +212,7 @@ impl<'a> Report<'a> {
                 Permitted::Audited(_) => Decision::WouldDeny,
             },
             Decided::WouldDeny(_) => Decision::WouldDeny,
+            Decided::Probe => Decision::Allow,
             Decided::Nothing | Decided::Denied(_) | Decided::DeniedByPeer(..) => Decision::Deny,
         }
     }
@@ -213,7 +222,7 @@ impl<'a> Report<'a> {
         match &self.decided {
             Decided::Nothing => Some(Reason::NotReady),
             Decided::DeniedByPeer(reason, _) => Some(*reason),
-            Decided::Permitted(_) | Decided::WouldDeny(_) | Decided::Denied(_) => {
+            Decided::Permitted(_) | Decided::WouldDeny(_) | Decided::Probe | Decided::Denied(_) => {
                 self.denial().map(|denial| denial.reason)
             }
         }
@@ -226,7 +235,7 @@ impl<'a> Report<'a> {
                 Permitted::Allowed(_) => None,
             },
             Decided::WouldDeny(denial) | Decided::Denied(denial) => Some(denial),
-            Decided::Nothing | Decided::DeniedByPeer(..) => None,
+            Decided::Nothing | Decided::Probe | Decided::DeniedByPeer(..) => None,
         }
     }
 
@@ -237,6 +246,7 @@ impl<'a> Report<'a> {
                 Permitted::Audited(_) => None,
             },
             Decided::Nothing
+            | Decided::Probe
             | Decided::WouldDeny(_)
             | Decided::Denied(_)
             | Decided::DeniedByPeer(..) => None,
@@ -251,6 +261,7 @@ impl<'a> Report<'a> {
             Decided::DeniedByPeer(_, refusal) => some(&refusal.policy),
             Decided::Permitted(_)
             | Decided::WouldDeny(_)
+            | Decided::Probe
             | Decided::Denied(_)
             | Decided::Nothing => self.denial()?.policy.as_ref().map(ToString::to_string),
         }
@@ -317,6 +328,7 @@ impl<'a> Report<'a> {
             }
             Decided::Permitted(_)
             | Decided::WouldDeny(_)
+            | Decided::Probe
             | Decided::Denied(_)
             | Decided::Nothing => {
                 if let Some(denial) = self.denial() {

@@ -80,10 +80,7 @@ pub fn run(
     }
 }
 
-fn act(
-    environment: impl Fn(&str) -> Option<String>,
-    text: &str,
-) -> Result<Option<Value>, Failure> {
+fn act(environment: impl Fn(&str) -> Option<String>, text: &str) -> Result<Option<Value>, Failure> {
     let need = |name: &str| {
         environment(name)
             .filter(|value| !value.is_empty())

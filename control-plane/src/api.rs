@@ -27,7 +27,7 @@ pub(crate) struct Shared {
     pub(crate) authority: Authority,
     pub(crate) store: Arc<Store>,
     pub(crate) publisher: Arc<Publisher>,
-    pub(crate) fleet: Fleet,
+    pub(crate) fleet: Arc<Fleet>,
     pub(crate) issuance: IssuanceRate,
     pub(crate) metrics: Arc<ControlPlaneMetrics>,
     /// In a cluster, its API.

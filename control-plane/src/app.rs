@@ -27,7 +27,6 @@ use crate::{
     api::{Enrollment, Operator, Shared, State, WorkloadIdentity},
     ca::{Authority, CaError},
     config::{Args, LogFormat},
-    fleet::Fleet,
     issuance::IssuanceRate,
     kubernetes,
     policy::{HEALTH_CHECK, Publisher},
@@ -132,7 +131,7 @@ pub async fn run(
         authority,
         store,
         publisher: publisher.clone(),
-        fleet: Fleet::default(),
+        fleet: Arc::default(),
         issuance: IssuanceRate::default(),
         metrics: metrics.clone(),
         kubernetes: cluster.as_ref().map(|cluster| cluster.api(&args.agent_service_account)),
@@ -150,8 +149,11 @@ pub async fn run(
     match cluster {
         None => drop(tokio::spawn(publisher.watch())),
         Some(cluster) => {
-            let follower = cluster.follower(publisher, &args.trust_domain, health.clone());
+            let fleet = shared.fleet.clone();
+            let (follower, writer) =
+                cluster.follower(publisher, &args.trust_domain, health.clone(), fleet);
             tokio::spawn(follower.run());
+            tokio::spawn(writer.run());
         }
     }
     tokio::spawn(tend_ca(shared.clone(), own, health.clone(), args.node_certificate_lifetime));

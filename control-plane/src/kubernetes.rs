@@ -5,14 +5,16 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 use anyhow::Context;
 use base64::{Engine, engine::general_purpose::STANDARD};
 use hauberk_core::identity::TrustDomain;
-use hauberk_kubernetes::{Attestor, Cluster, Shared};
+use hauberk_kubernetes::{Attestor, Cluster, Report, Shared, election};
 use hauberk_telemetry::Health;
 use rustls_pki_types::CertificateDer;
+use tokio::sync::watch;
 
 use crate::{
     api::Kubernetes,
     ca::{Authority, keep_root, root_files},
-    policy::{Follower, Publisher},
+    fleet::Fleet,
+    policy::{Follower, Publisher, StatusWriter},
 };
 
 /// The audience that agents' tokens must be for.
@@ -24,6 +26,8 @@ pub(crate) struct Connection {
     namespace: String,
     shared: Shared,
     cluster: Arc<Cluster>,
+    /// The name of this replica's pod.
+    replica: String,
 }
 
 /// Connects, and puts the CA of the cluster into the folder; makes one if there is none yet.
@@ -31,9 +35,12 @@ pub(crate) async fn connect(ca: &Path, trust_domain: &TrustDomain) -> anyhow::Re
     let client = hauberk_kubernetes::client().await.context("find the Kubernetes API")?;
     let namespace = client.default_namespace().to_owned();
     let shared = Shared::new(client.clone(), namespace.clone());
-    let cluster = Arc::new(Cluster::follow(&client));
+    let cluster = Arc::new(Cluster::follow(&client, &namespace));
+    // A pod's host name is its name, unless it says otherwise.
+    let replica = nix::unistd::gethostname().context("ask for the pod's name")?;
+    let replica = replica.to_string_lossy().into_owned();
     bring_ca(&shared, ca, trust_domain).await.context("bring the CA of the cluster")?;
-    Ok(Connection { client, namespace, shared, cluster })
+    Ok(Connection { client, namespace, shared, cluster, replica })
 }
 
 /// Of several replicas that make a CA at once, one is first, and the others take its.
@@ -73,21 +80,35 @@ impl Connection {
         Kubernetes { cluster: self.cluster.clone(), attestor }
     }
 
+    /// What publishes, and what tells of it.
     pub(crate) fn follower(
         self,
         publisher: Arc<Publisher>,
         trust_domain: &TrustDomain,
         health: Health,
-    ) -> Follower {
-        let trust_domain = trust_domain.clone();
-        Follower {
+        fleet: Arc<Fleet>,
+    ) -> (Follower, StatusWriter) {
+        let (states, objects) = watch::channel(Arc::default());
+        let follower = Follower {
             publisher,
-            cluster: self.cluster,
+            cluster: self.cluster.clone(),
             shared: self.shared,
-            trust_domain,
+            trust_domain: trust_domain.clone(),
             health,
             good: BTreeMap::new(),
-        }
+            since: BTreeMap::new(),
+            states,
+        };
+        let (client, namespace) = (self.client, self.namespace);
+        let writer = StatusWriter {
+            leads: election(client.clone(), namespace.clone(), self.replica.clone()),
+            report: Report::new(client.clone(), namespace, self.replica),
+            client,
+            cluster: self.cluster,
+            fleet,
+            objects,
+        };
+        (follower, writer)
     }
 }
 

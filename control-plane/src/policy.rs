@@ -3,7 +3,9 @@
 mod kubernetes;
 mod publish;
 mod source;
+mod status;
 
 pub(crate) use kubernetes::{Follower, HEALTH_CHECK};
 pub(crate) use publish::{Published, Publisher, chain};
 pub(crate) use source::{Folder, read_folder};
+pub(crate) use status::StatusWriter;

@@ -4,6 +4,7 @@
 
 pub mod examples;
 pub mod model;
+pub mod namespace;
 pub mod reason;
 pub mod resolve;
 pub mod service;
@@ -11,6 +12,7 @@ pub mod table;
 pub mod verdict;
 
 pub use model::*;
+pub use namespace::MeshNamespace;
 pub use reason::Reason;
 pub use service::MeshService;
 pub use table::{DecisionTable, Request};

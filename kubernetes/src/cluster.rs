@@ -6,14 +6,15 @@ use std::{
     sync::Arc,
 };
 
-use hauberk_core::policy::{MeshService, Mode, Workload};
+use hauberk_core::policy::{MeshNamespace, MeshService, Mode, Workload};
 use k8s_openapi::api::{
-    core::v1::{Namespace, Node, Pod, Service},
+    core::v1::{ConfigMap, Namespace, Node, Pod, Service},
     discovery::v1::EndpointSlice,
 };
 use kube::{
     Api, Client, ResourceExt,
     core::{ApiResource, DynamicObject},
+    runtime::watcher,
 };
 use tokio::sync::watch;
 
@@ -21,6 +22,7 @@ use crate::{
     MODE_LABEL, crd,
     objects::ManifestObject,
     pods::PodFacts,
+    replicas::{self, Enforced},
     services::{ServiceFacts, SliceFacts},
     watched::Watched,
 };
@@ -34,6 +36,8 @@ pub struct Cluster {
     nodes: Arc<Watched<()>>,
     services: Arc<Watched<ServiceFacts>>,
     slices: Arc<Watched<SliceFacts>>,
+    /// What the replicas of the control plane say of their agents.
+    replicas: Arc<Watched<Enforced>>,
     changed: watch::Receiver<u64>,
 }
 
@@ -46,6 +50,8 @@ pub struct Snapshot {
     pub workloads: Vec<Workload>,
     /// The services that have an address of their own.
     pub services: Vec<MeshService>,
+    /// All namespaces.
+    pub namespaces: Vec<MeshNamespace>,
     /// The names of all nodes.
     pub nodes: Vec<String>,
     /// What people should know: pods that cannot be in the mesh, for one.
@@ -57,8 +63,10 @@ pub struct Snapshot {
 impl Cluster {
     /// Begins to follow everything. Needs a tokio runtime.
     #[must_use]
-    pub fn follow(client: &Client) -> Self {
+    pub fn follow(client: &Client, own_namespace: &str) -> Self {
         let (sender, changed) = watch::channel(0);
+        // Of no concern for what is enforced.
+        let (quiet, _) = watch::channel(0);
         let all = |resource: ApiResource| Api::<DynamicObject>::all_with(client.clone(), &resource);
         let object = |kind: &'static str, resource: ApiResource| {
             Watched::follow(kind, all(resource), sender.clone(), move |object| {
@@ -94,6 +102,13 @@ impl Cluster {
                 sender,
                 SliceFacts::new,
             ),
+            replicas: Watched::follow_some(
+                "ConfigMap",
+                Api::<ConfigMap>::namespaced(client.clone(), own_namespace),
+                watcher::Config::default().labels(replicas::LABEL),
+                quiet,
+                |map| replicas::read(&map),
+            ),
             changed,
         }
     }
@@ -124,6 +139,24 @@ impl Cluster {
         kinds
     }
 
+    /// The revisions that the agents of all replicas enforce, as these have told.
+    #[must_use]
+    pub fn agents_of_replicas(&self) -> Enforced {
+        self.replicas
+            .read(|maps, _| maps.values().flatten().map(|(k, v)| (k.clone(), *v)).collect())
+    }
+
+    /// An object as it is now.
+    #[must_use]
+    pub fn object(&self, known: &ManifestObject) -> Option<ManifestObject> {
+        let watched = self.objects.iter().find(|watched| watched.what() == known.kind)?;
+        let key = match &known.namespace {
+            Some(namespace) => format!("{namespace}/{}", known.name),
+            None => known.name.clone(),
+        };
+        watched.read(|objects, _| objects.get(&key).cloned())
+    }
+
     /// Whether the API server has a node of this name.
     #[must_use]
     pub fn has_node(&self, name: &str) -> bool {
@@ -142,7 +175,15 @@ impl Cluster {
         }
         let modes = self.namespaces.read(|namespaces, version| {
             snapshot.seen.insert("Namespace".to_owned(), version);
-            modes(namespaces, &mut snapshot.notes)
+            let modes = modes(namespaces, &mut snapshot.notes);
+            snapshot.namespaces = namespaces
+                .keys()
+                .filter_map(|name| {
+                    let enrolled = modes.contains_key(name);
+                    Some(MeshNamespace { name: name.parse().ok()?, enrolled })
+                })
+                .collect();
+            modes
         });
         self.pods.read(|pods, version| {
             snapshot.seen.insert("Pod".to_owned(), version);

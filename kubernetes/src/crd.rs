@@ -20,7 +20,7 @@ use kube::CustomResourceExt;
 pub use access_policy::{AccessPolicy, AccessPolicySpec};
 pub use guardrail::{Guardrail, GuardrailSpec};
 pub use host::{Machine, MachineSpec, Workload, WorkloadSpec};
-pub use shared::Status;
+pub use shared::{Agents, Status};
 
 /// The definitions of all kinds, in the order of their names.
 #[must_use]

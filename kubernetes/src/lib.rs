@@ -5,17 +5,23 @@
 mod attest;
 mod cluster;
 pub mod crd;
+mod leader;
 mod objects;
 mod pods;
+mod replicas;
 mod services;
 mod shared;
+mod status;
 mod watched;
 
 pub use attest::{AttestError, AttestedPod, Attestor};
 pub use cluster::{Cluster, Snapshot};
 pub use kube::Client;
+pub use leader::election;
 pub use objects::ManifestObject;
+pub use replicas::{Enforced, Report};
 pub use shared::{Agreement, Shared, SharedError};
+pub use status::{Told, status_of, write_status};
 
 /// The label of a namespace that puts its pods into the mesh, and says how: `enforce`, `audit` or `off`.
 pub const MODE_LABEL: &str = "hauberk.dev/mode";

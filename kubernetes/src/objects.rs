@@ -3,8 +3,10 @@
 use kube::core::DynamicObject;
 use serde_json::{Map, Value, json};
 
+use crate::crd::Status;
+
 /// A custom resource as the text of a manifest.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ManifestObject {
     /// The kind.
     pub kind: &'static str,
@@ -16,6 +18,8 @@ pub struct ManifestObject {
     pub generation: Option<i64>,
     /// The manifest: JSON, which is YAML.
     pub text: String,
+    /// Its status, as it was written last.
+    pub status: Status,
 }
 
 impl ManifestObject {
@@ -40,6 +44,9 @@ impl ManifestObject {
         if let Some(labels) = &meta.labels {
             metadata.insert("labels".to_owned(), json!(labels));
         }
+        // What is no status of ours is written anew.
+        let status = object.data.get("status").cloned().unwrap_or_default();
+        let status = serde_json::from_value(status).unwrap_or_default();
         let mut manifest = json!({
             "apiVersion": "hauberk.dev/v1alpha1",
             "kind": kind,
@@ -55,6 +62,7 @@ impl ManifestObject {
             name,
             generation: meta.generation,
             text: manifest.to_string(),
+            status,
         }
     }
 }

@@ -6,7 +6,10 @@ use hauberk_core::{
     identity::ResourceName,
     policy::{Mode, Process, ProcessSelector, RESERVED_NAMESPACE, Workload},
 };
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::{
+    api::core::v1::{Container, Pod, PodSpec, Probe},
+    apimachinery::pkg::util::intstr::IntOrString,
+};
 use kube::ResourceExt;
 
 /// What is needed of a pod.
@@ -23,12 +26,14 @@ pub(crate) struct PodFacts {
     /// It has finished: its address may be another's by now.
     pub(crate) over: bool,
     pub(crate) created: Option<String>,
+    pub(crate) probe_ports: BTreeSet<u16>,
 }
 
 impl PodFacts {
     pub(crate) fn new(pod: Pod) -> Self {
         let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
         let spec = pod.spec.unwrap_or_default();
+        let probe_ports = probe_ports(&spec);
         let status = pod.status.unwrap_or_default();
         let listed = status.pod_ips.unwrap_or_default().into_iter().map(|address| address.ip);
         let addresses = listed.chain(status.pod_ip).filter_map(|text| text.parse().ok()).collect();
@@ -43,15 +48,16 @@ impl PodFacts {
             addresses,
             host_network: spec.host_network.unwrap_or(false),
             over: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
+            probe_ports,
             created: pod.metadata.creation_timestamp.map(|time| time.0.to_string()),
         }
     }
 
-    /// The pod as a workload; nothing while it has no node or address, or none any more. An error says why
-    /// it can be no workload.
+    /// The pod as a workload; nothing while it has no node, or when it has finished. It may have no address
+    /// yet: its agent takes it up before it starts. An error says why it can be no workload.
     pub(crate) fn workload(&self, mode: Mode) -> Option<Result<Workload, String>> {
         let node = self.node.as_ref()?;
-        if self.over || self.addresses.is_empty() {
+        if self.over {
             return None;
         }
         let shown = format!("pod {}/{}", self.namespace, self.name);
@@ -82,6 +88,7 @@ impl PodFacts {
                     selector: ProcessSelector::Pod {
                         uid: self.uid.clone(),
                         addresses: self.addresses.clone(),
+                        probe_ports: self.probe_ports.clone(),
                     },
                     // A pod is its address: every port is its own.
                     ports: BTreeSet::new(),
@@ -91,4 +98,34 @@ impl PodFacts {
         };
         Some(read())
     }
+}
+
+/// The ports to which the probes of a pod's containers connect.
+fn probe_ports(spec: &PodSpec) -> BTreeSet<u16> {
+    // Init containers that stay, sidecars, have probes, too.
+    let inits = spec.init_containers.iter().flatten();
+    spec.containers.iter().chain(inits).flat_map(ports_of).collect()
+}
+
+fn ports_of(container: &Container) -> Vec<u16> {
+    let probes = [&container.liveness_probe, &container.readiness_probe, &container.startup_probe];
+    probes.into_iter().flatten().filter_map(|probe| probed_port(probe, container)).collect()
+}
+
+fn probed_port(probe: &Probe, container: &Container) -> Option<u16> {
+    let port = match (&probe.http_get, &probe.tcp_socket, &probe.grpc) {
+        (Some(http), ..) => http.port.clone(),
+        (None, Some(tcp), _) => tcp.port.clone(),
+        (None, None, Some(grpc)) => IntOrString::Int(grpc.port),
+        (None, None, None) => return None,
+    };
+    let number = match port {
+        IntOrString::Int(number) => number,
+        IntOrString::String(name) => {
+            let named = container.ports.iter().flatten();
+            let mut named = named.filter(|port| port.name.as_deref() == Some(&name));
+            named.next()?.container_port
+        }
+    };
+    u16::try_from(number).ok().filter(|number| *number > 0)
 }

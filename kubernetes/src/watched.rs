@@ -43,11 +43,25 @@ impl<T: Send + 'static> Watched<T> {
     where
         K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
     {
+        Self::follow_some(what, api, watcher::Config::default(), changed, reduce)
+    }
+
+    /// The same, but only those that `config` selects.
+    pub(crate) fn follow_some<K>(
+        what: &'static str,
+        api: Api<K>,
+        config: watcher::Config,
+        changed: watch::Sender<u64>,
+        reduce: impl Fn(K) -> T + Send + 'static,
+    ) -> Arc<Self>
+    where
+        K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+    {
         let inner = Inner { objects: BTreeMap::new(), listed: false, version: 0 };
         let watched = Arc::new(Self { what, inner: Mutex::new(inner) });
         let this = watched.clone();
         tokio::spawn(async move {
-            let events = watcher(api, watcher::Config::default()).default_backoff();
+            let events = watcher(api, config).default_backoff();
             let mut events = std::pin::pin!(events);
             let mut listing = BTreeMap::new();
             loop {

@@ -11,7 +11,7 @@ pub use service::{service, service_message};
 pub use workload::{workload, workload_message};
 
 use hauberk_core::policy::{
-    MeshService,
+    MeshNamespace, MeshService,
     resolve::{MeshWorkload, ResolvedGuardrail, ResolvedPolicy},
 };
 
@@ -28,6 +28,8 @@ pub enum Resource {
     Guardrail(ResolvedGuardrail),
     /// Addresses that stand for others.
     Service(MeshService),
+    /// A namespace of a cluster.
+    Namespace(MeshNamespace),
 }
 
 impl Resource {
@@ -40,6 +42,7 @@ impl Resource {
             Self::Guardrail(guardrail) => {
                 format!("guardrail:{}:{}", guardrail.policy, guardrail.destination)
             }
+            Self::Namespace(namespace) => format!("namespace:{}", namespace.name),
             Self::Service(service) => format!("service:{}/{}", service.namespace, service.name),
         }
     }
@@ -54,6 +57,10 @@ impl Resource {
                 Self::Policy(policy) => Kind::Policy(policy_message(policy)),
                 Self::Guardrail(guardrail) => Kind::Guardrail(guardrail_message(guardrail)),
                 Self::Service(service) => Kind::Service(service_message(service)),
+                Self::Namespace(namespace) => Kind::Namespace(v1::Namespace {
+                    name: namespace.name.to_string(),
+                    enrolled: namespace.enrolled,
+                }),
             }),
         }
     }
@@ -69,6 +76,10 @@ impl TryFrom<v1::Resource> for Resource {
             Kind::Policy(message) => Self::Policy(policy(message)?),
             Kind::Guardrail(message) => Self::Guardrail(guardrail(message)?),
             Kind::Service(message) => Self::Service(service(message)?),
+            Kind::Namespace(message) => Self::Namespace(MeshNamespace {
+                name: workload::name("namespace.name", &message.name)?,
+                enrolled: message.enrolled,
+            }),
         })
     }
 }

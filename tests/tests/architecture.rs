@@ -11,8 +11,18 @@ use std::{
 use serde_json::Value;
 
 /// The crates that programs are made of; each is in the folder of its name.
-const OURS: [&str; 9] =
-    ["core", "proto", "tls", "telemetry", "linux", "kubernetes", "agent", "control-plane", "cli"];
+const OURS: [&str; 10] = [
+    "core",
+    "proto",
+    "tls",
+    "telemetry",
+    "linux",
+    "kubernetes",
+    "cni",
+    "agent",
+    "control-plane",
+    "cli",
+];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
@@ -116,7 +126,7 @@ fn linux_sees_no_crate_of_ours() {
 
 #[test]
 fn the_agent_does_not_see_the_control_plane() {
-    let allowed = ["core", "linux", "proto", "telemetry", "tls"];
+    let allowed = ["cni", "core", "linux", "proto", "telemetry", "tls"];
     sees_only("hauberk-agent", &allowed, "the two programs meet on the wire only");
 }
 
@@ -148,6 +158,11 @@ fn the_kubernetes_api_is_seen_through_one_crate_that_sees_only_the_core() {
         let through = name == "hauberk-kubernetes" || !dependencies.contains("kube");
         assert!(through, "{name} must not see kube: hauberk-kubernetes is the way to it");
     }
+}
+
+#[test]
+fn the_cni_plugin_sees_no_crate_of_ours() {
+    sees_only("hauberk-cni", &[], "it is started for every pod and asks the agent for everything");
 }
 
 #[test]
@@ -239,11 +254,10 @@ fn only_the_verifier_vouches_for_a_chain() {
 #[test]
 fn only_the_decision_makes_a_permit() {
     only_in("Permit {", &["agent/src/authorize.rs"], "nothing is forwarded without a decision");
-    only_in(
-        "AuditPass {",
-        &["agent/src/authorize.rs"],
-        "nothing passes an audited workload unasked",
-    );
+    for made in ["Pass(Why", " Pass {"] {
+        let reason = "nothing passes without the mesh but by the rules of audit and probes";
+        only_in(made, &["agent/src/authorize.rs"], reason);
+    }
 }
 
 #[test]

@@ -39,6 +39,11 @@ impl StatusBoard {
         before.is_none_or(|entry| entry.problem != problem)
     }
 
+    /// Whether a workload is captured, or what stands in the way; nothing if it was not looked at yet.
+    pub(crate) fn problem(&self, key: &str) -> Option<Option<String>> {
+        self.lock().get(key).map(|entry| entry.problem.clone())
+    }
+
     pub(super) fn retain(&self, keys: &BTreeSet<String>) {
         self.lock().retain(|key, _| keys.contains(key));
     }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow};
+use hauberk_core::policy::ProcessSelector;
 use hauberk_proto::cri::{
     ListPodSandboxRequest, PodSandboxState, PodSandboxStatusRequest,
     runtime_service_client::RuntimeServiceClient,
@@ -14,6 +15,8 @@ use hauberk_proto::cri::{
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
+
+use crate::cni::Starting;
 
 /// A runtime that does not answer within this is busy; it is asked again.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -43,9 +46,15 @@ impl Sandboxes {
         }
     }
 
-    /// Asks the runtime, if anything of these pods is not known or not there any more.
-    pub(super) async fn look_up(&mut self, uids: &HashSet<String>) {
+    /// Asks the runtime, if anything of these pods is not known or not there any more. Of those that are
+    /// starting it does not know yet, and need not be asked.
+    pub(super) async fn look_up(&mut self, uids: &HashSet<String>, starting: &Starting) {
         self.paths.retain(|uid, path| uids.contains(uid) && path.exists());
+        for uid in uids {
+            if let Some(path) = starting.path(uid) {
+                self.paths.insert(uid.clone(), path);
+            }
+        }
         if uids.iter().all(|uid| self.paths.contains_key(uid)) {
             self.problem = None;
             return;
@@ -130,10 +139,15 @@ fn network_namespace(info: &str) -> anyhow::Result<String> {
         .find(|namespace| namespace.get("type").is_some_and(|kind| kind == "network"))
         .and_then(|namespace| namespace.get("path")?.as_str())
         .context("the runtime names no network namespace")?;
-    Path::new(path)
-        .file_name()
-        .and_then(|name| name.to_str())
-        .filter(|_| path.starts_with("/run/netns/") || path.starts_with("/var/run/netns/"))
+    netns_file(path)
+}
+
+/// The name of a network namespace's file, of a path on the host.
+pub(crate) fn netns_file(path: &str) -> anyhow::Result<String> {
+    ["/run/netns/", "/var/run/netns/"]
+        .into_iter()
+        .find_map(|folder| path.strip_prefix(folder))
+        .filter(|name| ProcessSelector::is_network_namespace(name))
         .map(str::to_owned)
         .with_context(|| format!("the network namespace {path:?} is not in /run/netns"))
 }

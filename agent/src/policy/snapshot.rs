@@ -8,7 +8,7 @@ use std::{
 
 use hauberk_core::{
     identity::SpiffeId,
-    policy::{DecisionTable, resolve::MeshWorkload},
+    policy::{DecisionTable, MeshService, resolve::MeshWorkload},
 };
 use hauberk_proto::{
     convert::{ConvertError, Resource},
@@ -28,6 +28,7 @@ pub(crate) struct Snapshot {
     by_address: HashMap<IpAddr, Address>,
     addresses_of: HashMap<SpiffeId, HashSet<IpAddr>>,
     services: HashMap<SocketAddr, BTreeSet<SocketAddr>>,
+    namespaces: HashMap<String, bool>,
 }
 
 #[derive(Debug)]
@@ -72,7 +73,7 @@ impl Snapshot {
             return Err(SnapshotError::Hash);
         }
         let (mut workloads, mut policies, mut guardrails) = (Vec::new(), Vec::new(), Vec::new());
-        let mut services = HashMap::new();
+        let (mut services, mut namespaces) = (HashMap::new(), HashMap::new());
         for (key, message) in &resources {
             let resource = Resource::try_from(message.clone())
                 .map_err(|source| SnapshotError::Convert { key: key.clone(), source })?;
@@ -80,12 +81,10 @@ impl Snapshot {
                 Resource::Workload(workload) => workloads.push(Arc::new(workload)),
                 Resource::Policy(policy) => policies.push(policy),
                 Resource::Guardrail(guardrail) => guardrails.push(guardrail),
-                Resource::Service(service) => {
-                    for (port, backends) in service.ports {
-                        let places = service.addresses.iter().map(|ip| SocketAddr::new(*ip, port));
-                        services.extend(places.map(|place| (place, backends.clone())));
-                    }
+                Resource::Namespace(namespace) => {
+                    namespaces.insert(namespace.name.to_string(), namespace.enrolled);
                 }
+                Resource::Service(service) => services.extend(places(&service)),
             }
         }
         let postures: Vec<_> =
@@ -98,6 +97,7 @@ impl Snapshot {
             by_address: HashMap::new(),
             addresses_of: HashMap::new(),
             services,
+            namespaces,
             workloads,
         };
         snapshot.index_addresses()?;
@@ -164,6 +164,11 @@ impl Snapshot {
         self.services.get(&address)
     }
 
+    /// Whether the pods of a namespace are in the mesh; nothing if nobody has told of it.
+    pub(crate) fn is_enrolled(&self, namespace: &str) -> Option<bool> {
+        self.namespaces.get(namespace).copied()
+    }
+
     /// The workload that an identity and one of its addresses mean; for names in records.
     pub(crate) fn by_identity(
         &self,
@@ -189,5 +194,41 @@ impl Snapshot {
         node: &'a str,
     ) -> impl Iterator<Item = &'a Arc<MeshWorkload>> + 'a {
         self.workloads.iter().filter(move |workload| workload.node.as_str() == node)
+    }
+}
+
+/// Each address and port of a service, with the backends of the same address family: the application's own
+/// address is of that family, and its peer sees it.
+fn places(service: &MeshService) -> impl Iterator<Item = (SocketAddr, BTreeSet<SocketAddr>)> + '_ {
+    service.ports.iter().flat_map(|(port, backends)| {
+        service.addresses.iter().map(|address| {
+            let alike = |backend: &&SocketAddr| backend.is_ipv4() == address.is_ipv4();
+            let backends = backends.iter().filter(alike).copied().collect();
+            (SocketAddr::new(*address, *port), backends)
+        })
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_leads_to_backends_of_its_own_address_family() {
+        let service = MeshService {
+            namespace: "shop".parse().unwrap(),
+            name: "web".parse().unwrap(),
+            addresses: ["10.96.0.1".parse().unwrap(), "fd00::1".parse().unwrap()].into(),
+            ports: [(
+                80,
+                ["10.0.0.2:8080".parse().unwrap(), "[fd01::2]:8080".parse().unwrap()].into(),
+            )]
+            .into(),
+        };
+        let places: HashMap<_, _> = places(&service).collect();
+        let of = |text: &str| places[&text.parse::<SocketAddr>().unwrap()].clone();
+        assert_eq!(of("10.96.0.1:80"), ["10.0.0.2:8080".parse().unwrap()].into());
+        assert_eq!(of("[fd00::1]:80"), ["[fd01::2]:8080".parse().unwrap()].into());
     }
 }

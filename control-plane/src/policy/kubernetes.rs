@@ -4,22 +4,28 @@
 //! nothing. Only for a Guardrail that was never read the whole state waits, since without it more would be
 //! allowed than somebody wanted.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use hauberk_core::{
     identity::TrustDomain,
     manifest::{self, Located},
     policy::{
-        Object,
-        resolve::{Declared, ResolveError, Resolved, resolve},
+        Object, PolicyRef,
+        resolve::{Declared, ResolveError, Resolved, Unresolved, resolve},
     },
 };
 use hauberk_kubernetes::{Agreement, Cluster, ManifestObject, Shared, Snapshot};
 use hauberk_telemetry::{Health, State as HealthState};
+use tokio::sync::watch;
 
 use super::{
     Publisher, chain,
     publish::{Counts, State},
+    status::{ObjectState, matches, source_of},
 };
 
 /// Changes that come together make one revision.
@@ -40,7 +46,17 @@ pub(crate) struct Follower {
     pub(crate) health: Health,
     /// The last good version of each object, by its source.
     pub(crate) good: BTreeMap<String, Located<Object>>,
+    /// The text of each object, and the revision in which it is in force.
+    pub(crate) since: BTreeMap<String, (String, u64)>,
+    /// What became of each.
+    pub(crate) states: watch::Sender<Arc<Vec<ObjectState>>>,
 }
+
+/// What is wrong with each object, by its source.
+type Errors = BTreeMap<String, Vec<String>>;
+
+/// What each policy is about.
+type Matches = BTreeMap<PolicyRef, (usize, BTreeSet<String>)>;
 
 impl Follower {
     /// Runs until the program ends.
@@ -71,21 +87,24 @@ impl Follower {
     /// Returns whether there is nothing to try again.
     async fn take_up(&mut self) -> bool {
         let snapshot = self.cluster.snapshot();
-        let (resolved, counts, errors) = match self.resolve(&snapshot) {
-            Ok(resolved) => resolved,
-            Err(errors) => {
-                // The last state stays in force until somebody mends the object.
-                self.publisher.set_errors(errors);
-                return true;
-            }
+        let (outcome, errors) = self.resolve(&snapshot);
+        let lines: Vec<String> = errors.values().flatten().cloned().collect();
+        let Some((resolved, counts)) = outcome else {
+            // The last state stays in force until somebody mends the object.
+            self.tell(&snapshot.objects, &errors, None, self.publisher.current().revision);
+            self.publisher.set_errors(lines);
+            return true;
         };
-        let mut state = State::new(resolved, snapshot.services, snapshot.nodes, counts);
-        state.warnings.extend(snapshot.notes);
-        let agreed = self.shared.agree(&hex::encode(state.hash), &snapshot.seen).await;
-        match agreed {
+        let unresolved = resolved.unresolved.clone();
+        let matched = matches(&resolved);
+        let Snapshot { objects, services, namespaces, nodes, notes, seen, .. } = snapshot;
+        let mut state = State::new(resolved, services, namespaces, nodes, counts);
+        state.warnings.extend(notes);
+        match self.shared.agree(&hex::encode(state.hash), &seen).await {
             Ok(Agreement::Revision(revision)) => {
                 self.publisher.put(revision, state);
-                self.publisher.set_errors(errors);
+                self.publisher.set_errors(lines);
+                self.tell(&objects, &errors, Some((&matched, &unresolved)), revision);
                 self.health.set(HEALTH_CHECK, HealthState::Ready);
                 true
             }
@@ -104,20 +123,61 @@ impl Follower {
         }
     }
 
-    /// Reads and resolves everything, leaving out what is wrong; the errors say what that is.
-    fn resolve(
+    /// For the objects' statuses.
+    fn tell(
         &mut self,
-        snapshot: &Snapshot,
-    ) -> Result<(Resolved, Counts, Vec<String>), Vec<String>> {
-        let mut errors = Vec::new();
-        let mut objects = self.read(&snapshot.objects, &mut errors)?;
+        objects: &[ManifestObject],
+        errors: &Errors,
+        resolved: Option<(&Matches, &[Unresolved])>,
+        revision: u64,
+    ) {
+        let mut since = BTreeMap::new();
+        let states = objects.iter().map(|object| {
+            let source = object.source();
+            let before = self.since.get(&source).filter(|(text, _)| *text == object.text);
+            let first = before.map_or(revision, |(_, revision)| *revision);
+            since.insert(source.clone(), (object.text.clone(), first));
+            let is_policy = matches!(object.kind, "AccessPolicy" | "Guardrail");
+            let matched = resolved.and_then(|(matched, _)| {
+                matched
+                    .iter()
+                    .find(|(policy, _)| source_of(policy) == source)
+                    .map(|(_, it)| it.clone())
+            });
+            ObjectState {
+                errors: errors.get(&source).cloned().unwrap_or_default(),
+                unresolved: resolved
+                    .into_iter()
+                    .flat_map(|(_, unresolved)| unresolved)
+                    .filter(|unresolved| source_of(&unresolved.policy) == source)
+                    .map(|unresolved| unresolved.problem.clone())
+                    .collect(),
+                since: first,
+                matched: is_policy.then(|| matched.unwrap_or_default()),
+                object: object.clone(),
+            }
+        });
+        let states: Vec<ObjectState> = states.collect();
+        self.since = since;
+        self.states.send_replace(Arc::new(states));
+    }
+
+    /// Reads and resolves everything, leaving out what is wrong; the errors say what that is. Nothing if
+    /// that would allow more than somebody wanted.
+    fn resolve(&mut self, snapshot: &Snapshot) -> (Option<(Resolved, Counts)>, Errors) {
+        let mut errors = Errors::new();
+        let Some(mut objects) = self.read(&snapshot.objects, &mut errors) else {
+            return (None, errors);
+        };
         // Such as a Workload of a machine that is not there: it is left out, and nothing else.
         while let Err(found) = manifest::check_set(&objects) {
             let before = objects.len();
             objects.retain(|object| !found.iter().any(|error| error.source == object.source));
-            errors.extend(found.iter().map(ToString::to_string));
+            for error in &found {
+                errors.entry(error.source.clone()).or_default().push(error.to_string());
+            }
             if objects.len() == before {
-                return Err(errors);
+                return (None, errors);
             }
         }
         let mut declared = Declared::default();
@@ -137,15 +197,16 @@ impl Follower {
                         policies: declared.policies.len(),
                         guardrails: declared.guardrails.len(),
                     };
-                    return Ok((resolved, counts, errors));
+                    return (Some((resolved, counts)), errors);
                 }
                 Err(ResolveError::Test { policy, test }) => {
-                    errors.push(format!("AccessPolicy {policy}: {test}"));
+                    let source = source_of(&policy);
+                    errors.entry(source.clone()).or_default().push(format!("{source}: {test}"));
                     declared.policies.retain(|other| other.name != policy);
                 }
                 Err(error @ ResolveError::Name { .. }) => {
-                    errors.push(chain(&error));
-                    return Err(errors);
+                    errors.entry(String::new()).or_default().push(chain(&error));
+                    return (None, errors);
                 }
             }
         }
@@ -154,8 +215,8 @@ impl Follower {
     fn read(
         &mut self,
         objects: &[ManifestObject],
-        errors: &mut Vec<String>,
-    ) -> Result<Vec<Located<Object>>, Vec<String>> {
+        errors: &mut Errors,
+    ) -> Option<Vec<Located<Object>>> {
         let mut read = BTreeMap::new();
         let mut unknown_guardrail = false;
         for object in objects {
@@ -163,7 +224,8 @@ impl Follower {
             match manifest::parse(&source, &object.text) {
                 Ok(found) => read.extend(found.into_iter().map(|found| (source.clone(), found))),
                 Err(found) => {
-                    errors.extend(found.iter().map(ToString::to_string));
+                    let lines = found.iter().map(ToString::to_string);
+                    errors.entry(source.clone()).or_default().extend(lines);
                     match self.good.get(&source) {
                         Some(good) => drop(read.insert(source, good.clone())),
                         None => unknown_guardrail |= object.kind == "Guardrail",
@@ -172,9 +234,9 @@ impl Follower {
             }
         }
         if unknown_guardrail {
-            return Err(std::mem::take(errors));
+            return None;
         }
         self.good = read.clone();
-        Ok(read.into_values().collect())
+        Some(read.into_values().collect())
     }
 }

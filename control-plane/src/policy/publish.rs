@@ -10,7 +10,7 @@ use std::{
 use hauberk_core::{
     identity::{SpiffeId, TrustDomain},
     policy::{
-        DecisionTable, MeshService,
+        DecisionTable, MeshNamespace, MeshService,
         resolve::{MeshWorkload, Resolved, resolve},
     },
     time::Timestamp,
@@ -83,11 +83,12 @@ impl State {
     pub(crate) fn new(
         resolved: Resolved,
         services: Vec<MeshService>,
+        namespaces: Vec<MeshNamespace>,
         mut machines: Vec<String>,
         counts: Counts,
     ) -> Self {
         machines.sort();
-        let resources = resources(&resolved, services);
+        let resources = resources(&resolved, services, namespaces);
         let warnings = resolved
             .unresolved
             .iter()
@@ -308,7 +309,7 @@ impl Publisher {
         machines: Vec<String>,
         counts: Counts,
     ) -> Result<(), StoreError> {
-        let state = State::new(resolved, Vec::new(), machines, counts);
+        let state = State::new(resolved, Vec::new(), Vec::new(), machines, counts);
         let kept = self.store.revision()?;
         let hex = hex::encode(state.hash);
         let revision = if kept.state_hash == hex {
@@ -360,7 +361,11 @@ impl Publisher {
     }
 }
 
-fn resources(resolved: &Resolved, services: Vec<MeshService>) -> BTreeMap<String, v1::Resource> {
+fn resources(
+    resolved: &Resolved,
+    services: Vec<MeshService>,
+    namespaces: Vec<MeshNamespace>,
+) -> BTreeMap<String, v1::Resource> {
     let workloads = resolved.workloads.iter().cloned().map(Resource::Workload);
     let policies = resolved.policies.iter().cloned().map(Resource::Policy);
     let guardrails = resolved.guardrails.iter().cloned().map(Resource::Guardrail);
@@ -368,6 +373,7 @@ fn resources(resolved: &Resolved, services: Vec<MeshService>) -> BTreeMap<String
         .chain(policies)
         .chain(guardrails)
         .chain(services.into_iter().map(Resource::Service))
+        .chain(namespaces.into_iter().map(Resource::Namespace))
         .map(|resource| (resource.key(), resource.message()))
         .collect()
 }

@@ -266,8 +266,10 @@ pub enum ProcessSelector {
     Pod {
         /// The pod's `metadata.uid`.
         uid: String,
-        /// The pod's addresses; never empty.
+        /// The pod's addresses; empty until it has some.
         addresses: BTreeSet<std::net::IpAddr>,
+        /// The ports that the kubelet of its node probes.
+        probe_ports: BTreeSet<u16>,
     },
 }
 

@@ -25,7 +25,10 @@ pub fn workload_message(workload: &MeshWorkload) -> v1::MeshWorkload {
             ProcessSelector::NetworkNamespace { name, .. } => {
                 Process::NetworkNamespace(name.clone())
             }
-            ProcessSelector::Pod { uid, .. } => Process::PodUid(uid.clone()),
+            ProcessSelector::Pod { uid, probe_ports, .. } => Process::Pod(v1::Pod {
+                uid: uid.clone(),
+                probe_ports: probe_ports.iter().copied().map(u32::from).collect(),
+            }),
         }),
     }
 }
@@ -54,18 +57,17 @@ pub fn workload(message: v1::MeshWorkload) -> Result<MeshWorkload, ConvertError>
             }
             ProcessSelector::NetworkNamespace { name, addresses: addresses.clone() }
         }
-        Process::PodUid(uid) if !ProcessSelector::is_pod_uid(&uid) => {
-            return Err(process(&uid, "the UID of a pod"));
+        Process::Pod(pod) if !ProcessSelector::is_pod_uid(&pod.uid) => {
+            return Err(process(&pod.uid, "the UID of a pod"));
         }
-        Process::PodUid(uid) => {
-            if addresses.is_empty() {
-                return Err(ConvertError::missing("workload.addresses"));
-            }
-            if message.namespace.is_empty() {
-                return Err(ConvertError::missing("workload.namespace"));
-            }
-            ProcessSelector::Pod { uid, addresses: addresses.clone() }
+        Process::Pod(_) if message.namespace.is_empty() => {
+            return Err(ConvertError::missing("workload.namespace"));
         }
+        Process::Pod(pod) => ProcessSelector::Pod {
+            uid: pod.uid,
+            addresses: addresses.clone(),
+            probe_ports: ports("workload.process.pod.probe_ports", &pod.probe_ports)?,
+        },
     };
     let namespace = match message.namespace.as_str() {
         "" => None,

@@ -802,7 +802,7 @@ pub struct StateUpdate {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Resource {
-    #[prost(oneof = "resource::Kind", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "resource::Kind", tags = "1, 2, 3, 4, 5")]
     pub kind: ::core::option::Option<resource::Kind>,
 }
 /// Nested message and enum types in `Resource`.
@@ -817,7 +817,18 @@ pub mod resource {
         Guardrail(super::Guardrail),
         #[prost(message, tag = "4")]
         Service(super::Service),
+        #[prost(message, tag = "5")]
+        Namespace(super::Namespace),
     }
+}
+/// A namespace of a Kubernetes cluster.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Namespace {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Whether its pods are in the mesh.
+    #[prost(bool, tag = "2")]
+    pub enrolled: bool,
 }
 /// Addresses that stand for others: connections to them go to one of the backends.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -883,10 +894,18 @@ pub mod mesh_workload {
         /// A named network namespace.
         #[prost(string, tag = "10")]
         NetworkNamespace(::prost::alloc::string::String),
-        /// The UID of a pod.
-        #[prost(string, tag = "11")]
-        PodUid(::prost::alloc::string::String),
+        /// A pod, in its network namespace. It may have no address yet.
+        #[prost(message, tag = "11")]
+        Pod(super::Pod),
     }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Pod {
+    #[prost(string, tag = "1")]
+    pub uid: ::prost::alloc::string::String,
+    /// Where the kubelet of its node may connect without TLS, to see whether it is well.
+    #[prost(uint32, repeated, tag = "2")]
+    pub probe_ports: ::prost::alloc::vec::Vec<u32>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Owner {

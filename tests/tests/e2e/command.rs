@@ -322,7 +322,7 @@ fn cleanup_leaves_no_rule_and_no_route_of_a_host() -> anyhow::Result<()> {
     let mut command = mesh.hauberk()?;
     command.args(["agent", "--netns-dir"]).arg(mesh.folder().join("netns")).arg("cleanup");
     let told = mesh.run("machine-a", &mut command)?;
-    ensure!(told.contains("no capture rules left in the host's network namespace"), "{told}");
+    ensure!(told.contains("nothing left in the host's network namespace"), "{told}");
     for namespace in captured {
         let found = traces(&mesh, namespace)?;
         ensure!(found.is_empty(), "{namespace} still has {found:?}");

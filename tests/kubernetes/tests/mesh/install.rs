@@ -89,7 +89,24 @@ fn image() -> anyhow::Result<Image> {
         user: String::new(),
     };
     image.add_program("/hauberk", &program)?;
+    let plugin = folder.join("hauberk-cni");
+    strip(&built("hauberk-cni")?, &plugin)?;
+    image.add_program("/hauberk-cni", &plugin)?;
     Ok(image)
+}
+
+/// Another program of the workspace, built as this one is.
+fn built(name: &str) -> anyhow::Result<std::path::PathBuf> {
+    let status = Command::new(env!("CARGO"))
+        .args(["build", "--locked", "--quiet", "--package", name])
+        .status()
+        .context("run cargo")?;
+    ensure!(status.success(), "{name} could not be built: {status}");
+    // target/debug/deps/mesh-…
+    let own = std::env::current_exe()?;
+    let folder =
+        own.parent().and_then(Path::parent).context("this program is in no target folder")?;
+    Ok(folder.join(name))
 }
 
 fn strip(program: &Path, to: &Path) -> anyhow::Result<()> {

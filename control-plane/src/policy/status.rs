@@ -1,0 +1,160 @@
+//! What became of each custom resource, written into its status by one replica.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use hauberk_core::policy::{PolicyKind, PolicyRef, resolve::Resolved};
+use hauberk_kubernetes::{
+    Client, Cluster, Enforced, ManifestObject, Report, Told, crd::Agents, status_of, write_status,
+};
+use tokio::sync::watch;
+
+use crate::fleet::Fleet;
+
+/// At most so often: a status is for people and for tools that wait, not for enforcing.
+const PACE: Duration = Duration::from_secs(1);
+
+/// What is known of an object when a revision is made.
+#[derive(Debug, Clone)]
+pub(crate) struct ObjectState {
+    pub(crate) object: ManifestObject,
+    /// Why it is not accepted; empty if it is.
+    pub(crate) errors: Vec<String>,
+    /// What it names that is not there.
+    pub(crate) unresolved: Vec<String>,
+    /// The revision in which it is in force as it is now.
+    pub(crate) since: u64,
+    /// How many workloads it is about, and on which nodes; nothing for kinds that are about none.
+    pub(crate) matched: Option<(usize, BTreeSet<String>)>,
+}
+
+/// Writes what each object's status should be.
+pub(crate) struct StatusWriter {
+    pub(crate) client: Client,
+    pub(crate) cluster: Arc<Cluster>,
+    pub(crate) fleet: Arc<Fleet>,
+    pub(crate) report: Report,
+    pub(crate) leads: watch::Receiver<bool>,
+    pub(crate) objects: watch::Receiver<Arc<Vec<ObjectState>>>,
+}
+
+impl StatusWriter {
+    /// Runs until the program ends.
+    pub(crate) async fn run(self) {
+        let mut reported: Option<Enforced> = None;
+        loop {
+            tokio::time::sleep(PACE).await;
+            let own = self.own_agents();
+            if reported.as_ref() != Some(&own) {
+                match self.report.write(&own).await {
+                    Ok(()) => reported = Some(own.clone()),
+                    Err(error) => tracing::warn!(error = %super::chain(&error),
+                        "the other replicas are not told of this one's agents"),
+                }
+            }
+            if *self.leads.borrow() {
+                let mut agents = self.cluster.agents_of_replicas();
+                agents.extend(own);
+                self.write(&agents).await;
+            }
+        }
+    }
+
+    fn own_agents(&self) -> Enforced {
+        let agents = self.fleet.agents().into_iter();
+        agents
+            .filter(|(_, agent)| agent.streams > 0)
+            .map(|(node, agent)| (node, agent.enforced_revision))
+            .collect()
+    }
+
+    async fn write(&self, agents: &Enforced) {
+        let objects = self.objects.borrow().clone();
+        for state in objects.iter() {
+            // As it is now, to compare with: what was written a moment ago has come back by then.
+            let Some(object) = self.cluster.object(&state.object) else { continue };
+            if object.text != state.object.text {
+                continue;
+            }
+            let (told, matched, counted) = tell(state, agents);
+            if let Some(status) = status_of(&object, &told, matched, counted)
+                && let Err(error) = write_status(&self.client, &object, &status).await
+            {
+                tracing::warn!(object = object.source(), %error, "its status could not be written");
+            }
+        }
+    }
+}
+
+fn tell(state: &ObjectState, agents: &Enforced) -> (Vec<Told>, Option<i64>, Option<Agents>) {
+    let said = |kind, holds, reason, message: String| Told { kind, holds, reason, message };
+    let accepted = match state.errors.as_slice() {
+        [] => said("Accepted", true, "Accepted", "it was read whole".to_owned()),
+        errors => said("Accepted", false, "Invalid", errors.join("\n")),
+    };
+    let Some((workloads, nodes)) = &state.matched else { return (vec![accepted], None, None) };
+    let resolved = match state.unresolved.as_slice() {
+        [] => said("ResolvedRefs", true, "ResolvedRefs", "all that it names is there".to_owned()),
+        missing => said("ResolvedRefs", false, "NotFound", missing.join("\n")),
+    };
+    let (mut programmed, mut waiting) = (0, Vec::new());
+    for node in nodes {
+        if agents.get(node).is_some_and(|revision| *revision >= state.since) {
+            programmed += 1;
+        } else {
+            waiting.push(node.as_str());
+        }
+    }
+    let in_force = match (nodes.is_empty(), waiting.as_slice()) {
+        (true, _) => {
+            said("Programmed", false, "NoWorkload", "it is about no workload that runs".to_owned())
+        }
+        (false, []) => {
+            let message = format!("all {programmed} agents concerned enforce it");
+            said("Programmed", true, "Programmed", message)
+        }
+        (false, waiting) => {
+            let message =
+                format!("the agents of these nodes do not enforce it yet: {}", waiting.join(", "));
+            said("Programmed", false, "Waiting", message)
+        }
+    };
+    let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
+    let counted = Agents { desired: count(nodes.len()), programmed };
+    (vec![accepted, resolved, in_force], Some(count(*workloads)), Some(counted))
+}
+
+/// The workloads of each policy and guardrail, and their nodes.
+pub(crate) fn matches(resolved: &Resolved) -> BTreeMap<PolicyRef, (usize, BTreeSet<String>)> {
+    let mut found: BTreeMap<PolicyRef, (usize, BTreeSet<String>)> = BTreeMap::new();
+    for policy in &resolved.policies {
+        let entry = found.entry(policy.policy.clone()).or_default();
+        for workload in &resolved.workloads {
+            if workload.identity == policy.destination {
+                entry.0 += 1;
+                entry.1.insert(workload.node.to_string());
+            }
+        }
+    }
+    for guardrail in &resolved.guardrails {
+        let entry = found.entry(guardrail.policy.clone()).or_default();
+        for workload in &resolved.workloads {
+            if guardrail.destination.matches(&workload.identity) {
+                entry.0 += 1;
+                entry.1.insert(workload.node.to_string());
+            }
+        }
+    }
+    found
+}
+
+/// The object that a policy came from.
+pub(crate) fn source_of(policy: &PolicyRef) -> String {
+    match policy.kind {
+        PolicyKind::AccessPolicy => format!("AccessPolicy {policy}"),
+        PolicyKind::Guardrail => format!("Guardrail {policy}"),
+    }
+}
