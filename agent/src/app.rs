@@ -191,6 +191,12 @@ pub async fn run(
     drain(&context, Duration::from_secs(1)).await;
     if args.remove_rules_on_stop {
         captured.remove_rules();
+        // Nobody would answer the plugin any more.
+        if args.cni_plugin.is_some()
+            && let Err(error) = cni::uninstall(&args.cni_bin_dir, &args.cni_conf_dir)
+        {
+            tracing::error!(error = format!("{error:#}"), "the CNI plugin stays in place");
+        }
     }
     subscription.abort();
     tending.abort();

@@ -111,9 +111,9 @@ impl Pass {
     }
 }
 
-/// Lets a connection to a declared probe port pass that comes from an address of the node itself, and so
-/// from a process on it: nobody else gets the answer to what is sent from there. Nothing tells the kubelet
-/// from other processes of the node's own network.
+/// Lets a connection to a declared probe port pass whose other end is a socket of the node's own network. An
+/// address would not do: what comes from outside through a NodePort has the node's, too. Nothing tells the
+/// kubelet from other processes there.
 pub(crate) fn pass_probe(
     snapshot: &Snapshot,
     workload: &MeshWorkload,

@@ -25,6 +25,7 @@ pub(crate) use sandboxes::netns_file;
 use crate::{
     cni::{Installation, Starting},
     context::Context,
+    departed::Departed,
     identity::Identities,
     policy::Snapshot,
 };
@@ -139,6 +140,7 @@ impl Captures {
     pub(crate) async fn run(mut self) -> Captured {
         let mut current = Captured::default();
         let mut known = false;
+        let mut departed = Departed::default();
         let mut sandboxes = Sandboxes::new(self.cri_socket.clone(), self.netns_dir.clone());
         loop {
             let snapshot = self.snapshots.borrow_and_update().clone();
@@ -150,6 +152,9 @@ impl Captures {
                 });
                 known = true;
                 self.look_after_plugin();
+                for (namespace, name) in departed.look(&snapshot, Instant::now()) {
+                    self.context.metrics.forget(&namespace, &name);
+                }
             }
             tokio::select! {
                 () = self.context.stopping.cancelled() => {

@@ -108,7 +108,7 @@ pub struct Args {
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration)]
     pub drain: Duration,
 
-    /// Remove the capture rules on a clean stop. Without it they stay, so that workloads are cut
+    /// Remove the capture rules, and the CNI plugin, on a clean stop. Without it they stay, so that workloads are cut
     /// off rather than unprotected while no agent runs.
     #[arg(long)]
     pub remove_rules_on_stop: bool,

@@ -1,19 +1,19 @@
 //! What the tasks of connections share, and the local workloads they act for.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     io,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::{Ipv6Addr, SocketAddr},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
 use hauberk_core::policy::resolve::MeshWorkload;
-use hauberk_linux::{NetnsWorker, links, socket};
+use hauberk_linux::{NetnsWorker, socket};
 use hauberk_telemetry::{RecordSink, metrics::AgentMetrics};
 use hauberk_tls::{TrustSlot, turns::Handshakes};
 use tokio::{
@@ -44,8 +44,6 @@ pub(crate) struct Context {
     /// Records that are sent under one key, if that is less than TLS allows.
     pub(crate) records_per_key: u64,
     pub(crate) handshakes: Arc<Handshakes>,
-    /// Where processes of this node's own network speak from.
-    pub(crate) node_addresses: NodeAddresses,
     /// Which backends of services get this node's connections.
     pub(crate) balancer: Arc<Balancer>,
     /// The captured workloads of this node by their keys, for `verified-local`; none under `mtls`.
@@ -84,7 +82,6 @@ impl Context {
             records,
             records_per_key,
             handshakes: Arc::default(),
-            node_addresses: NodeAddresses::default(),
             balancer: Arc::default(),
             neighbours: match local_edges {
                 LocalEdges::Mtls => None,
@@ -127,27 +124,6 @@ impl Context {
         }
         let snapshot = snapshots.borrow_and_update().clone();
         (snapshots, snapshot)
-    }
-}
-
-/// How long the node's addresses are believed.
-const ADDRESSES_GOOD_FOR: Duration = Duration::from_secs(2);
-
-/// The addresses of the agent's own network namespace, which on a Kubernetes node is the node's.
-#[derive(Default)]
-pub(crate) struct NodeAddresses(Mutex<Option<(Instant, HashSet<IpAddr>)>>);
-
-impl NodeAddresses {
-    /// Whether one of them is this. Nothing is, if they cannot be asked for.
-    pub(crate) fn have(&self, address: IpAddr) -> bool {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.as_ref().is_none_or(|(since, _)| since.elapsed() > ADDRESSES_GOOD_FOR) {
-            *known = links::own_addresses()
-                .inspect_err(|error| tracing::warn!(%error, "the node's addresses are not known"))
-                .ok()
-                .map(|addresses| (Instant::now(), addresses.into_iter().collect()));
-        }
-        known.as_ref().is_some_and(|(_, addresses)| addresses.contains(&address))
     }
 }
 

@@ -8,5 +8,5 @@ mod rotate;
 
 pub(crate) use control_plane::ControlPlane;
 pub(crate) use kept::Kept;
-pub(crate) use node::{Attestation, Node, PodToken, open_node, renew_node};
+pub(crate) use node::{Attestation, Node, PodToken, explain, open_node, renew_node, roots};
 pub(crate) use rotate::{Identities, LocalIdentity, draw_jitter, system_time};

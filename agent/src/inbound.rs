@@ -11,7 +11,10 @@ use hauberk_core::{
     policy::{Denial, Reason},
     session::{Event, Open, Refusal, RefusalCause},
 };
-use hauberk_linux::socket::{original_destination, reset_on_close, tune_mesh};
+use hauberk_linux::{
+    owner,
+    socket::{original_destination, reset_on_close, tune_mesh},
+};
 use hauberk_telemetry::{
     Side,
     metrics::{Direction, Outcome as Handshake},
@@ -383,7 +386,10 @@ pub(crate) async fn serve_plaintext(
     );
     let probe = local.as_ref().zip(wanted).and_then(|(local, wanted)| {
         authorize::pass_probe(&snapshot, &local.workload, wanted.port(), || {
-            context.node_addresses.have(from.ip())
+            owner::has_tcp_socket(from, wanted).unwrap_or_else(|error| {
+                tracing::warn!(%error, "whose connection it is could not be asked");
+                false
+            })
         })
     });
     let pass = match (probe, &local) {

@@ -5,6 +5,7 @@
 
 pub mod app;
 pub mod config;
+pub mod probe;
 
 /// For every program that runs an agent: less CPU for each new connection than with the C library's, see
 /// `docs/performance.md`.
@@ -16,6 +17,7 @@ mod capture;
 mod cni;
 mod context;
 mod copy;
+mod departed;
 mod forward;
 mod identity;
 mod inbound;

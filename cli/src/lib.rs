@@ -4,6 +4,7 @@
 mod demo;
 pub mod lab;
 mod operator;
+mod probe;
 mod up;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
@@ -41,6 +42,9 @@ enum Action {
     Denied(DeniedArgs),
     /// Look for what is wrong, with a hint for each finding. Exits with 1 if something is.
     Check(CheckArgs),
+    /// Ask whether a control plane answers as agents need it. Exits with 1 if it does not, with 2 without
+    /// roots to know it by.
+    Probe(ProbeArgs),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -150,6 +154,20 @@ struct CheckArgs {
     asking: Asking,
 }
 
+#[derive(clap::Args)]
+struct ProbeArgs {
+    /// Where agents connect.
+    #[arg(long, value_name = "HOST:PORT")]
+    control_plane: String,
+    /// The roots that agents trust, PEM.
+    #[arg(long, value_name = "FILE")]
+    trust_bundle: PathBuf,
+    /// How long to try.
+    #[arg(long, value_name = "DURATION", default_value = "30s",
+        value_parser = hauberk_control_plane::config::duration)]
+    timeout: std::time::Duration,
+}
+
 /// Runs the command with these arguments, the program's name first.
 #[must_use]
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -175,6 +193,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Action::Token(TokenAction::Create { node, ttl, asking }) => {
             operator::create_token(&asking, node, ttl)
         }
+        Action::Probe(args) => probe::run(&args),
         Action::Status(asking) => operator::status(&asking),
         Action::Why(args) => operator::why(&args),
         Action::Denied(args) => operator::denied(&args),

@@ -8,7 +8,7 @@ use std::{
 
 use hauberk_core::policy::{MeshNamespace, MeshService, Mode, Workload};
 use k8s_openapi::api::{
-    core::v1::{ConfigMap, Namespace, Node, Pod, Service},
+    core::v1::{ConfigMap, Namespace, Node, Pod, Service, ServiceAccount},
     discovery::v1::EndpointSlice,
 };
 use kube::{
@@ -31,6 +31,7 @@ use crate::{
 pub struct Cluster {
     objects: Vec<Arc<Watched<ManifestObject>>>,
     pods: Arc<Watched<PodFacts>>,
+    service_accounts: Arc<Watched<()>>,
     /// Each with its label.
     namespaces: Arc<Watched<Option<String>>>,
     nodes: Arc<Watched<()>>,
@@ -83,6 +84,12 @@ impl Cluster {
             pods: Watched::follow("Pod", Api::<Pod>::all(client.clone()), sender.clone(), |pod| {
                 PodFacts::new(pod)
             }),
+            service_accounts: Watched::follow(
+                "ServiceAccount",
+                Api::<ServiceAccount>::all(client.clone()),
+                sender.clone(),
+                drop,
+            ),
             namespaces: Watched::follow(
                 "Namespace",
                 Api::<Namespace>::all(client.clone()),
@@ -132,6 +139,7 @@ impl Cluster {
             note(watched.what(), watched.is_listed());
         }
         note(self.pods.what(), self.pods.is_listed());
+        note(self.service_accounts.what(), self.service_accounts.is_listed());
         note(self.namespaces.what(), self.namespaces.is_listed());
         note(self.nodes.what(), self.nodes.is_listed());
         note(self.services.what(), self.services.is_listed());
@@ -187,7 +195,13 @@ impl Cluster {
         });
         self.pods.read(|pods, version| {
             snapshot.seen.insert("Pod".to_owned(), version);
-            snapshot.workloads = workloads(pods.values(), &modes, &mut snapshot.notes);
+            self.service_accounts.read(|accounts, version| {
+                snapshot.seen.insert("ServiceAccount".to_owned(), version);
+                let exists = |pod: &PodFacts| {
+                    accounts.contains_key(&format!("{}/{}", pod.namespace, pod.service_account))
+                };
+                snapshot.workloads = workloads(pods.values(), &modes, exists, &mut snapshot.notes);
+            });
         });
         snapshot.nodes = self.nodes.read(|nodes, _| nodes.keys().cloned().collect());
         snapshot.services = self.slices.read(|slices, version| {
@@ -239,6 +253,7 @@ fn modes(
 fn workloads<'a>(
     pods: impl Iterator<Item = &'a PodFacts>,
     modes: &HashMap<String, Mode>,
+    has_account: impl Fn(&PodFacts) -> bool,
     notes: &mut Vec<String>,
 ) -> Vec<Workload> {
     // An address passes to the next pod before the last one's object is gone: the newest has it.
@@ -246,7 +261,14 @@ fn workloads<'a>(
     let mut enrolled = Vec::new();
     for pod in pods {
         let Some(mode) = modes.get(&pod.namespace) else { continue };
-        match pod.workload(*mode) {
+        let orphaned = !has_account(pod);
+        if orphaned && !pod.over {
+            notes.push(format!(
+                "pod {}/{}: its service account {} is gone, and its identity with it",
+                pod.namespace, pod.name, pod.service_account
+            ));
+        }
+        match pod.workload(*mode, orphaned) {
             None => {}
             Some(Err(note)) => notes.push(note),
             Some(Ok(workload)) => {

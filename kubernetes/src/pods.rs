@@ -55,7 +55,7 @@ impl PodFacts {
 
     /// The pod as a workload; nothing while it has no node, or when it has finished. It may have no address
     /// yet: its agent takes it up before it starts. An error says why it can be no workload.
-    pub(crate) fn workload(&self, mode: Mode) -> Option<Result<Workload, String>> {
+    pub(crate) fn workload(&self, mode: Mode, orphaned: bool) -> Option<Result<Workload, String>> {
         let node = self.node.as_ref()?;
         if self.over {
             return None;
@@ -89,6 +89,7 @@ impl PodFacts {
                         uid: self.uid.clone(),
                         addresses: self.addresses.clone(),
                         probe_ports: self.probe_ports.clone(),
+                        orphaned,
                     },
                     // A pod is its address: every port is its own.
                     ports: BTreeSet::new(),

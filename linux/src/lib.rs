@@ -12,6 +12,7 @@ pub mod capture;
 mod error;
 pub mod links;
 pub mod netns;
+pub mod owner;
 pub mod packets;
 pub mod socket;
 mod sys;

@@ -72,20 +72,6 @@ impl Family {
     }
 }
 
-/// The addresses of all interfaces of the calling thread's namespace, but those of loopback.
-pub fn own_addresses() -> Result<Vec<IpAddr>> {
-    let interfaces = nix::ifaddrs::getifaddrs().map_err(|error| Error::System {
-        operation: "ask for the addresses of this machine".to_owned(),
-        source: error.into(),
-    })?;
-    let address = |interface: nix::ifaddrs::InterfaceAddress| {
-        let address = interface.address?;
-        let v4 = address.as_sockaddr_in().map(|address| IpAddr::from(address.ip()));
-        v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::from(address.ip())))
-    };
-    Ok(interfaces.filter_map(address).filter(|address| !address.is_loopback()).collect())
-}
-
 /// The index of the interface `name`.
 pub fn if_index(name: &str) -> Result<u32> {
     if_nametoindex(name).context(format!("looking up the interface {name}"))

@@ -26,6 +26,8 @@ pub(crate) struct ControlPlane {
     address: String,
     tls: Arc<ClientConfig>,
     server_name: ServerName<'static>,
+    /// Whether the capture rules let its connections pass, which takes a privilege.
+    marked: bool,
 }
 
 impl ControlPlane {
@@ -39,6 +41,7 @@ impl ControlPlane {
             address,
             tls: Arc::new(client_config(node, trust, ALPN_H2)?),
             server_name: ServerName::try_from(id.server_name())?,
+            marked: true,
         })
     }
 
@@ -48,7 +51,13 @@ impl ControlPlane {
             address,
             tls: Arc::new(join_client_config(root_sha256, ALPN_H2)?),
             server_name: ServerName::try_from("join.hauberk.internal")?,
+            marked: true,
         })
+    }
+
+    /// The same without any privilege, as an ordinary program of this machine.
+    pub(crate) fn unprivileged(self) -> Self {
+        Self { marked: false, ..self }
     }
 
     pub(crate) fn address(&self) -> &str {
@@ -98,9 +107,12 @@ impl ControlPlane {
         &self,
         address: std::net::SocketAddr,
     ) -> io::Result<TlsStream<TcpStream>> {
-        let socket = hauberk_linux::socket::outbound_socket(address)?;
-        let socket = tokio::net::TcpSocket::from_std_stream(socket.into());
-        let stream = socket.connect(address).await?;
+        let stream = if self.marked {
+            let socket = hauberk_linux::socket::outbound_socket(address)?;
+            tokio::net::TcpSocket::from_std_stream(socket.into()).connect(address).await?
+        } else {
+            TcpStream::connect(address).await?
+        };
         TlsConnector::from(self.tls.clone()).connect(self.server_name.clone(), stream).await
     }
 }

@@ -179,7 +179,7 @@ async fn attest(pod: &PodToken, path: &Path) -> anyhow::Result<Node> {
     Err(last)
 }
 
-fn roots(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+pub(crate) fn roots(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     CertificateDer::pem_file_iter(path)
         .and_then(Iterator::collect)
         .map_err(|error| anyhow::anyhow!("read the roots in {}: {error}", path.display()))
@@ -287,7 +287,7 @@ fn from_kept(kept: &Kept, path: &Path, address: Option<&str>) -> anyhow::Result<
 }
 
 /// A status in words: what the control plane says, or that it could not be asked.
-pub(super) fn explain(status: &tonic::Status) -> anyhow::Error {
+pub(crate) fn explain(status: &tonic::Status) -> anyhow::Error {
     let mut text = status.message().to_owned();
     let mut source = std::error::Error::source(status);
     while let Some(cause) = source {

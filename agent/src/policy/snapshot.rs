@@ -87,8 +87,9 @@ impl Snapshot {
                 Resource::Service(service) => services.extend(places(&service)),
             }
         }
+        let entitled = workloads.iter().filter(|workload| workload.is_entitled());
         let postures: Vec<_> =
-            workloads.iter().map(|workload| (workload.identity.clone(), workload.mode)).collect();
+            entitled.map(|workload| (workload.identity.clone(), workload.mode)).collect();
         let mut snapshot = Self {
             revision,
             state_hash: hash,
@@ -186,6 +187,14 @@ impl Snapshot {
     /// Whether the directory has this address for this identity.
     pub(crate) fn owns_address(&self, id: &SpiffeId, address: IpAddr) -> bool {
         self.addresses_of.get(id).is_some_and(|set| set.contains(&address.to_canonical()))
+    }
+
+    /// Namespace, empty for machines, and name of every workload.
+    pub(crate) fn names(&self) -> impl Iterator<Item = (String, String)> + '_ {
+        self.workloads.iter().map(|workload| {
+            let namespace = workload.namespace.as_ref().map(ToString::to_string);
+            (namespace.unwrap_or_default(), workload.name.to_string())
+        })
     }
 
     /// The workloads of a node.

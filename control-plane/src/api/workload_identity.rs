@@ -27,7 +27,8 @@ impl workload_identity_server::WorkloadIdentity for WorkloadIdentity {
         let message = request.into_inner();
         let key = workload_key(&message.workload)?;
         let published = shared.publisher.current();
-        let registered = published.workload(&message.workload).map(|workload| RegisteredWorkload {
+        let found = published.workload(&message.workload).filter(|found| found.is_entitled());
+        let registered = found.map(|workload| RegisteredWorkload {
             key: registered_key(workload),
             node: workload.node.to_string(),
             identity: workload.identity.clone(),

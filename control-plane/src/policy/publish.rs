@@ -344,8 +344,8 @@ impl Publisher {
                 "published a revision"
             );
         }
-        let postures: Vec<_> =
-            resolved.workloads.iter().map(|w| (w.identity.clone(), w.mode)).collect();
+        let entitled = resolved.workloads.iter().filter(|workload| workload.is_entitled());
+        let postures: Vec<_> = entitled.map(|w| (w.identity.clone(), w.mode)).collect();
         self.sender.send_replace(Arc::new(Published {
             revision,
             made_at: hauberk_tls::now(),

@@ -270,6 +270,8 @@ pub enum ProcessSelector {
         addresses: BTreeSet<std::net::IpAddr>,
         /// The ports that the kubelet of its node probes.
         probe_ports: BTreeSet<u16>,
+        /// Its service account is gone: it stays captured, and is nobody.
+        orphaned: bool,
     },
 }
 

@@ -160,6 +160,17 @@ impl MeshWorkload {
         }
     }
 
+    /// Whether it has the right to its identity. One that has not stays captured, and may do nothing.
+    #[must_use]
+    pub fn is_entitled(&self) -> bool {
+        match &self.process {
+            ProcessSelector::Pod { orphaned, .. } => !orphaned,
+            ProcessSelector::User(_)
+            | ProcessSelector::Cgroup(_)
+            | ProcessSelector::NetworkNamespace { .. } => true,
+        }
+    }
+
     /// As people write it: `namespace/name`, or `machine/name` for a machine.
     #[must_use]
     pub fn shown(&self) -> String {

@@ -25,7 +25,8 @@ pub fn workload_message(workload: &MeshWorkload) -> v1::MeshWorkload {
             ProcessSelector::NetworkNamespace { name, .. } => {
                 Process::NetworkNamespace(name.clone())
             }
-            ProcessSelector::Pod { uid, probe_ports, .. } => Process::Pod(v1::Pod {
+            ProcessSelector::Pod { uid, probe_ports, orphaned, .. } => Process::Pod(v1::Pod {
+                orphaned: *orphaned,
                 uid: uid.clone(),
                 probe_ports: probe_ports.iter().copied().map(u32::from).collect(),
             }),
@@ -64,6 +65,7 @@ pub fn workload(message: v1::MeshWorkload) -> Result<MeshWorkload, ConvertError>
             return Err(ConvertError::missing("workload.namespace"));
         }
         Process::Pod(pod) => ProcessSelector::Pod {
+            orphaned: pod.orphaned,
             uid: pod.uid,
             addresses: addresses.clone(),
             probe_ports: ports("workload.process.pod.probe_ports", &pod.probe_ports)?,

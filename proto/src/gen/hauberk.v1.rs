@@ -906,6 +906,9 @@ pub struct Pod {
     /// Where the kubelet of its node may connect without TLS, to see whether it is well.
     #[prost(uint32, repeated, tag = "2")]
     pub probe_ports: ::prost::alloc::vec::Vec<u32>,
+    /// Its service account is gone: it stays captured, and may do nothing.
+    #[prost(bool, tag = "3")]
+    pub orphaned: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Owner {

@@ -281,6 +281,16 @@ impl Cluster {
         self.start_kubelet(node)
     }
 
+    /// Stops a node's container runtime and starts it again; its pods run on.
+    ///
+    /// # Errors
+    /// If it does not run or does not start.
+    pub fn restart_containerd(&self, node: &str) -> anyhow::Result<()> {
+        let machine = self.node(node)?;
+        machine.stop("containerd")?;
+        node::start_containerd(machine)
+    }
+
     /// Takes a node's power away and gives it back: nothing but its disk is left of it. Does not wait
     /// for the node or its pods.
     ///

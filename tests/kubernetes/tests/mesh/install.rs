@@ -125,5 +125,8 @@ fn helm_installs_the_mesh(cluster: &Cluster) -> anyhow::Result<()> {
     ])?;
     let ready = agents.pointer("/status/numberReady").and_then(serde_json::Value::as_i64);
     ensure!(ready == Some(2), "{agents:#}");
+    let tested =
+        cluster.helm(&["test", "hauberk", "--namespace=hauberk-system", "--timeout=60s"])?;
+    ensure!(tested.contains("Succeeded"), "{tested}");
     Ok(())
 }

@@ -9,6 +9,7 @@
 mod install;
 mod pods;
 mod policy;
+mod trouble;
 
 use std::{
     ffi::OsString,
@@ -39,7 +40,7 @@ fn main() -> ExitCode {
     // Each one changes the cluster that the next one finds.
     arguments.test_threads = Some(1);
     let shared: Shared = Arc::default();
-    let tests = [install::TESTS, policy::TESTS, pods::TESTS].concat();
+    let tests = [install::TESTS, policy::TESTS, pods::TESTS, trouble::TESTS].concat();
     let trials = tests
         .into_iter()
         .map(|(name, test)| {

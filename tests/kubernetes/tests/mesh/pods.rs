@@ -46,7 +46,7 @@ spec:
 ";
 
 /// Connects as soon as it runs, and as often as it can.
-fn eager(name: &str, node: &str, url: &str) -> String {
+pub(crate) fn eager(name: &str, node: &str, url: &str) -> String {
     format!(
         "
 apiVersion: v1
@@ -64,7 +64,7 @@ spec:
     )
 }
 
-fn address(cluster: &Cluster, namespace: &str, pod: &str) -> anyhow::Result<String> {
+pub(crate) fn address(cluster: &Cluster, namespace: &str, pod: &str) -> anyhow::Result<String> {
     let found = cluster.kubectl_json(&["get", "pod", "--namespace", namespace, pod])?;
     let address = found.pointer("/status/podIP").and_then(Value::as_str).context("no address")?;
     Ok(address.to_owned())

@@ -88,7 +88,7 @@ metadata: {name: ledger, namespace: payments}
 spec: {selector: {app: ledger}, ports: [{port: 80, targetPort: 8080}], ipFamilyPolicy: PreferDualStack}
 ";
 
-const POLICY: &str = "
+pub(crate) const POLICY: &str = "
 apiVersion: hauberk.dev/v1alpha1
 kind: AccessPolicy
 metadata: {name: ledger, namespace: payments}
@@ -102,7 +102,7 @@ spec:
     - serviceAccount: {namespace: shop, name: checkout}
 ";
 
-fn get(cluster: &Cluster, pod: &str, url: &str) -> anyhow::Result<String> {
+pub(crate) fn get(cluster: &Cluster, pod: &str, url: &str) -> anyhow::Result<String> {
     cluster.exec("shop", pod, &["timeout", "5", "wget", "-q", "-O", "-", url])
 }
 
@@ -328,6 +328,7 @@ fn the_programs_may_no_more_than_is_written(cluster: &Cluster) -> anyhow::Result
         "namespaces [] [] [get list watch]",
         "nodes [] [] [get list watch]",
         "pods [] [] [get list watch]",
+        "serviceaccounts [] [] [get list watch]",
         "services [] [] [get list watch]",
         "tokenreviews.authentication.k8s.io [] [] [create]",
         "workloads.hauberk.dev [] [] [get list watch]",

@@ -1,0 +1,31 @@
+//! `hauberk probe`.
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+
+use crate::ProbeArgs;
+
+/// There is nothing to know the control plane by.
+const EXIT_NO_ROOTS: u8 = 2;
+
+pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
+    if let Err(error) = std::fs::metadata(&args.trust_bundle) {
+        eprintln!("error: read the roots in {}: {error}", args.trust_bundle.display());
+        return Ok(ExitCode::from(EXIT_NO_ROOTS));
+    }
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?
+        .block_on(hauberk_agent::probe::control_plane(
+            &args.control_plane,
+            &args.trust_bundle,
+            args.timeout,
+        ))?;
+    println!(
+        "the control plane at {} answers, and its certificate is one of ours",
+        args.control_plane
+    );
+    Ok(ExitCode::SUCCESS)
+}
