@@ -110,7 +110,7 @@ pub struct Args {
 
     /// Remove the capture rules, and the CNI plugin, on a clean stop. Without it they stay, so that workloads are cut
     /// off rather than unprotected while no agent runs.
-    #[arg(long)]
+    #[arg(long, env = "HAUBERK_REMOVE_RULES_ON_STOP")]
     pub remove_rules_on_stop: bool,
 
     /// How logs are written.

@@ -5,6 +5,7 @@ mod demo;
 pub mod lab;
 mod operator;
 mod probe;
+mod retire;
 mod up;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
@@ -45,6 +46,8 @@ enum Action {
     /// Ask whether a control plane answers as agents need it. Exits with 1 if it does not, with 2 without
     /// roots to know it by.
     Probe(ProbeArgs),
+    /// Before the mesh is uninstalled from a cluster: tell its agents to take their rules along when they stop.
+    Retire(RetireArgs),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -168,6 +171,17 @@ struct ProbeArgs {
     timeout: std::time::Duration,
 }
 
+#[derive(clap::Args)]
+struct RetireArgs {
+    /// The namespace of the mesh.
+    #[arg(long, value_name = "NAME", default_value = "hauberk-system")]
+    namespace: String,
+    /// How long to wait for the agents.
+    #[arg(long, value_name = "DURATION", default_value = "4m",
+        value_parser = hauberk_control_plane::config::duration)]
+    timeout: std::time::Duration,
+}
+
 /// Runs the command with these arguments, the program's name first.
 #[must_use]
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -193,6 +207,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Action::Token(TokenAction::Create { node, ttl, asking }) => {
             operator::create_token(&asking, node, ttl)
         }
+        Action::Retire(args) => retire::run(&args),
         Action::Probe(args) => probe::run(&args),
         Action::Status(asking) => operator::status(&asking),
         Action::Why(args) => operator::why(&args),

@@ -9,6 +9,7 @@ mod leader;
 mod objects;
 mod pods;
 mod replicas;
+mod retire;
 mod services;
 mod shared;
 mod status;
@@ -20,6 +21,7 @@ pub use kube::Client;
 pub use leader::election;
 pub use objects::ManifestObject;
 pub use replicas::{Enforced, Report};
+pub use retire::{RetireError, retire};
 pub use shared::{Agreement, Shared, SharedError};
 pub use status::{Told, status_of, write_status};
 

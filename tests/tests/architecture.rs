@@ -139,7 +139,7 @@ fn the_control_plane_does_not_see_the_agent() {
 
 #[test]
 fn nothing_but_tests_and_benchmark_sees_the_command() {
-    let allowed = ["agent", "control-plane", "core", "linux", "proto", "telemetry"];
+    let allowed = ["agent", "control-plane", "core", "kubernetes", "linux", "proto", "telemetry"];
     sees_only("hauberk-cli", &allowed, "it runs the programs and leaves TLS to them");
     for (name, dependencies) in dependencies() {
         let may =

@@ -14,7 +14,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) const IMAGE: &str = "hauberk.test/hauberk:1";
 
-const CHARTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../charts");
+pub(crate) const CHARTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../charts");
 
 /// A cluster with the mesh in it, ready.
 pub(crate) fn start() -> anyhow::Result<Cluster> {

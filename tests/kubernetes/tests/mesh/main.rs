@@ -10,6 +10,7 @@ mod install;
 mod pods;
 mod policy;
 mod trouble;
+mod uninstall;
 
 use std::{
     ffi::OsString,
@@ -40,7 +41,8 @@ fn main() -> ExitCode {
     // Each one changes the cluster that the next one finds.
     arguments.test_threads = Some(1);
     let shared: Shared = Arc::default();
-    let tests = [install::TESTS, policy::TESTS, pods::TESTS, trouble::TESTS].concat();
+    let tests =
+        [install::TESTS, policy::TESTS, pods::TESTS, trouble::TESTS, uninstall::TESTS].concat();
     let trials = tests
         .into_iter()
         .map(|(name, test)| {

@@ -1,0 +1,107 @@
+//! The way out. The last tests: nothing of the mesh is left after them.
+
+use anyhow::{Context, ensure};
+use hauberk_kubernetes_tests::Cluster;
+
+use crate::{
+    Test,
+    install::{CHARTS, PATIENCE, everything},
+    policy::{POLICY, get},
+};
+
+pub(crate) const TESTS: &[(&str, Test)] = &[
+    ("an_upgrade_and_a_rollback_keep_the_mesh", an_upgrade_and_a_rollback_keep_the_mesh),
+    ("uninstalling_leaves_nothing_and_pods_talk", uninstalling_leaves_nothing_and_pods_talk),
+];
+
+const NAMESPACE: &str = "--namespace=hauberk-system";
+
+fn holds(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.wait_until("the allowed connection", PATIENCE, |cluster| {
+        let text = get(cluster, "checkout", "http://ledger.payments/")?;
+        ensure!(text == "the ledger\n", "{text}");
+        Ok(())
+    })?;
+    ensure!(get(cluster, "web", "http://ledger.payments/").is_err(), "nobody allowed it");
+    Ok(())
+}
+
+fn an_upgrade_and_a_rollback_keep_the_mesh(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.apply(POLICY)?;
+    holds(cluster)?;
+    let root = |cluster: &Cluster| {
+        cluster.kubectl(&["get", "secret", NAMESPACE, "hauberk-ca", "--output=jsonpath={.data}"])
+    };
+    let before = root(cluster)?;
+    let chart = format!("{CHARTS}/hauberk");
+    let upgrade =
+        ["upgrade", "hauberk", &chart, NAMESPACE, "--reuse-values", "--wait", "--timeout=120s"];
+    cluster
+        .helm(
+            &[
+                upgrade.as_slice(),
+                &["--set=agent.drain=2s", "--set=controlPlane.podLabels.round=two"],
+            ]
+            .concat(),
+        )
+        .with_context(|| everything(cluster))?;
+    holds(cluster)?;
+    cluster
+        .helm(&["rollback", "hauberk", "1", NAMESPACE, "--wait", "--timeout=120s"])
+        .with_context(|| everything(cluster))?;
+    holds(cluster)?;
+    ensure!(root(cluster)? == before, "the CA was made anew");
+    Ok(())
+}
+
+fn uninstalling_leaves_nothing_and_pods_talk(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster
+        .helm(&["uninstall", "hauberk", NAMESPACE, "--wait", "--timeout=300s"])
+        .with_context(|| everything(cluster))?;
+    for name in ["node-a", "node-b"] {
+        let node = cluster.node(name)?;
+        let rules = node.text(&[
+            "sh",
+            "-c",
+            "nft list tables; for place in /run/netns/*; do nsenter --net=$place nft list tables; \
+             nsenter --net=$place ip rule; done",
+        ])?;
+        ensure!(!rules.contains("hauberk") && !rules.contains("18502"), "{name}: {rules}");
+        let network =
+            node.text(&["sh", "-c", "cat /etc/cni/net.d/*; ls -A /etc/cni/net.d /opt/cni/bin"])?;
+        ensure!(!network.contains("hauberk"), "{name}: {network}");
+    }
+    let text = get(cluster, "web", "http://ledger.payments/")?;
+    ensure!(text == "the ledger\n", "pods do not talk: {text}");
+    // Not even one that starts now has to do with it.
+    cluster.apply(
+        "
+apiVersion: v1
+kind: Pod
+metadata: {name: after, namespace: shop}
+spec:
+  nodeName: node-b
+  terminationGracePeriodSeconds: 0
+  containers:
+  - {name: it, image: hauberk.test/busybox:1, imagePullPolicy: Never, args: ['-c', 'exec sleep 1000000']}
+",
+    )?;
+    cluster.wait_pod("shop", "after", PATIENCE)?;
+    ensure!(get(cluster, "after", "http://ledger.payments/")? == "the ledger\n");
+    let left = cluster.kubectl(&[
+        "get",
+        "all,role,rolebinding,serviceaccount",
+        NAMESPACE,
+        "--output=name",
+    ])?;
+    ensure!(left.trim() == "serviceaccount/default", "{left}");
+    // What owners declared stays, and can be deleted without anybody's help.
+    cluster.helm(&["uninstall", "hauberk-crds", NAMESPACE])?;
+    cluster.kubectl(&["get", "accesspolicy", "--namespace=payments", "ledger"])?;
+    let kinds = ["accesspolicies", "guardrails", "machines", "workloads"];
+    let kinds = kinds.map(|kind| format!("{kind}.hauberk.dev"));
+    let mut delete = vec!["delete", "--timeout=30s", "crd"];
+    delete.extend(kinds.iter().map(String::as_str));
+    cluster.kubectl(&delete)?;
+    Ok(())
+}
