@@ -1,6 +1,7 @@
 //! The `hauberk` command: everything in one file. Runs the control plane and the agent, asks the
 //! control plane, and shows all of it in a demonstration.
 
+mod control;
 mod demo;
 pub mod lab;
 mod operator;
@@ -102,14 +103,8 @@ enum TokenAction {
 /// Whom to ask, and how to answer.
 #[derive(Clone, clap::Args)]
 struct Asking {
-    /// The control plane's operator socket, in its data folder.
-    #[arg(
-        long,
-        env = "HAUBERK_SOCKET",
-        value_name = "FILE",
-        default_value = "/var/lib/hauberk/control-plane/operator.sock"
-    )]
-    socket: PathBuf,
+    #[command(flatten)]
+    way: control::Way,
 
     /// How to write the answer.
     #[arg(short, long, value_enum, default_value_t = Output::Text)]

@@ -1,17 +1,19 @@
-//! Questions to the control plane, over its local socket, and their answers for people and programs.
+//! Questions to the control plane, and their answers for people and programs.
 
-use std::{path::Path, process::ExitCode, time::Duration};
+use std::{future::Future, path::Path, process::ExitCode, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use comfy_table::{Table, presets};
+use futures_util::StreamExt;
 use hauberk_core::time::Timestamp;
-use hauberk_proto::v1::{self, operator_client::OperatorClient};
+use hauberk_proto::v1;
 use hauberk_telemetry::record::RecordLine;
-use hyper_util::rt::TokioIo;
 use serde_json::json;
-use tonic::transport::{Channel, Endpoint, Uri};
 
-use crate::{Asking, CheckArgs, DeniedArgs, Output, WhyArgs};
+use crate::{
+    Asking, CheckArgs, DeniedArgs, Output, WhyArgs,
+    control::{self, Client},
+};
 
 /// The answer of a policy that says no, so that scripts can tell.
 const EXIT_DENIED: u8 = 1;
@@ -22,8 +24,7 @@ pub(crate) fn create_token(
     ttl: Duration,
 ) -> anyhow::Result<ExitCode> {
     let request = v1::CreateTokenRequest { node, ttl_seconds: ttl.as_secs() };
-    let answer =
-        ask(&asking.socket, |mut client| async move { client.create_token(request).await })?;
+    let answer = ask_one(asking, |mut client| async move { client.create_token(request).await })?;
     let expires = time(answer.expires_at_unix_ms);
     match asking.output {
         Output::Json => println!("{}", json!({"token": answer.token, "expires_at": expires})),
@@ -35,13 +36,63 @@ pub(crate) fn create_token(
     Ok(ExitCode::SUCCESS)
 }
 
-/// Asks for the status; also for programs that wait for one.
+/// Asks one replica: what all of them know.
+fn ask_one<T, F>(asking: &Asking, question: impl FnOnce(Client) -> F) -> anyhow::Result<T>
+where
+    F: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+{
+    control::run(async {
+        let first = asking.way.clients().await?.into_iter().next().context("nobody to ask")?;
+        control::answer(question(first).await)
+    })
+}
+
+/// Asks for the status at a socket; for programs that wait for one.
 pub(crate) fn get_status(socket: &Path) -> anyhow::Result<v1::GetStatusResponse> {
-    ask(socket, |mut client| async move { client.get_status(v1::GetStatusRequest {}).await })
+    control::run(async {
+        let mut client = Client::new(control::connect(socket).await?);
+        control::answer(client.get_status(v1::GetStatusRequest {}).await)
+    })
+}
+
+/// Asks every replica: each knows the agents that are connected to it.
+fn whole_status(asking: &Asking) -> anyhow::Result<v1::GetStatusResponse> {
+    control::run(async {
+        let mut statuses = Vec::new();
+        for mut client in asking.way.clients().await? {
+            statuses.push(control::answer(client.get_status(v1::GetStatusRequest {}).await)?);
+        }
+        merged(statuses).context("nobody to ask")
+    })
+}
+
+/// The newest state, with what each replica knows of its own agents.
+fn merged(statuses: Vec<v1::GetStatusResponse>) -> Option<v1::GetStatusResponse> {
+    let mut statuses = statuses;
+    statuses.sort_by_key(|status| status.revision);
+    let mut whole = statuses.pop()?;
+    for other in statuses {
+        for node in &mut whole.nodes {
+            let known = other.nodes.iter().find(|known| known.name == node.name);
+            if let Some(known) = known.filter(|known| known.connected && !node.connected) {
+                node.clone_from(known);
+            }
+        }
+        for workload in &mut whole.workloads {
+            let known = other.workloads.iter().find(|known| {
+                (&known.workload, &known.node) == (&workload.workload, &workload.node)
+            });
+            let told = |known: &v1::WorkloadInfo| known.captured || !known.problem.is_empty();
+            if let Some(known) = known.filter(|known| told(known) && !told(workload)) {
+                workload.clone_from(known);
+            }
+        }
+    }
+    Some(whole)
 }
 
 pub(crate) fn status(asking: &Asking) -> anyhow::Result<ExitCode> {
-    let status = get_status(&asking.socket)?;
+    let status = whole_status(asking)?;
     match asking.output {
         Output::Json => println!("{}", status_json(&status)),
         Output::Text => print_status(&status),
@@ -149,7 +200,7 @@ pub(crate) fn why(args: &WhyArgs) -> anyhow::Result<ExitCode> {
         destination: destination.to_owned(),
         port: port.into(),
     };
-    let answer = ask(&args.asking.socket, |mut client| async move { client.why(request).await })?;
+    let answer = ask_one(&args.asking, |mut client| async move { client.why(request).await })?;
     match args.asking.output {
         Output::Json => println!(
             "{}",
@@ -197,9 +248,14 @@ fn print_why(answer: &v1::WhyResponse, port: u16) {
 pub(crate) fn denied(args: &DeniedArgs) -> anyhow::Result<ExitCode> {
     let request = v1::DeniedRequest { follow: args.follow, limit: args.lines };
     let output = args.asking.output;
-    with_client(&args.asking.socket, |mut client| async move {
-        let mut events = client.denied(request).await?.into_inner();
-        while let Some(event) = events.message().await? {
+    control::run(async {
+        let mut streams = Vec::new();
+        for mut client in args.asking.way.clients().await? {
+            streams.push(control::answer(client.denied(request).await)?);
+        }
+        let mut events = futures_util::stream::select_all(streams);
+        while let Some(event) = events.next().await {
+            let event = event.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
             match output {
                 Output::Json if event.record.is_empty() => {
                     println!("{}", json!({"suppressed": event.suppressed}));
@@ -252,7 +308,7 @@ struct Finding {
 }
 
 pub(crate) fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
-    let status = get_status(&args.asking.socket)?;
+    let status = whole_status(&args.asking)?;
     let findings =
         findings(&status, args.expiry_warn, Timestamp::from(std::time::SystemTime::now()));
     match args.asking.output {
@@ -350,58 +406,6 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
         }
     }
     findings
-}
-
-fn ask<T, F>(
-    socket: &Path,
-    question: impl FnOnce(OperatorClient<Channel>) -> F,
-) -> anyhow::Result<T>
-where
-    F: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
-{
-    with_client(socket, |client| async move { Ok(question(client).await?.into_inner()) })
-}
-
-fn with_client<T, F>(
-    socket: &Path,
-    work: impl FnOnce(OperatorClient<Channel>) -> F,
-) -> anyhow::Result<T>
-where
-    F: Future<Output = Result<T, tonic::Status>>,
-{
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let channel = connect(socket).await?;
-        let client = OperatorClient::new(channel).max_decoding_message_size(256 * 1024 * 1024);
-        match work(client).await {
-            Ok(answer) => Ok(answer),
-            Err(status) => bail!("{}", status.message()),
-        }
-    })
-}
-
-pub(crate) async fn connect(socket: &Path) -> anyhow::Result<Channel> {
-    let path = socket.to_owned();
-    Endpoint::from_static("http://operator.hauberk.internal")
-        .connect_timeout(Duration::from_secs(5))
-        .connect_with_connector(tower::service_fn(move |_: Uri| {
-            let path = path.clone();
-            async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
-        }))
-        .await
-        // tonic's own texts say the same thing twice.
-        .map_err(|error| {
-            anyhow::anyhow!(
-                "no control plane answers on {} ({}); run this on its machine, as its user, or \
-                 give --socket",
-                socket.display(),
-                innermost(&error)
-            )
-        })
-}
-
-fn innermost(error: &dyn std::error::Error) -> String {
-    error.source().map_or_else(|| error.to_string(), innermost)
 }
 
 fn table(headers: &[&str]) -> Table {

@@ -8,7 +8,7 @@ use hauberk_proto::v1;
 use hauberk_telemetry::{LogFormat, LogOptions};
 use tokio_util::sync::CancellationToken;
 
-use crate::{Output, operator};
+use crate::{Output, control};
 
 /// How long the own control plane may take to answer.
 const START: Duration = Duration::from_secs(20);
@@ -123,7 +123,7 @@ async fn both(args: &Args, machine: String) -> anyhow::Result<()> {
 async fn own_token(socket: &std::path::Path, machine: String) -> anyhow::Result<String> {
     let answering = async {
         loop {
-            match operator::connect(socket).await {
+            match control::connect(socket).await {
                 Ok(channel) => return channel,
                 Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
             }

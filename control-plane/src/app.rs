@@ -1,6 +1,13 @@
 //! The wiring: everything is opened and bound first, then runs until it is told to stop.
 
-use std::{future::Future, path::Path, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context;
 use hauberk_core::{
@@ -20,6 +27,7 @@ use hauberk_tls::{
 };
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
+use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
@@ -42,6 +50,10 @@ const STOP_GRACE: Duration = Duration::from_secs(5);
 
 /// gRPC over TLS.
 const ALPN_H2: &[u8] = b"h2";
+
+/// In a cluster: the port of the operators' questions, on loopback alone. The way to it is the permission to
+/// forward ports to the control plane's pods.
+pub const OPERATOR_PORT: u16 = 9466;
 
 /// The operator socket's name in the data folder.
 pub const OPERATOR_SOCKET: &str = "operator.sock";
@@ -126,6 +138,11 @@ pub async fn run(
     let operators = serve::operator_connections(&operator_path)
         .with_context(|| format!("listen on {}", operator_path.display()))?;
 
+    let cluster_operators = match cluster {
+        None => None,
+        Some(_) => Some(loopback_listeners(OPERATOR_PORT).await?),
+    };
+
     let stopping = CancellationToken::new();
     let shared = Arc::new(Shared {
         authority,
@@ -167,6 +184,18 @@ pub async fn run(
         health,
         stopping.clone().cancelled_owned(),
     ));
+    if cluster_operators.is_some() {
+        tracing::info!(port = OPERATOR_PORT, "operators ask through the Kubernetes API");
+    }
+    for listener in cluster_operators.into_iter().flatten() {
+        let server = Server::builder()
+            .add_service(OperatorServer::new(Operator(shared.clone())))
+            .serve_with_incoming_shutdown(
+                TcpListenerStream::new(listener),
+                stopping.clone().cancelled_owned(),
+            );
+        tokio::spawn(server);
+    }
     let operator = Server::builder()
         .add_service(OperatorServer::new(Operator(shared.clone())))
         .serve_with_incoming_shutdown(operators, stopping.clone().cancelled_owned());
@@ -214,6 +243,22 @@ fn demand_same_trust_domain(
         wanted: wanted.to_string(),
     }
     .into())
+}
+
+/// One for each address family that there is; at least one.
+async fn loopback_listeners(port: u16) -> anyhow::Result<Vec<TcpListener>> {
+    let mut listeners = Vec::new();
+    let mut refused = None;
+    for ip in [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)] {
+        match bind(SocketAddr::new(ip, port), "operators").await {
+            Ok(listener) => listeners.push(listener),
+            Err(error) => refused = Some(error),
+        }
+    }
+    match refused {
+        Some(error) if listeners.is_empty() => Err(error),
+        Some(_) | None => Ok(listeners),
+    }
 }
 
 async fn bind(address: std::net::SocketAddr, what: &str) -> anyhow::Result<TcpListener> {

@@ -2,6 +2,7 @@
 //! services, what replicas of the control plane share through it, and who a projected token is.
 //! Everything that talks to the Kubernetes API is in here; it decides nothing.
 
+mod access;
 mod attest;
 mod cluster;
 pub mod crd;
@@ -15,6 +16,7 @@ mod shared;
 mod status;
 mod watched;
 
+pub use access::{Access, AccessError};
 pub use attest::{AttestError, AttestedPod, Attestor};
 pub use cluster::{Cluster, Snapshot};
 pub use kube::Client;

@@ -118,7 +118,8 @@ fn status(shared: &Shared) -> Result<v1::GetStatusResponse, Status> {
         let agent = agents.get(name).cloned().unwrap_or_default();
         nodes.push(v1::NodeInfo {
             name: name.clone(),
-            joined: record.is_some(),
+            // A node of the cluster needs no joining.
+            joined: record.is_some() || agent.streams > 0,
             connected: agent.streams > 0,
             enforced_revision: agent.enforced_revision,
             refused: agent.refused.unwrap_or_default(),

@@ -9,6 +9,7 @@
 mod install;
 mod pods;
 mod policy;
+mod replicas;
 mod trouble;
 mod uninstall;
 
@@ -41,8 +42,15 @@ fn main() -> ExitCode {
     // Each one changes the cluster that the next one finds.
     arguments.test_threads = Some(1);
     let shared: Shared = Arc::default();
-    let tests =
-        [install::TESTS, policy::TESTS, pods::TESTS, trouble::TESTS, uninstall::TESTS].concat();
+    let tests = [
+        install::TESTS,
+        policy::TESTS,
+        replicas::TESTS,
+        pods::TESTS,
+        trouble::TESTS,
+        uninstall::TESTS,
+    ]
+    .concat();
     let trials = tests
         .into_iter()
         .map(|(name, test)| {

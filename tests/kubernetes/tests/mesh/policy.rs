@@ -147,7 +147,7 @@ fn only_the_allowed_pod_connects(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 /// The status of a condition, and its message.
-fn condition(object: &Value, kind: &str) -> anyhow::Result<(String, String)> {
+pub(crate) fn condition(object: &Value, kind: &str) -> anyhow::Result<(String, String)> {
     let conditions = object.pointer("/status/conditions").and_then(Value::as_array);
     let found = conditions
         .into_iter()
@@ -158,7 +158,7 @@ fn condition(object: &Value, kind: &str) -> anyhow::Result<(String, String)> {
     Ok((text("status"), text("message")))
 }
 
-fn ledger_policy(cluster: &Cluster) -> anyhow::Result<Value> {
+pub(crate) fn ledger_policy(cluster: &Cluster) -> anyhow::Result<Value> {
     cluster.kubectl_json(&["get", "accesspolicy", "--namespace=payments", "ledger"])
 }
 

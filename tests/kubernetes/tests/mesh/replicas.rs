@@ -1,0 +1,151 @@
+//! Three replicas of the control plane, lost one after the other.
+
+use std::{
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, bail, ensure};
+use hauberk_kubernetes_tests::Cluster;
+
+use crate::{
+    Test,
+    install::{PATIENCE, everything},
+    policy::{POLICY, condition, get, ledger_policy},
+};
+
+pub(crate) const TESTS: &[(&str, Test)] = &[
+    ("the_command_asks_through_the_kubeconfig", the_command_asks_through_the_kubeconfig),
+    ("replicas_are_killed_and_nobody_notices", replicas_are_killed_and_nobody_notices),
+];
+
+const NAMESPACE: &str = "--namespace=hauberk-system";
+const CONTROL_PLANE: &str = "--selector=app.kubernetes.io/component=control-plane";
+
+/// The `hauberk` command, as somebody with a kubeconfig runs it.
+fn hauberk(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<std::process::Output> {
+    let mut command = std::process::Command::new(std::env::current_exe()?);
+    command.arg(crate::AS_HAUBERK).args(arguments).env("KUBECONFIG", cluster.kubeconfig());
+    command.env_remove("HAUBERK_SOCKET");
+    cluster.in_control(&mut command)
+}
+
+fn told(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<String> {
+    let output = hauberk(cluster, arguments)?;
+    let (out, err) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
+    ensure!(output.status.success(), "{arguments:?}: {}: {out}{err}", output.status);
+    Ok(out)
+}
+
+fn the_command_asks_through_the_kubeconfig(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.apply(POLICY)?;
+    cluster.wait_until("the policy", PATIENCE, |cluster| {
+        get(cluster, "checkout", "http://ledger.payments/")
+    })?;
+    let status = told(cluster, &["status"])?;
+    for word in
+        ["test.example", "node-a", "node-b", "connected", "payments/ledger", "shop/checkout"]
+    {
+        ensure!(status.contains(word), "no {word}:\n{status}");
+    }
+    let why = told(cluster, &["why", "shop/checkout", "payments/ledger:8080"])?;
+    ensure!(why.starts_with("allow: "), "{why}");
+    let output = hauberk(cluster, &["why", "shop/web", "payments/ledger:8080"])?;
+    let why = String::from_utf8(output.stdout)?;
+    ensure!(output.status.code() == Some(1) && why.starts_with("deny: "), "{why}");
+    drop(get(cluster, "web", "http://ledger.payments/"));
+    cluster.wait_until("the denied connection", PATIENCE, |cluster| {
+        let denied = told(cluster, &["denied"])?;
+        ensure!(denied.contains("shop/web -> payments/ledger"), "{denied}");
+        Ok(())
+    })?;
+    let output = hauberk(cluster, &["check"])?;
+    let check = String::from_utf8(output.stdout)?;
+    ensure!(output.status.code().is_some_and(|code| code < 2), "{check}");
+    // Another namespace has no control plane, and that is said.
+    let output = hauberk(cluster, &["status", "--kube-namespace=default"])?;
+    let text = String::from_utf8(output.stderr)?;
+    ensure!(!output.status.success() && text.contains("--kube-namespace"), "{text}");
+    Ok(())
+}
+
+fn replicas_are_killed_and_nobody_notices(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.kubectl(&["scale", NAMESPACE, "deployment/hauberk-control-plane", "--replicas=3"])?;
+    cluster
+        .kubectl(&[
+            "rollout",
+            "status",
+            NAMESPACE,
+            "--timeout=90s",
+            "deployment/hauberk-control-plane",
+        ])
+        .with_context(|| everything(cluster))?;
+    let (over, failed, tried) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                tried.fetch_add(1, Ordering::Relaxed);
+                if let Err(error) = get(cluster, "checkout", "http://ledger.payments/") {
+                    failed.fetch_add(1, Ordering::Relaxed);
+                    eprintln!("{error:#}");
+                }
+            }
+        });
+        let killed = kill_each(cluster);
+        over.store(true, Ordering::Relaxed);
+        killed
+    })
+    .with_context(|| everything(cluster))?;
+    let (failed, tried) = (failed.into_inner(), tried.into_inner());
+    eprintln!("{failed} of {tried} connections failed");
+    ensure!(failed == 0 && tried > 20, "{failed} of {tried} connections failed");
+    cluster.kubectl(&["scale", NAMESPACE, "deployment/hauberk-control-plane", "--replicas=1"])?;
+    cluster.kubectl(&[
+        "rollout",
+        "status",
+        NAMESPACE,
+        "--timeout=90s",
+        "deployment/hauberk-control-plane",
+    ])?;
+    Ok(())
+}
+
+/// One replica after the other; after each, a policy is edited and takes effect, and says so.
+fn kill_each(cluster: &Cluster) -> anyhow::Result<()> {
+    let names = cluster.kubectl(&[
+        "get",
+        "pods",
+        NAMESPACE,
+        CONTROL_PLANE,
+        "--output=jsonpath={.items[*].metadata.name}",
+    ])?;
+    let names: Vec<&str> = names.split_whitespace().collect();
+    ensure!(names.len() == 3, "{names:?}");
+    for (round, name) in names.into_iter().enumerate() {
+        cluster.kubectl(&["delete", "pod", NAMESPACE, "--grace-period=0", "--force", name])?;
+        let wider = POLICY.replace("  - name: checkout", &format!("  - name: round-{round}\n    ports: [700{round}]\n    from: [{{serviceAccount: {{namespace: shop, name: web}}}}]\n  - name: checkout"));
+        cluster.apply(&wider)?;
+        cluster.wait_until("the edited policy", Duration::from_secs(90), |cluster| {
+            let policy = ledger_policy(cluster)?;
+            let generation = &policy["metadata"]["generation"];
+            ensure!(policy["status"]["observedGeneration"] == *generation, "not looked at yet");
+            let (status, message) = condition(&policy, "Programmed")?;
+            ensure!(status == "True", "{message}");
+            Ok(())
+        })?;
+        let why = told(cluster, &["why", "shop/web", &format!("payments/ledger:700{round}")])?;
+        if !why.starts_with("allow: ") {
+            bail!("{why}");
+        }
+        cluster.kubectl(&[
+            "rollout",
+            "status",
+            NAMESPACE,
+            "--timeout=90s",
+            "deployment/hauberk-control-plane",
+        ])?;
+    }
+    cluster.apply(POLICY)?;
+    Ok(())
+}
