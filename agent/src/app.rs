@@ -98,7 +98,12 @@ pub async fn run(
         }),
         _ => Attestation::Token(args.join_token.clone()),
     };
-    let node = open_node(&args.data, attestation, args.control_plane.as_deref()).await?;
+    let mut stop = std::pin::pin!(stop);
+    // It may take a while, when the control plane is away.
+    let node = tokio::select! {
+        node = open_node(&args.data, attestation, args.control_plane.as_deref()) => node?,
+        () = &mut stop => return Ok(()),
+    };
     let enforcer = Arc::new(Enforcer::open(&args.data, metrics.clone(), health.clone()));
     let context = Arc::new(Context::new(
         node.name.clone(),

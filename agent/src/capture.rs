@@ -29,7 +29,7 @@ use crate::{
     identity::Identities,
     policy::Snapshot,
 };
-use place::{HostCapture, NamespaceCapture};
+use place::{Departure, HostCapture, NamespaceCapture};
 use sandboxes::Sandboxes;
 
 /// How often what is there is compared with what should be.
@@ -88,7 +88,7 @@ impl Captured {
     }
 
     /// Workloads that are gone from the registry leave; those whose time is over have left.
-    fn retain(&mut self, keys: &BTreeSet<String>) {
+    fn retain(&mut self, keys: &BTreeSet<String>, snapshot: &Snapshot) {
         let gone: Vec<String> =
             self.namespaces.keys().filter(|key| !keys.contains(*key)).cloned().collect();
         for key in gone {
@@ -105,12 +105,16 @@ impl Captured {
             }
         }
         self.leaving.retain(|key, (capture, since)| {
-            let stays = since.elapsed() < LEAVING;
-            if !stays {
-                capture.remove_rules();
-                tracing::info!(workload = key, "no longer captured");
+            if since.elapsed() < LEAVING {
+                return true;
             }
-            stays
+            match capture.departure(|namespace| snapshot.is_enrolled(namespace)) {
+                Departure::Stays => return true,
+                Departure::Free => capture.remove_rules(),
+                Departure::Gone => {}
+            }
+            tracing::info!(workload = key, "no longer captured");
+            false
         });
     }
 }
@@ -141,6 +145,8 @@ impl Captures {
         let mut current = Captured::default();
         let mut known = false;
         let mut departed = Departed::default();
+        // A pod that starts before there is any state waits.
+        self.look_after_plugin();
         let mut sandboxes = Sandboxes::new(self.cri_socket.clone(), self.netns_dir.clone());
         loop {
             let snapshot = self.snapshots.borrow_and_update().clone();
@@ -178,7 +184,7 @@ impl Captures {
         let node = self.context.node.clone();
         let wanted: Vec<Arc<MeshWorkload>> = snapshot.on_node(&node).cloned().collect();
         let keys: BTreeSet<String> = wanted.iter().map(|workload| workload.key()).collect();
-        current.retain(&keys);
+        current.retain(&keys, snapshot);
         self.identities.retain(|key| keys.contains(key));
         self.board.retain(&keys);
 
@@ -225,7 +231,8 @@ impl Captures {
                     current.namespaces.insert(key.clone(), capture);
                 }),
         };
-        self.note(workload, outcome);
+        let netns = current.namespaces.get(&key).map(NamespaceCapture::inode);
+        self.note_in(workload, outcome, netns);
     }
 
     fn host(&mut self, workloads: &[Arc<MeshWorkload>], current: &mut Captured) {
@@ -270,7 +277,6 @@ impl Captures {
         }
     }
 
-    /// From the first state on: pods that start have somebody to wait for.
     fn look_after_plugin(&mut self) {
         let Some(installation) = &self.installation else { return };
         match tokio::task::block_in_place(|| installation.ensure()) {
@@ -284,9 +290,18 @@ impl Captures {
     }
 
     fn note(&mut self, workload: &MeshWorkload, outcome: anyhow::Result<()>) {
+        self.note_in(workload, outcome, None);
+    }
+
+    fn note_in(
+        &mut self,
+        workload: &MeshWorkload,
+        outcome: anyhow::Result<()>,
+        netns: Option<u64>,
+    ) {
         let slot = self.identities.ensure(workload).ok().map(|identity| identity.slot.clone());
         let problem = outcome.err().map(|error| format!("{error:#}"));
-        if self.board.set(&workload.key(), slot, problem.clone())
+        if self.board.set(&workload.key(), slot, problem.clone(), netns)
             && let Some(problem) = problem
         {
             tracing::warn!(

@@ -15,6 +15,7 @@ use std::{
 use anyhow::Context as _;
 use hauberk_cni::{Answer, Question};
 use hauberk_core::policy::ProcessSelector;
+use hauberk_linux::Netns;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
@@ -156,10 +157,14 @@ impl Server {
             Ok(name) => self.netns_dir.join(name),
             Err(error) => return Answer::Refused { reason: format!("{error:#}") },
         };
+        let netns = match Netns::open(&path) {
+            Ok(netns) => netns.inode(),
+            Err(error) => return Answer::Refused { reason: error.to_string() },
+        };
         let _started = self.starting.add(&question.uid, path);
         let deadline = tokio::time::Instant::now() + PATIENCE;
         loop {
-            let problem = match self.look(question) {
+            let problem = match self.look(question, netns) {
                 Ok(answer) => return answer,
                 Err(problem) => problem,
             };
@@ -171,7 +176,7 @@ impl Server {
     }
 
     /// What stands in the way, or that nothing does.
-    fn look(&self, question: &Question) -> Result<Answer, String> {
+    fn look(&self, question: &Question, netns: u64) -> Result<Answer, String> {
         let snapshot = self.snapshots.borrow().clone();
         match snapshot.is_enrolled(&question.namespace) {
             None if snapshot.revision == 0 => return Err("it has no policy yet".to_owned()),
@@ -186,10 +191,7 @@ impl Server {
         let Some(pod) = pod else {
             return Err("the control plane has not told it of this pod yet".to_owned());
         };
-        match self.board.problem(&pod.key()) {
-            Some(None) => Ok(Answer::Captured),
-            Some(Some(problem)) => Err(problem),
-            None => Err("the pod is not captured yet".to_owned()),
-        }
+        // A sandbox that was made anew has another namespace than the one before.
+        self.board.has_captured(&pod.key(), netns).map(|()| Answer::Captured)
     }
 }

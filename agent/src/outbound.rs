@@ -74,10 +74,8 @@ async fn carry(
 ) -> Option<TcpStream> {
     let (snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
-    let service = match snapshot.find(wanted) {
-        Found::Unknown => snapshot.service(wanted),
-        Found::Workload(_) | Found::UndeclaredPort => None,
-    };
+    // Before workloads: nobody takes a service's place by claiming its address.
+    let service = snapshot.service(wanted);
     let chosen = service.and_then(|backends| context.balancer.choose(backends));
     let target = chosen.as_ref().map_or(wanted, |chosen| chosen.backend);
     let destination: Arc<MeshWorkload> = match snapshot.find(target) {

@@ -12,6 +12,7 @@ use std::{
 
 use hauberk_kubernetes::{Attestor, Cluster};
 use hauberk_telemetry::{ControlPlaneMetrics, metrics::Outcome};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
@@ -43,6 +44,18 @@ pub(crate) struct Shared {
 pub(crate) struct Kubernetes {
     pub(crate) cluster: Arc<Cluster>,
     pub(crate) attestor: Attestor,
+    /// Of the agents.
+    pub(crate) namespace: String,
+    pub(crate) service_account: String,
+    /// Tokens that are being looked at: each one asks the API server twice.
+    pub(crate) attesting: Semaphore,
+}
+
+impl Kubernetes {
+    /// Whether a pod of the agents runs on a node.
+    pub(crate) fn has_agent(&self, node: &str) -> bool {
+        self.cluster.runs_on(node, &self.namespace, &self.service_account)
+    }
 }
 
 /// The longest time for which a node's own calls may be on their way with the certificate before.

@@ -48,8 +48,15 @@ pub(crate) fn node(extensions: &Extensions, shared: &Shared) -> Result<Caller, S
     };
     let name = name.to_owned();
     // A node of the cluster is attested by its agent's pod, again and again, by whichever replica: there
-    // is no one certificate that is its only one. It is a node for as long as Kubernetes says so.
-    if shared.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.cluster.has_node(&name)) {
+    // is no one certificate that is its only one. It is one for as long as its agent's pod is there.
+    if let Some(kubernetes) = shared.kubernetes.as_ref().filter(|it| it.cluster.has_node(&name)) {
+        if !kubernetes.has_agent(&name) {
+            tracing::warn!(target: "hauberk.audit", node = %name, addr = %connection.address,
+                "a certificate of a node was used that has no agent");
+            return Err(Status::permission_denied(format!(
+                "no agent of this mesh runs on node {name}: its certificate is good for nothing"
+            )));
+        }
         let node = AttestedNode::from_identity(svid.id().clone())
             .map_err(|error| Status::permission_denied(error.to_string()))?;
         return Ok(Caller { node, svid });

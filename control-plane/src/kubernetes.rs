@@ -2,13 +2,13 @@
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use hauberk_core::identity::TrustDomain;
 use hauberk_kubernetes::{Attestor, Cluster, Report, Shared, election};
 use hauberk_telemetry::Health;
 use rustls_pki_types::CertificateDer;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::{
     api::Kubernetes,
@@ -19,6 +19,9 @@ use crate::{
 
 /// The audience that agents' tokens must be for.
 pub(crate) const AUDIENCE: &str = "hauberk";
+
+/// Tokens that are looked at once; the rest waits its turn.
+const ATTESTING: usize = 8;
 
 /// The cluster's API, and what it shows of this namespace.
 pub(crate) struct Connection {
@@ -52,6 +55,12 @@ async fn bring_ca(
     if let Some(files) = shared.ca().await? {
         return Ok(keep_root(folder, &files)?);
     }
+    if shared.has_trust_bundle().await? {
+        bail!(
+            "agents trust a CA already (ConfigMap hauberk-trust-bundle), and the Secret hauberk-ca with its key \
+             is gone; restore it, or delete that ConfigMap, too, to begin a new trust domain"
+        );
+    }
     drop(Authority::open(folder, trust_domain, hauberk_tls::now())?);
     let made: BTreeMap<String, Vec<u8>> = root_files(folder)?;
     if shared.keep_ca(made).await? {
@@ -77,7 +86,13 @@ impl Connection {
             self.namespace.clone(),
             agent_service_account.to_owned(),
         );
-        Kubernetes { cluster: self.cluster.clone(), attestor }
+        Kubernetes {
+            cluster: self.cluster.clone(),
+            attestor,
+            namespace: self.namespace.clone(),
+            service_account: agent_service_account.to_owned(),
+            attesting: Semaphore::new(ATTESTING),
+        }
     }
 
     /// What publishes, and what tells of it.
@@ -95,8 +110,8 @@ impl Connection {
             shared: self.shared,
             trust_domain: trust_domain.clone(),
             health,
-            good: BTreeMap::new(),
             since: BTreeMap::new(),
+            behind: None,
             states,
         };
         let (client, namespace) = (self.client, self.namespace);

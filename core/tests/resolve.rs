@@ -12,7 +12,7 @@ use hauberk_core::{
         GuardrailPorts, Mode, Object, ProcessSelector,
         resolve::{
             Declared, MeshWorkload, PeerMatch, ResolveError, Resolved, ResolvedGuardrail,
-            ResolvedPeers, ResolvedPolicy, ResolvedRule, resolve,
+            ResolvedPeers, ResolvedPolicy, ResolvedRule, resolve, settle_addresses,
         },
     },
     time::Timestamp,
@@ -476,4 +476,53 @@ fn a_test_that_only_fails_in_our_own_trust_domain_refuses_everything() {
          allows it; mend: correct that rule, or expect allow"
     );
     assert!(resolve(&declared, &td("other.example")).is_ok());
+}
+
+#[test]
+fn an_address_that_two_claim_stays_with_the_first_and_nobody_refuses_the_rest() {
+    let workload =
+        |name: &str, process: ProcessSelector, addresses: &[&str], ports: &[u16]| MeshWorkload {
+            namespace: Some("shop".parse().unwrap()),
+            name: name.parse().unwrap(),
+            identity: format!("spiffe://example.org/ns/shop/sa/{name}").parse().unwrap(),
+            node: "a".parse().unwrap(),
+            addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
+            ports: ports.iter().copied().collect(),
+            mode: Mode::Enforce,
+            process,
+        };
+    let pod = |name: &str, own: &[&str]| {
+        let addresses = own.iter().map(|text| text.parse().unwrap()).collect();
+        let (uid, probe_ports) = (name.to_owned(), BTreeSet::new());
+        let process = ProcessSelector::Pod { uid, addresses, probe_ports, orphaned: false };
+        workload(name, process, own, &[])
+    };
+    let user = |name: &str, own: &[&str], ports: &[u16]| {
+        workload(name, ProcessSelector::User(name.to_owned()), own, ports)
+    };
+    let mut workloads = vec![
+        pod("first", &["10.0.0.1", "fd00::1"]),
+        pod("second", &["10.0.0.1", "fd00::2"]),
+        user("taker", &["fd00::2", "10.0.0.9"], &[80]),
+        user("beside", &["10.0.0.9"], &[81]),
+        user("again", &["10.0.0.9"], &[81]),
+    ];
+    let notes = settle_addresses(&mut workloads);
+    let left = |at: usize| -> Vec<String> {
+        workloads[at].addresses.iter().map(ToString::to_string).collect()
+    };
+    assert_eq!(left(0), ["10.0.0.1", "fd00::1"]);
+    assert_eq!(left(1), ["fd00::2"]);
+    assert_eq!(left(2), ["10.0.0.9"]);
+    assert_eq!(left(3), ["10.0.0.9"]);
+    assert_eq!(left(4), Vec::<String>::new());
+    assert_eq!(workloads[1].process.own_addresses(), Some(&workloads[1].addresses));
+    assert_eq!(
+        notes,
+        [
+            "shop/second claims the address 10.0.0.1, which shop/first has",
+            "shop/taker claims the address fd00::2, which shop/second has",
+            "shop/again claims the address 10.0.0.9, which shop/beside has",
+        ]
+    );
 }

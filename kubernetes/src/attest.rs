@@ -94,6 +94,12 @@ impl Attestor {
         let pod = pod
             .filter(|pod| pod.metadata.uid.as_deref() == Some(&uid))
             .ok_or_else(|| AttestError::Gone(shown.clone()))?;
+        let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+        if pod.metadata.deletion_timestamp.is_some()
+            || matches!(phase, Some("Succeeded" | "Failed"))
+        {
+            return Err(AttestError::Gone(shown));
+        }
         let spec = pod.spec.unwrap_or_default();
         if spec.service_account_name.as_deref() != Some(&self.service_account) {
             return Err(AttestError::Gone(shown));

@@ -1,12 +1,12 @@
 //! What the API server knows that agents enforce, put together from its watches.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     net::IpAddr,
     sync::Arc,
 };
 
-use hauberk_core::policy::{MeshNamespace, MeshService, Mode, Workload};
+use hauberk_core::policy::{MeshNamespace, MeshService, Mode, ProcessSelector, Workload};
 use k8s_openapi::api::{
     core::v1::{ConfigMap, Namespace, Node, Pod, Service, ServiceAccount},
     discovery::v1::EndpointSlice,
@@ -165,10 +165,46 @@ impl Cluster {
         watched.read(|objects, _| objects.get(&key).cloned())
     }
 
+    /// Lists everything of these kinds anew, so that it is known how new it is.
+    pub fn list_anew(&self, kinds: &[String]) {
+        let is = |what: &str| kinds.iter().any(|kind| kind == what);
+        for watched in self.objects.iter().filter(|watched| is(watched.what())) {
+            watched.list_anew();
+        }
+        if is(self.pods.what()) {
+            self.pods.list_anew();
+        }
+        if is(self.service_accounts.what()) {
+            self.service_accounts.list_anew();
+        }
+        if is(self.namespaces.what()) {
+            self.namespaces.list_anew();
+        }
+        if is(self.services.what()) {
+            self.services.list_anew();
+        }
+        if is(self.slices.what()) {
+            self.slices.list_anew();
+        }
+    }
+
     /// Whether the API server has a node of this name.
     #[must_use]
     pub fn has_node(&self, name: &str) -> bool {
         self.nodes.read(|nodes, _| nodes.contains_key(name))
+    }
+
+    /// Whether a pod of a service account runs on a node.
+    #[must_use]
+    pub fn runs_on(&self, node: &str, namespace: &str, service_account: &str) -> bool {
+        self.pods.read(|pods, _| {
+            pods.values().any(|pod| {
+                !pod.over
+                    && pod.node.as_deref() == Some(node)
+                    && pod.namespace == namespace
+                    && pod.service_account.as_deref() == Some(service_account)
+            })
+        })
     }
 
     /// Everything, as it is now.
@@ -198,7 +234,9 @@ impl Cluster {
             self.service_accounts.read(|accounts, version| {
                 snapshot.seen.insert("ServiceAccount".to_owned(), version);
                 let exists = |pod: &PodFacts| {
-                    accounts.contains_key(&format!("{}/{}", pod.namespace, pod.service_account))
+                    pod.service_account.as_ref().is_some_and(|name| {
+                        accounts.contains_key(&format!("{}/{name}", pod.namespace))
+                    })
                 };
                 snapshot.workloads = workloads(pods.values(), &modes, exists, &mut snapshot.notes);
             });
@@ -257,6 +295,7 @@ fn workloads<'a>(
     notes: &mut Vec<String>,
 ) -> Vec<Workload> {
     // An address passes to the next pod before the last one's object is gone: the newest has it.
+    // One that has not been told to end has it, and of two such the newer. The other stays captured, without.
     let mut owners: HashMap<IpAddr, &PodFacts> = HashMap::new();
     let mut enrolled = Vec::new();
     for pod in pods {
@@ -265,7 +304,9 @@ fn workloads<'a>(
         if orphaned && !pod.over {
             notes.push(format!(
                 "pod {}/{}: its service account {} is gone, and its identity with it",
-                pod.namespace, pod.name, pod.service_account
+                pod.namespace,
+                pod.name,
+                pod.service_account.as_deref().unwrap_or("(none)")
             ));
         }
         match pod.workload(*mode, orphaned) {
@@ -274,7 +315,7 @@ fn workloads<'a>(
             Some(Ok(workload)) => {
                 for address in &pod.addresses {
                     let owner = owners.entry(*address).or_insert(pod);
-                    if pod.created > owner.created {
+                    if (!pod.leaving, &pod.created) > (!owner.leaving, &owner.created) {
                         *owner = pod;
                     }
                 }
@@ -282,11 +323,10 @@ fn workloads<'a>(
             }
         }
     }
-    let owns = |pod: &PodFacts| {
-        let mut addresses: BTreeSet<&IpAddr> = pod.addresses.iter().collect();
-        addresses.retain(|ip| owners.get(*ip).is_some_and(|owner| owner.uid == pod.uid));
-        addresses.len() == pod.addresses.len()
-    };
-    enrolled.retain(|(pod, _)| owns(pod));
+    for (pod, workload) in &mut enrolled {
+        if let ProcessSelector::Pod { addresses, .. } = &mut workload.process.selector {
+            addresses.retain(|ip| owners.get(ip).is_some_and(|owner| owner.uid == pod.uid));
+        }
+    }
     enrolled.into_iter().map(|(_, workload)| workload).collect()
 }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use crate::crd::Status;
 
 /// A custom resource as the text of a manifest.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct ManifestObject {
     /// The kind.
     pub kind: &'static str,
@@ -20,6 +20,15 @@ pub struct ManifestObject {
     pub text: String,
     /// Its status, as it was written last.
     pub status: Status,
+}
+
+/// Whether they say the same. What we write into the status ourselves is no news.
+impl PartialEq for ManifestObject {
+    fn eq(&self, other: &Self) -> bool {
+        self.source() == other.source()
+            && self.generation == other.generation
+            && self.text == other.text
+    }
 }
 
 impl ManifestObject {

@@ -8,7 +8,7 @@ use hauberk_core::{
 };
 use k8s_openapi::{
     api::core::v1::{Container, Pod, PodSpec, Probe},
-    apimachinery::pkg::util::intstr::IntOrString,
+    apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
 use kube::ResourceExt;
 
@@ -19,12 +19,15 @@ pub(crate) struct PodFacts {
     pub(crate) name: String,
     pub(crate) uid: String,
     pub(crate) labels: std::collections::BTreeMap<String, String>,
-    pub(crate) service_account: String,
+    /// None for the shadow of a static pod, which a kubelet may make in any namespace.
+    pub(crate) service_account: Option<String>,
     pub(crate) node: Option<String>,
     pub(crate) addresses: BTreeSet<IpAddr>,
     pub(crate) host_network: bool,
     /// It has finished: its address may be another's by now.
     pub(crate) over: bool,
+    /// It has been told to end.
+    pub(crate) leaving: bool,
     pub(crate) created: Option<String>,
     pub(crate) probe_ports: BTreeSet<u16>,
 }
@@ -40,15 +43,15 @@ impl PodFacts {
         Self {
             namespace,
             name,
-            uid: pod.metadata.uid.unwrap_or_default(),
+            uid: sandbox_uid(&pod.metadata, spec.node_name.as_deref()),
             labels: pod.metadata.labels.unwrap_or_default(),
-            // The API server always writes it.
-            service_account: spec.service_account_name.unwrap_or_else(|| "default".to_owned()),
+            service_account: spec.service_account_name,
             node: spec.node_name,
             addresses,
             host_network: spec.host_network.unwrap_or(false),
             over: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
             probe_ports,
+            leaving: pod.metadata.deletion_timestamp.is_some(),
             created: pod.metadata.creation_timestamp.map(|time| time.0.to_string()),
         }
     }
@@ -82,7 +85,7 @@ impl PodFacts {
                 namespace: name(&self.namespace)?,
                 name: name(&self.name)?,
                 labels: self.labels.clone(),
-                service_account: name(&self.service_account)?,
+                service_account: name(self.service_account.as_deref().unwrap_or("none"))?,
                 machine: name(node)?,
                 process: Process {
                     selector: ProcessSelector::Pod {
@@ -101,7 +104,7 @@ impl PodFacts {
     }
 }
 
-/// The ports to which the probes of a pod's containers connect.
+/// The ports to which the kubelet connects, for probes and hooks of a pod's containers.
 fn probe_ports(spec: &PodSpec) -> BTreeSet<u16> {
     // Init containers that stay, sidecars, have probes, too.
     let inits = spec.init_containers.iter().flatten();
@@ -110,16 +113,19 @@ fn probe_ports(spec: &PodSpec) -> BTreeSet<u16> {
 
 fn ports_of(container: &Container) -> Vec<u16> {
     let probes = [&container.liveness_probe, &container.readiness_probe, &container.startup_probe];
-    probes.into_iter().flatten().filter_map(|probe| probed_port(probe, container)).collect()
+    let probed = probes.into_iter().flatten().filter_map(|probe| match probe {
+        Probe { http_get: Some(http), .. } => Some(http.port.clone()),
+        Probe { tcp_socket: Some(tcp), .. } => Some(tcp.port.clone()),
+        Probe { grpc: Some(grpc), .. } => Some(IntOrString::Int(grpc.port)),
+        Probe { .. } => None,
+    });
+    let lifecycle = container.lifecycle.iter();
+    let hooks = lifecycle.flat_map(|hooks| [&hooks.post_start, &hooks.pre_stop]).flatten();
+    let called = hooks.filter_map(|hook| Some(hook.http_get.as_ref()?.port.clone()));
+    probed.chain(called).filter_map(|port| number(port, container)).collect()
 }
 
-fn probed_port(probe: &Probe, container: &Container) -> Option<u16> {
-    let port = match (&probe.http_get, &probe.tcp_socket, &probe.grpc) {
-        (Some(http), ..) => http.port.clone(),
-        (None, Some(tcp), _) => tcp.port.clone(),
-        (None, None, Some(grpc)) => IntOrString::Int(grpc.port),
-        (None, None, None) => return None,
-    };
+fn number(port: IntOrString, container: &Container) -> Option<u16> {
     let number = match port {
         IntOrString::Int(number) => number,
         IntOrString::String(name) => {
@@ -129,4 +135,19 @@ fn probed_port(probe: &Probe, container: &Container) -> Option<u16> {
         }
     };
     u16::try_from(number).ok().filter(|number| *number > 0)
+}
+
+/// The annotations of the shadow that a kubelet makes of a static pod.
+const MIRROR: &str = "kubernetes.io/config.mirror";
+const HASH: &str = "kubernetes.io/config.hash";
+
+/// The UID that the container runtime knows a pod by: its own, but for the shadow of a static pod, whose
+/// node knows it by another. Nobody but that node may say so.
+fn sandbox_uid(meta: &ObjectMeta, node: Option<&str>) -> String {
+    let annotation = |name: &str| meta.annotations.as_ref().and_then(|all| all.get(name)).cloned();
+    let by_node = meta.owner_references.iter().flatten().any(|owner| {
+        owner.kind == "Node" && owner.controller == Some(true) && Some(owner.name.as_str()) == node
+    });
+    let hash = annotation(MIRROR).and_then(|_| annotation(HASH)).filter(|_| by_node);
+    hash.or_else(|| meta.uid.clone()).unwrap_or_default()
 }

@@ -45,7 +45,10 @@ impl ServiceFacts {
             ports: ports
                 .filter(|port| is_tcp(port.protocol.as_deref()))
                 .filter_map(|port| {
-                    Some((port.name.unwrap_or_default(), u16::try_from(port.port).ok()?))
+                    Some((
+                        port.name.unwrap_or_default(),
+                        u16::try_from(port.port).ok().filter(|number| *number > 0)?,
+                    ))
                 })
                 .collect(),
         }
@@ -96,7 +99,8 @@ impl SliceFacts {
             ports: ports
                 .filter(|port| is_tcp(port.protocol.as_deref()))
                 .filter_map(|port| {
-                    Some((port.name.unwrap_or_default(), u16::try_from(port.port?).ok()?))
+                    let number = u16::try_from(port.port?).ok().filter(|number| *number > 0)?;
+                    Some((port.name.unwrap_or_default(), number))
                 })
                 .collect(),
             addresses: slice

@@ -60,12 +60,12 @@ pub enum SharedError {
 }
 
 /// The number that a state has for all replicas.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Agreement {
     /// This one.
     Revision(u64),
-    /// Another replica has seen more already: this state is old, and must not be given out.
-    Behind,
+    /// Another replica has seen more of these kinds already: this state is old, and must not be given out.
+    Behind(Vec<String>),
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,9 +78,10 @@ struct Kept {
 }
 
 impl Kept {
-    /// Whether somebody with these eyes knows at least as much.
-    fn is_covered_by(&self, seen: &BTreeMap<String, u64>) -> bool {
-        self.seen.iter().all(|(kind, version)| seen.get(kind).is_some_and(|mine| mine >= version))
+    /// Of which kinds somebody with these eyes does not know as much.
+    fn missing_in(&self, seen: &BTreeMap<String, u64>) -> Vec<String> {
+        let newer = self.seen.iter().filter(|(kind, version)| seen.get(*kind) < Some(*version));
+        newer.map(|(kind, _)| kind.clone()).collect()
     }
 }
 
@@ -108,6 +109,16 @@ impl Shared {
             return Err(SharedError::Damaged { object: "Secret hauberk-ca", namespace, why });
         }
         Ok(Some(files.into_iter().map(|(name, bytes)| (name, bytes.0)).collect()))
+    }
+
+    /// Whether agents have been told of a CA.
+    ///
+    /// # Errors
+    /// If the ConfigMap cannot be read.
+    pub async fn has_trust_bundle(&self) -> Result<bool, SharedError> {
+        let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
+        let failed = self.failed("read ConfigMap hauberk-trust-bundle");
+        Ok(maps.get_opt(TRUST_BUNDLE).await.map_err(failed)?.is_some())
     }
 
     /// Keeps the CA's files, unless another replica was first. Returns whether these are kept.
@@ -161,8 +172,9 @@ impl Shared {
             if found.is_some() && kept.state_hash == state_hash {
                 return Ok(Agreement::Revision(kept.number));
             }
-            if !kept.is_covered_by(seen) {
-                return Ok(Agreement::Behind);
+            let missing = kept.missing_in(seen);
+            if !missing.is_empty() {
+                return Ok(Agreement::Behind(missing));
             }
             let next = Kept {
                 number: kept.number.saturating_add(1),
@@ -188,7 +200,8 @@ impl Shared {
                 Err(error) => return Err(self.failed("write ConfigMap hauberk-state")(error)),
             }
         }
-        Ok(Agreement::Behind)
+        // The others are faster: what they say comes in the next look.
+        Ok(Agreement::Behind(Vec::new()))
     }
 
     fn read_state(&self, map: &ConfigMap) -> Result<Kept, SharedError> {
@@ -260,4 +273,28 @@ impl Shared {
 
 fn is_conflict(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 409)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_may_only_follow_one_that_it_knows_all_of() {
+        let eyes = |list: &[(&str, u64)]| -> BTreeMap<String, u64> {
+            list.iter().map(|(kind, version)| ((*kind).to_owned(), *version)).collect()
+        };
+        let kept =
+            Kept { number: 3, state_hash: String::new(), seen: eyes(&[("Pod", 9), ("Node", 4)]) };
+        for (seen, missing) in [
+            (eyes(&[("Pod", 9), ("Node", 4)]), vec![]),
+            (eyes(&[("Pod", 10), ("Node", 4), ("Service", 1)]), vec![]),
+            (eyes(&[("Pod", 10), ("Node", 3)]), vec!["Node"]),
+            (eyes(&[("Pod", 10)]), vec!["Node"]),
+            (eyes(&[]), vec!["Node", "Pod"]),
+        ] {
+            assert_eq!(kept.missing_in(&seen), missing, "{seen:?}");
+        }
+        assert!(Kept::default().missing_in(&eyes(&[])).is_empty());
+    }
 }

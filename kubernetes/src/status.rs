@@ -52,11 +52,15 @@ pub fn status_of(
                 .map_or_else(|| Time(Timestamp::now()), |known| known.last_transition_time.clone()),
         }
     };
+    let accepted = told.iter().any(|told| told.kind == "Accepted" && told.holds);
+    let last_accepted =
+        if accepted { Some(object.text.clone()) } else { before.last_accepted.clone() };
     let status = crd::Status {
         observed_generation: object.generation,
         conditions: told.iter().map(condition).collect(),
         matched_workloads,
         agents,
+        last_accepted,
     };
     (status != *before).then_some(status)
 }

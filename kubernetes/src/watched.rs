@@ -10,10 +10,11 @@ use std::{
 use futures_util::StreamExt;
 use kube::{
     Api, Resource, ResourceExt,
+    api::ListParams,
     runtime::{WatchStreamExt, watcher},
 };
 use serde::de::DeserializeOwned;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// How long a kind may stay unlisted before that is told: most often, a permission is missing.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -22,17 +23,32 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Watched<T> {
     what: &'static str,
     inner: Mutex<Inner<T>>,
+    /// Somebody wants everything to be listed anew.
+    doubted: Notify,
 }
 
+/// Objects and the version that they are of, always of one piece.
 struct Inner<T> {
     objects: BTreeMap<String, T>,
     /// Whether all of them have been listed once.
     listed: bool,
-    /// The newest resource version seen.
+    /// The newest resource version that is in them.
     version: u64,
 }
 
-impl<T: Send + 'static> Watched<T> {
+/// A list that is not whole yet.
+struct Listing<T> {
+    objects: BTreeMap<String, T>,
+    version: u64,
+}
+
+impl<T> Default for Listing<T> {
+    fn default() -> Self {
+        Self { objects: BTreeMap::new(), version: 0 }
+    }
+}
+
+impl<T: PartialEq + Send + 'static> Watched<T> {
     /// Follows the objects of `api` until the program ends. `changed` counts up with each change.
     pub(crate) fn follow<K>(
         what: &'static str,
@@ -57,79 +73,100 @@ impl<T: Send + 'static> Watched<T> {
     where
         K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
     {
-        let inner = Inner { objects: BTreeMap::new(), listed: false, version: 0 };
-        let watched = Arc::new(Self { what, inner: Mutex::new(inner) });
+        let watched = Arc::new(Self::unlisted(what));
         let this = watched.clone();
         tokio::spawn(async move {
-            let events = watcher(api, config).default_backoff();
-            let mut events = std::pin::pin!(events);
-            let mut listing = BTreeMap::new();
+            let begin = || watcher(api.clone(), config.clone()).default_backoff().boxed();
+            let mut events = begin();
+            let mut listing = Listing::default();
             loop {
-                let event = match tokio::time::timeout(PATIENCE, events.next()).await {
-                    Ok(Some(event)) => event,
-                    Ok(None) => return,
-                    Err(_) if this.is_listed() => continue,
-                    Err(_) => {
+                let event = tokio::select! {
+                    event = events.next() => match event {
+                        Some(event) => event,
+                        None => return,
+                    },
+                    () = this.doubted.notified() => {
+                        events = begin();
+                        continue;
+                    }
+                    () = tokio::time::sleep(PATIENCE), if !this.is_listed() => {
                         tracing::warn!(kind = this.what, "still waiting for the first list");
                         continue;
                     }
                 };
-                let news = match event {
-                    Ok(event) => this.take(event, &mut listing, &reduce),
+                let event = match event {
+                    Ok(event) => event,
                     Err(error) => {
                         // The last state stays in force; the watcher tries again by itself.
                         tracing::warn!(kind = this.what, %error, "the watch failed, it is tried again");
-                        false
+                        continue;
                     }
                 };
-                if news {
+                let begins = matches!(event, watcher::Event::Init);
+                if this.take(event, &mut listing, &reduce) {
                     changed.send_modify(|count| *count += 1);
+                }
+                if begins {
+                    listing.version = floor(&api).await;
                 }
             }
         });
         watched
     }
 
+    fn unlisted(what: &'static str) -> Self {
+        let inner = Inner { objects: BTreeMap::new(), listed: false, version: 0 };
+        Self { what, inner: Mutex::new(inner), doubted: Notify::new() }
+    }
+
     /// Returns whether that is a change.
     fn take<K: Resource>(
         &self,
         event: watcher::Event<K>,
-        listing: &mut BTreeMap<String, T>,
+        listing: &mut Listing<T>,
         reduce: impl Fn(K) -> T,
     ) -> bool {
         match event {
             watcher::Event::Init => {
-                listing.clear();
+                *listing = Listing::default();
                 false
             }
             watcher::Event::InitApply(object) => {
-                self.saw(&object);
-                listing.insert(key(&object), reduce(object));
+                listing.version = listing.version.max(version(&object));
+                listing.objects.insert(key(&object), reduce(object));
                 false
             }
             watcher::Event::InitDone => {
+                let Listing { objects, version } = std::mem::take(listing);
                 let mut inner = self.lock();
-                inner.objects = std::mem::take(listing);
+                let news = !inner.listed || inner.objects != objects;
+                inner.objects = objects;
                 inner.listed = true;
-                true
+                inner.version = inner.version.max(version);
+                news
             }
             watcher::Event::Apply(object) => {
-                self.saw(&object);
-                let key = key(&object);
-                self.lock().objects.insert(key, reduce(object));
-                true
+                let (key, version) = (key(&object), version(&object));
+                let reduced = reduce(object);
+                let mut inner = self.lock();
+                inner.version = inner.version.max(version);
+                // Most writes change nothing of what is needed: heartbeats, for one.
+                let news = inner.objects.get(&key) != Some(&reduced);
+                inner.objects.insert(key, reduced);
+                news
             }
             watcher::Event::Delete(object) => {
-                self.saw(&object);
-                self.lock().objects.remove(&key(&object)).is_some()
+                let mut inner = self.lock();
+                inner.version = inner.version.max(version(&object));
+                inner.objects.remove(&key(&object)).is_some()
             }
         }
     }
 
-    fn saw(&self, object: &impl Resource) {
-        let version = object.meta().resource_version.as_deref().and_then(|text| text.parse().ok());
-        let mut inner = self.lock();
-        inner.version = inner.version.max(version.unwrap_or(0));
+    /// Lists everything anew. A watch tells of changes, and not that there were none: only a list says how
+    /// new what is known is.
+    pub(crate) fn list_anew(&self) {
+        self.doubted.notify_one();
     }
 
     /// Whether all objects have been listed once.
@@ -158,5 +195,88 @@ pub(crate) fn key(object: &impl Resource) -> String {
     match object.namespace() {
         Some(namespace) => format!("{namespace}/{}", object.name_any()),
         None => object.name_any(),
+    }
+}
+
+/// How new an object is: Kubernetes' versions are numbers that only grow.
+fn version(object: &impl Resource) -> u64 {
+    let version = object.meta().resource_version.as_deref();
+    version.and_then(|text| text.parse().ok()).unwrap_or(0)
+}
+
+/// What a list that begins now is not older than, whatever is in it: that a deleted object is not there is
+/// news, too. Zero, which claims nothing, if the API server cannot be asked.
+async fn floor<K>(api: &Api<K>) -> u64
+where
+    K: Resource + Clone + DeserializeOwned + Debug,
+{
+    let one = ListParams::default().limit(1);
+    let listed = api.list_metadata(&one).await;
+    listed.ok().and_then(|list| list.metadata.resource_version?.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
+mod tests {
+    use k8s_openapi::api::core::v1::ConfigMap;
+
+    use super::*;
+
+    fn map(name: &str, version: &str, value: &str) -> ConfigMap {
+        let mut map = ConfigMap::default();
+        map.metadata.name = Some(name.to_owned());
+        map.metadata.resource_version = Some(version.to_owned());
+        map.data = Some([("value".to_owned(), value.to_owned())].into());
+        map
+    }
+
+    fn value(map: ConfigMap) -> String {
+        map.data.unwrap_or_default().remove("value").unwrap_or_default()
+    }
+
+    fn seen(watched: &Watched<String>) -> (Vec<String>, u64) {
+        watched.read(|objects, version| (objects.values().cloned().collect(), version))
+    }
+
+    #[test]
+    fn no_version_is_claimed_before_the_objects_of_it_are_there() {
+        let watched = Watched::unlisted("ConfigMap");
+        let mut listing = Listing::default();
+        let mut take = |event| watched.take(event, &mut listing, value);
+        assert!(!take(watcher::Event::Init));
+        assert!(!take(watcher::Event::InitApply(map("a", "7", "one"))));
+        assert_eq!(seen(&watched), (vec![], 0));
+        assert!(take(watcher::Event::InitDone));
+        assert_eq!(seen(&watched), (vec!["one".to_owned()], 7));
+        // Listed anew, half of it.
+        assert!(!take(watcher::Event::Init));
+        assert!(!take(watcher::Event::InitApply(map("b", "9", "two"))));
+        assert_eq!(seen(&watched), (vec!["one".to_owned()], 7));
+        assert!(take(watcher::Event::InitDone));
+        assert_eq!(seen(&watched), (vec!["two".to_owned()], 9));
+    }
+
+    #[test]
+    fn a_deletion_is_news_and_counts_and_a_heartbeat_counts_only() {
+        let watched = Watched::unlisted("ConfigMap");
+        let mut listing = Listing::default();
+        let mut take = |event| watched.take(event, &mut listing, value);
+        assert!(take(watcher::Event::Apply(map("a", "3", "one"))));
+        assert!(!take(watcher::Event::Apply(map("a", "4", "one"))));
+        assert_eq!(seen(&watched), (vec!["one".to_owned()], 4));
+        assert!(take(watcher::Event::Delete(map("a", "5", "one"))));
+        assert_eq!(seen(&watched), (vec![], 5));
+        assert!(!take(watcher::Event::Delete(map("a", "6", "one"))));
+    }
+
+    #[test]
+    fn the_floor_of_a_list_counts_when_the_list_is_whole() {
+        let watched = Watched::<String>::unlisted("ConfigMap");
+        let mut listing = Listing::default();
+        watched.take(watcher::Event::<ConfigMap>::Init, &mut listing, value);
+        listing.version = 50;
+        assert_eq!(seen(&watched), (vec![], 0));
+        watched.take(watcher::Event::<ConfigMap>::InitDone, &mut listing, value);
+        assert_eq!(seen(&watched), (vec![], 50));
     }
 }

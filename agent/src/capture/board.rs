@@ -21,6 +21,8 @@ pub(crate) struct StatusBoard {
 struct Entry {
     slot: Option<Arc<CredentialSlot>>,
     problem: Option<String>,
+    /// The network namespace that is captured.
+    netns: Option<u64>,
 }
 
 impl StatusBoard {
@@ -34,14 +36,23 @@ impl StatusBoard {
         key: &str,
         slot: Option<Arc<CredentialSlot>>,
         problem: Option<String>,
+        netns: Option<u64>,
     ) -> bool {
-        let before = self.lock().insert(key.to_owned(), Entry { slot, problem: problem.clone() });
+        let entry = Entry { slot, problem: problem.clone(), netns };
+        let before = self.lock().insert(key.to_owned(), entry);
         before.is_none_or(|entry| entry.problem != problem)
     }
 
-    /// Whether a workload is captured, or what stands in the way; nothing if it was not looked at yet.
-    pub(crate) fn problem(&self, key: &str) -> Option<Option<String>> {
-        self.lock().get(key).map(|entry| entry.problem.clone())
+    /// Whether a workload is captured in this very network namespace.
+    ///
+    /// # Errors
+    /// What stands in the way.
+    pub(crate) fn has_captured(&self, key: &str, netns: u64) -> Result<(), String> {
+        match self.lock().get(key) {
+            Some(Entry { problem: Some(problem), .. }) => Err(problem.clone()),
+            Some(entry) if entry.netns == Some(netns) => Ok(()),
+            Some(_) | None => Err("the pod is not captured yet".to_owned()),
+        }
     }
 
     pub(super) fn retain(&self, keys: &BTreeSet<String>) {

@@ -4,12 +4,13 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
 use anyhow::{Context as _, bail};
 use hauberk_core::{
+    identity::ResourceName,
     policy::{ProcessSelector, resolve::MeshWorkload},
     session,
 };
@@ -37,8 +38,21 @@ const OUTBOUND_PORT: u16 = 15_001;
 /// Where incoming connections arrive that did not come over the mesh.
 const PLAINTEXT_PORT: u16 = 15_006;
 
+/// What becomes of a place whose workload is gone from the registry.
+pub(super) enum Departure {
+    /// It may still be running, and must not be free: a pod whose object was deleted by force, for one.
+    Stays,
+    /// It gets its plain network back.
+    Free,
+    /// Nothing is there any more.
+    Gone,
+}
+
 /// A captured network namespace.
 pub(super) struct NamespaceCapture {
+    path: PathBuf,
+    /// Of a pod.
+    pod_namespace: Option<ResourceName>,
     context: Arc<Context>,
     worker: Arc<NetnsWorker>,
     rules: capture::Ruleset,
@@ -83,6 +97,13 @@ impl NamespaceCapture {
             inbound.push(accept_mesh(context, listener, &locals, &tls)?);
         }
         let mut capture = Self {
+            path: path.to_owned(),
+            pod_namespace: match &workload.process {
+                ProcessSelector::Pod { .. } => workload.namespace.clone(),
+                ProcessSelector::User(_)
+                | ProcessSelector::Cgroup(_)
+                | ProcessSelector::NetworkNamespace { .. } => None,
+            },
             context: context.clone(),
             worker,
             rules,
@@ -92,6 +113,22 @@ impl NamespaceCapture {
         };
         capture.update(workload, identities)?;
         Ok(capture)
+    }
+
+    /// What is to become of it, now that its workload is gone. Only leaving the mesh frees a pod.
+    pub(super) fn departure(&self, is_enrolled: impl Fn(&str) -> Option<bool>) -> Departure {
+        match &self.pod_namespace {
+            None => Departure::Free,
+            Some(namespace) if is_enrolled(namespace.as_str()) == Some(false) => Departure::Free,
+            // Its sandbox is gone, or another one has the name.
+            Some(_) if !self.still_there(&self.path).unwrap_or(false) => Departure::Gone,
+            Some(_) => Departure::Stays,
+        }
+    }
+
+    /// The number of the namespace, as the kernel has it.
+    pub(super) fn inode(&self) -> u64 {
+        self.worker.netns().inode()
     }
 
     /// Whether the path still names this very namespace.

@@ -29,17 +29,27 @@ pub(super) struct Sandboxes {
     channel: Option<Channel>,
     /// By the pod's UID.
     paths: HashMap<String, PathBuf>,
+    /// Why the runtime could not be asked.
     problem: Option<String>,
+    /// What is odd about single ones.
+    problems: HashMap<String, String>,
 }
 
 impl Sandboxes {
     pub(super) fn new(socket: PathBuf, netns_dir: PathBuf) -> Self {
-        Self { socket, netns_dir, channel: None, paths: HashMap::new(), problem: None }
+        Self {
+            socket,
+            netns_dir,
+            channel: None,
+            paths: HashMap::new(),
+            problem: None,
+            problems: HashMap::new(),
+        }
     }
 
     /// Where a pod's namespace is.
     pub(super) fn path(&self, uid: &str) -> anyhow::Result<&Path> {
-        match (self.paths.get(uid), &self.problem) {
+        match (self.paths.get(uid), self.problem.as_ref().or_else(|| self.problems.get(uid))) {
             (Some(path), _) => Ok(path),
             (None, Some(problem)) => Err(anyhow!("{problem}")),
             (None, None) => Err(anyhow!("the container runtime has no sandbox of this pod yet")),
@@ -99,17 +109,22 @@ impl Sandboxes {
                 *entry = (sandbox.created_at, sandbox.id);
             }
         }
+        self.problems.clear();
         for (uid, (_, id)) in newest {
             let request = PodSandboxStatusRequest { pod_sandbox_id: id.clone(), verbose: true };
-            let status = runtime
-                .pod_sandbox_status(request)
-                .await
-                .map_err(|status| anyhow!("{}", status.message()))
-                .with_context(|| format!("ask for sandbox {id}"))?
-                .into_inner();
-            let info = status.info.get("info").map(String::as_str).unwrap_or_default();
-            let path = network_namespace(info).with_context(|| format!("sandbox {id}"))?;
-            self.paths.insert(uid, self.netns_dir.join(path));
+            let asked = runtime.pod_sandbox_status(request).await;
+            let found =
+                asked.map_err(|status| anyhow!("{}", status.message())).and_then(|status| {
+                    let status = status.into_inner();
+                    network_namespace(
+                        status.info.get("info").map(String::as_str).unwrap_or_default(),
+                    )
+                });
+            // One that is odd, or was taken down meanwhile, is no trouble of the others.
+            match found.with_context(|| format!("sandbox {id}")) {
+                Ok(name) => drop(self.paths.insert(uid, self.netns_dir.join(name))),
+                Err(error) => drop(self.problems.insert(uid, format!("{error:#}"))),
+            }
         }
         Ok(())
     }

@@ -97,7 +97,7 @@ fn first_configuration(folder: &Path) -> anyhow::Result<PathBuf> {
     let Some(first) = first else {
         bail!("there is no network configuration in {} yet", folder.display());
     };
-    if first.extension().is_some_and(|end| end == "conf") {
+    if first.extension().is_some_and(|end| end != "conflist") {
         bail!(
             "{} is of a single plugin, to which nothing can be chained; make it a .conflist",
             first.display()
@@ -111,7 +111,8 @@ fn list(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
         let mut paths = Vec::new();
         for entry in fs::read_dir(folder)? {
             let path = entry?.path();
-            if path.extension().is_some_and(|end| end == "conflist" || end == "conf") {
+            let ends = ["conflist", "conf", "json"];
+            if path.extension().is_some_and(|end| ends.iter().any(|known| end == *known)) {
                 paths.push(path);
             }
         }

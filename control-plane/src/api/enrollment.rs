@@ -16,6 +16,9 @@ use crate::{
     store::{Consumed, Node},
 };
 
+/// The longest token of a service account, by far.
+const MAX_TOKEN: usize = 16 * 1024;
+
 pub(crate) struct Enrollment(pub(crate) Arc<Shared>);
 
 #[tonic::async_trait]
@@ -66,6 +69,10 @@ impl enrollment_server::Enrollment for Enrollment {
             ));
         };
         let message = request.into_inner();
+        if message.token.len() > MAX_TOKEN {
+            return Err(Status::invalid_argument("token: is longer than any token"));
+        }
+        let _turn = kubernetes.attesting.acquire().await.map_err(internal)?;
         let pod = kubernetes.attestor.attest(message.token).await.map_err(|error| {
             shared.metrics.join_attempt(Outcome::Failure);
             tracing::warn!(target: "hauberk.audit", addr = address, reason = %error,
@@ -94,6 +101,12 @@ impl enrollment_server::Enrollment for Enrollment {
         let shared = &self.0;
         let caller = attest::node(request.extensions(), shared)?;
         let node = caller.node.name().to_owned();
+        // Its certificate proves what its agent's pod was, not what it is.
+        if shared.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.cluster.has_node(&node)) {
+            return Err(Status::permission_denied(
+                "a node of the cluster is attested by its agent's pod, and renews in no other way",
+            ));
+        }
         shared.within_rate(&node, "node")?;
         let issued = issue_node(shared, &node, &request.into_inner().certificate_request)?;
         shared

@@ -11,7 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::Shared;
-use crate::attest;
+use crate::{attest, policy::Published};
 
 /// Updates in flight to one agent. An agent that does not read gets the newest state when it does.
 const IN_FLIGHT: usize = 1;
@@ -102,14 +102,17 @@ async fn send_updates(
     updates: &mpsc::Sender<Result<v1::StateUpdate, Status>>,
 ) -> Result<(), Status> {
     let mut published = shared.publisher.subscribe();
-    let mut sent: BTreeMap<String, v1::Resource> = BTreeMap::new();
-    let mut sent_revision = None;
+    let nothing = BTreeMap::new();
+    // Not a copy: there is a stream for each agent.
+    let mut sent: Option<Arc<Published>> = None;
     loop {
         let next = published.borrow_and_update().clone();
         // Without any state yet there is nothing to send: an agent goes on with what it has.
-        if next.revision > 0 && sent_revision != Some(next.revision) {
-            let full = sent_revision.is_none();
-            let (upserts, removals) = delta(&sent, &next.resources);
+        let known = sent.as_ref().map(|sent| sent.revision);
+        if next.revision > 0 && known != Some(next.revision) {
+            let full = sent.is_none();
+            let before = sent.as_ref().map_or(&nothing, |sent| &sent.resources);
+            let (upserts, removals) = delta(before, &next.resources);
             let update = v1::StateUpdate {
                 revision: next.revision,
                 full,
@@ -121,8 +124,7 @@ async fn send_updates(
             if updates.send(Ok(update)).await.is_err() {
                 return Ok(());
             }
-            sent.clone_from(&next.resources);
-            sent_revision = Some(next.revision);
+            sent = Some(next);
         }
         if published.changed().await.is_err() {
             return Err(Status::unavailable("the control plane is stopping"));

@@ -108,6 +108,11 @@ fn tell(state: &ObjectState, agents: &Enforced) -> (Vec<Told>, Option<i64>, Opti
             waiting.push(node.as_str());
         }
     }
+    if !state.errors.is_empty() {
+        let message = "it was not accepted; what was accepted before is in force, if there is any";
+        let programmed = said("Programmed", false, "NotAccepted", message.to_owned());
+        return (vec![accepted, resolved, programmed], None, None);
+    }
     let in_force = match (nodes.is_empty(), waiting.as_slice()) {
         (true, _) => {
             said("Programmed", false, "NoWorkload", "it is about no workload that runs".to_owned())

@@ -274,6 +274,56 @@ pub fn resolve(declared: &Declared, trust_domain: &TrustDomain) -> Result<Resolv
     Ok(resolved)
 }
 
+/// Takes addresses from workloads that others have already, so that no agent has to refuse the state for
+/// them: a network namespace's own are nobody else's, and a host's are told apart by ports. The first of the
+/// list keeps what it has. Returns what was taken, for people.
+pub fn settle_addresses(workloads: &mut [MeshWorkload]) -> Vec<String> {
+    enum Owner {
+        Whole(String),
+        Ports(BTreeMap<u16, String>),
+    }
+    let mut owners: BTreeMap<IpAddr, Owner> = BTreeMap::new();
+    let mut notes = Vec::new();
+    for workload in workloads {
+        let (name, whole) = (workload.shown(), workload.process.own_addresses().is_some());
+        let ports = workload.ports.clone();
+        workload.addresses.retain(|address| {
+            let holder = match (owners.get_mut(address), whole) {
+                (None, true) => {
+                    owners.insert(*address, Owner::Whole(name.clone()));
+                    return true;
+                }
+                (None, false) => {
+                    let ports = ports.iter().map(|port| (*port, name.clone())).collect();
+                    owners.insert(*address, Owner::Ports(ports));
+                    return true;
+                }
+                (Some(Owner::Ports(taken)), false) => {
+                    match ports.iter().find_map(|port| taken.get(port)) {
+                        Some(holder) => holder.clone(),
+                        None => {
+                            taken.extend(ports.iter().map(|port| (*port, name.clone())));
+                            return true;
+                        }
+                    }
+                }
+                (Some(Owner::Ports(taken)), true) => {
+                    taken.values().next().cloned().unwrap_or_default()
+                }
+                (Some(Owner::Whole(holder)), _) => holder.clone(),
+            };
+            notes.push(format!("{name} claims the address {address}, which {holder} has"));
+            false
+        });
+        if let ProcessSelector::NetworkNamespace { addresses, .. }
+        | ProcessSelector::Pod { addresses, .. } = &mut workload.process
+        {
+            addresses.clone_from(&workload.addresses);
+        }
+    }
+    notes
+}
+
 fn mesh_workload(
     workload: &Workload,
     machines: &BTreeMap<&ResourceName, &BTreeSet<IpAddr>>,

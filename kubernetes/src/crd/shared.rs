@@ -112,6 +112,9 @@ pub struct Status {
     /// The agents that have to enforce it, and those that do.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agents: Option<Agents>,
+    /// The last version that was accepted, as text: in force for as long as a newer one is not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_accepted: Option<String>,
 }
 
 /// Agents that have to enforce an object, and those that do.

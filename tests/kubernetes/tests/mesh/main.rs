@@ -74,5 +74,7 @@ fn cluster(shared: &Shared) -> anyhow::Result<Arc<Cluster>> {
         return Ok(Arc::clone(cluster));
     }
     let cluster = Arc::new(install::start()?);
+    policy::place(&cluster)?;
+    pods::place(&cluster)?;
     Ok(Arc::clone(shared.insert(cluster)))
 }

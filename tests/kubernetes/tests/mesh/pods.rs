@@ -45,6 +45,13 @@ spec:
     readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1}
 ";
 
+/// The namespaces and the server of these tests.
+pub(crate) fn place(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.apply(PLACES)?;
+    cluster.wait_pod("loose", "server", PATIENCE)?;
+    Ok(())
+}
+
 /// Connects as soon as it runs, and as often as it can.
 pub(crate) fn eager(name: &str, node: &str, url: &str) -> String {
     format!(
@@ -71,8 +78,6 @@ pub(crate) fn address(cluster: &Cluster, namespace: &str, pod: &str) -> anyhow::
 }
 
 fn a_pod_never_says_its_first_word_in_clear(cluster: &Cluster) -> anyhow::Result<()> {
-    cluster.apply(PLACES)?;
-    cluster.wait_pod("loose", "server", PATIENCE)?;
     let url = format!("http://{}:8080/", address(cluster, "loose", "server")?);
     let capture = cluster.wire().capture("node-b")?;
     cluster.apply(&eager("eager", "node-a", &url))?;

@@ -106,16 +106,38 @@ pub(crate) fn get(cluster: &Cluster, pod: &str, url: &str) -> anyhow::Result<Str
     cluster.exec("shop", pod, &["timeout", "5", "wget", "-q", "-O", "-", url])
 }
 
-fn only_the_allowed_pod_connects(cluster: &Cluster) -> anyhow::Result<()> {
+/// The pods of these tests, in the mesh.
+pub(crate) fn place(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply(PODS)?;
     for (namespace, pod) in [("shop", "checkout"), ("shop", "web"), ("payments", "ledger")] {
         cluster.wait_pod(namespace, pod, PATIENCE)?;
     }
-    let url = "http://ledger.payments/";
-    ensure!(get(cluster, "web", url)? == "the ledger\n", "not even without the mesh");
+    enforce(cluster)
+}
+
+fn enforce(cluster: &Cluster) -> anyhow::Result<()> {
     for namespace in ["shop", "payments"] {
-        cluster.kubectl(&["label", "namespace", namespace, "hauberk.dev/mode=enforce"])?;
+        cluster.kubectl(&[
+            "label",
+            "--overwrite",
+            "namespace",
+            namespace,
+            "hauberk.dev/mode=enforce",
+        ])?;
     }
+    Ok(())
+}
+
+fn only_the_allowed_pod_connects(cluster: &Cluster) -> anyhow::Result<()> {
+    let url = "http://ledger.payments/";
+    for namespace in ["shop", "payments"] {
+        cluster.kubectl(&["label", "namespace", namespace, "hauberk.dev/mode-"])?;
+    }
+    cluster.wait_until("pods without the mesh", PATIENCE, |cluster| {
+        ensure!(get(cluster, "web", url)? == "the ledger\n", "not even without the mesh");
+        Ok(())
+    })?;
+    enforce(cluster)?;
     let refused = cluster.wait_until("the mesh to refuse", PATIENCE, |cluster| {
         match (get(cluster, "checkout", url), get(cluster, "web", url)) {
             (Err(_), Err(error)) => Ok(format!("{error:#}")),
@@ -163,6 +185,7 @@ pub(crate) fn ledger_policy(cluster: &Cluster) -> anyhow::Result<Value> {
 }
 
 fn a_policy_tells_what_became_of_it(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.apply(POLICY)?;
     let told = cluster.wait_until("the policy's status", PATIENCE, |cluster| {
         let policy = ledger_policy(cluster)?;
         for kind in ["Accepted", "ResolvedRefs", "Programmed"] {
@@ -242,6 +265,8 @@ fn a_bad_policy_is_refused_with_its_field(cluster: &Cluster) -> anyhow::Result<(
 }
 
 fn what_only_the_control_plane_can_judge_is_told(cluster: &Cluster) -> anyhow::Result<()> {
+    // Accepted once: that is what stays in force.
+    a_policy_tells_what_became_of_it(cluster)?;
     // A test of the policy that does not hold: the version before stays in force.
     let with_test = format!(
         "{POLICY}  tests:\n  - {{from: {{serviceAccount: {{namespace: shop, name: web}}}}, port: 8080, expect: allow}}\n"

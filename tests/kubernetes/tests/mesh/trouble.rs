@@ -8,11 +8,17 @@ use hauberk_kubernetes_tests::Cluster;
 use crate::{
     Test,
     install::{PATIENCE, everything},
-    pods::address,
+    pods::{address, eager},
     policy::{POLICY, get},
 };
 
 pub(crate) const TESTS: &[(&str, Test)] = &[
+    ("a_pod_deleted_by_force_stays_captured", a_pod_deleted_by_force_stays_captured),
+    (
+        "a_control_plane_that_missed_a_deletion_goes_on",
+        a_control_plane_that_missed_a_deletion_goes_on,
+    ),
+    ("stolen_tokens_attest_nothing", stolen_tokens_attest_nothing),
     ("a_node_port_does_not_pass_for_a_probe", a_node_port_does_not_pass_for_a_probe),
     ("a_pod_without_its_service_account_is_nobody", a_pod_without_its_service_account_is_nobody),
     (
@@ -127,6 +133,159 @@ fn a_pod_without_its_service_account_is_nobody(cluster: &Cluster) -> anyhow::Res
     allowed(cluster)
 }
 
+fn a_pod_deleted_by_force_stays_captured(cluster: &Cluster) -> anyhow::Result<()> {
+    let url = format!("http://{}:8080/", address(cluster, "loose", "server")?);
+    cluster.apply(&eager("ghost", "node-a", &url))?;
+    cluster.wait_pod("strict", "ghost", PATIENCE)?;
+    let ghost = address(cluster, "strict", "ghost")?;
+    let wget = format!("timeout 3 busybox wget -q -O - {url}");
+    // Nobody on the node hears of it: the pod's object is gone, and the pod is not.
+    cluster.stop_kubelet("node-a")?;
+    let outcome = (|| {
+        cluster.kubectl(&[
+            "delete",
+            "pod",
+            "--namespace=strict",
+            "ghost",
+            "--force",
+            "--grace-period=0",
+        ])?;
+        thread::sleep(Duration::from_secs(6));
+        in_pod(cluster, "node-a", &ghost, "true").context("the pod does not run any more")?;
+        let said = in_pod(cluster, "node-a", &ghost, &wget);
+        ensure!(said.is_err(), "it talks in clear: {said:?}");
+        Ok(())
+    })();
+    cluster.start_kubelet("node-a")?;
+    cluster.wait_node("node-a", PATIENCE)?;
+    outcome
+}
+
+fn a_control_plane_that_missed_a_deletion_goes_on(cluster: &Cluster) -> anyhow::Result<()> {
+    let scale = |replicas: &str| {
+        let replicas = format!("--replicas={replicas}");
+        cluster.kubectl(&[
+            "scale",
+            "--namespace=hauberk-system",
+            "deployment/hauberk-control-plane",
+            &replicas,
+        ])
+    };
+    cluster.apply(POLICY)?;
+    let last = POLICY.replace("name: ledger, namespace", "name: last, namespace");
+    cluster.apply(&last)?;
+    cluster.wait_until("the last policy", PATIENCE, |cluster| {
+        cluster.kubectl(&[
+            "wait",
+            "--for=condition=Programmed",
+            "--timeout=1s",
+            "--namespace=payments",
+            "accesspolicy/last",
+        ])
+    })?;
+    cluster.kubectl(&["delete", "accesspolicy", "--namespace=payments", "last"])?;
+    thread::sleep(Duration::from_secs(1));
+    scale("0")?;
+    cluster.wait_until("the control plane to go", PATIENCE, |cluster| {
+        let left = cluster.kubectl(&[
+            "get",
+            "pods",
+            "--namespace=hauberk-system",
+            "--selector=app.kubernetes.io/component=control-plane",
+            "--output=name",
+        ])?;
+        ensure!(left.is_empty(), "{left}");
+        Ok(())
+    })?;
+    // The state is another one when it comes back.
+    cluster.kubectl(&["label", "namespace", "loose", "hauberk.dev/mode=audit"])?;
+    scale("1")?;
+    cluster
+        .kubectl(&[
+            "rollout",
+            "status",
+            "--namespace=hauberk-system",
+            "--timeout=60s",
+            "deployment/hauberk-control-plane",
+        ])
+        .with_context(|| everything(cluster))?;
+    cluster.kubectl(&["label", "namespace", "loose", "hauberk.dev/mode-"])?;
+    allowed(cluster)
+}
+
+/// Tokens that are real, and not those of an agent's pod.
+fn stolen_tokens_attest_nothing(cluster: &Cluster) -> anyhow::Result<()> {
+    let token = cluster.kubectl(&[
+        "create",
+        "token",
+        "--namespace=hauberk-system",
+        "hauberk-agent",
+        "--audience=hauberk",
+    ])?;
+    let other = cluster.kubectl(&[
+        "create",
+        "token",
+        "--namespace=shop",
+        "checkout",
+        "--audience=hauberk",
+    ])?;
+    let audience =
+        cluster.kubectl(&["create", "token", "--namespace=hauberk-system", "hauberk-agent"])?;
+    let roots = cluster.kubectl(&[
+        "get",
+        "configmap",
+        "--namespace=hauberk-system",
+        "hauberk-trust-bundle",
+        "--output=jsonpath={.data.roots\\.pem}",
+    ])?;
+    let folder = tempfile::tempdir()?;
+    let file = |name: &str, text: &str| -> anyhow::Result<String> {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text)?;
+        Ok(path.display().to_string())
+    };
+    let roots = file("roots.pem", &roots)?;
+    let service = cluster.kubectl(&[
+        "get",
+        "endpointslices",
+        "--namespace=hauberk-system",
+        "--selector=kubernetes.io/service-name=hauberk-control-plane",
+        "--output=jsonpath={.items[0].endpoints[0].addresses[0]}",
+    ])?;
+    for (what, token, wanted) in [
+        ("a token that is bound to no pod", token, "is not bound to a pod"),
+        (
+            "a token of another service account",
+            other,
+            "only system:serviceaccount:hauberk-system:hauberk-agent",
+        ),
+        ("a token for another audience", audience, "is not good for audience"),
+    ] {
+        let token = file("token", &token)?;
+        let data = folder.path().join("data").display().to_string();
+        let mut command = std::process::Command::new(std::env::current_exe()?);
+        command.arg(crate::AS_HAUBERK).args([
+            "agent",
+            "--kubernetes-token",
+            &token,
+            "--trust-bundle",
+            &roots,
+            "--control-plane",
+            &format!("{service}:8443"),
+            "--data",
+            &data,
+            "--metrics=127.0.0.1:0",
+        ]);
+        let mut timed = std::process::Command::new("timeout");
+        timed.arg("4").arg(command.get_program()).args(command.get_args());
+        let output = cluster.in_control(&mut timed)?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned()
+            + &String::from_utf8_lossy(&output.stderr);
+        ensure!(text.contains(wanted), "{what}: {text}");
+    }
+    Ok(())
+}
+
 fn without_the_api_server_what_was_decided_holds(cluster: &Cluster) -> anyhow::Result<()> {
     allowed(cluster)?;
     let url = format!("http://{}:8080/", address(cluster, "payments", "ledger")?);
@@ -181,7 +340,7 @@ spec:
 
 fn after_a_reboot_no_pod_talks_unprotected(cluster: &Cluster) -> anyhow::Result<()> {
     let url = format!("http://{}:8080/", address(cluster, "loose", "server")?);
-    cluster.apply(&crate::pods::eager("phoenix", "node-a", &url))?;
+    cluster.apply(&eager("phoenix", "node-a", &url))?;
     cluster.wait_pod("strict", "phoenix", PATIENCE)?;
     let capture = cluster.wire().capture("node-b")?;
     cluster.reboot_node("node-a")?;
