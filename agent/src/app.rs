@@ -99,10 +99,13 @@ pub async fn run(
         _ => Attestation::Token(args.join_token.clone()),
     };
     let mut stop = std::pin::pin!(stop);
-    // It may take a while, when the control plane is away.
+    // A pod tries for a while, when the control plane is away; a token's only try is over soon, and whoever
+    // gave it wants to hear how it went.
+    let tries_again = matches!(attestation, Attestation::Pod(_));
+    let opening = open_node(&args.data, attestation, args.control_plane.as_deref());
     let node = tokio::select! {
-        node = open_node(&args.data, attestation, args.control_plane.as_deref()) => node?,
-        () = &mut stop => return Ok(()),
+        node = opening => node?,
+        () = &mut stop, if tries_again => return Ok(()),
     };
     let enforcer = Arc::new(Enforcer::open(&args.data, metrics.clone(), health.clone()));
     let context = Arc::new(Context::new(

@@ -10,6 +10,7 @@ mod install;
 mod pods;
 mod policy;
 mod replicas;
+mod services;
 mod trouble;
 mod uninstall;
 
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
     let tests = [
         install::TESTS,
         policy::TESTS,
+        services::TESTS,
         replicas::TESTS,
         pods::TESTS,
         trouble::TESTS,

@@ -31,7 +31,7 @@ fn hauberk(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<std::process
     cluster.in_control(&mut command)
 }
 
-fn told(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<String> {
+pub(crate) fn told(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<String> {
     let output = hauberk(cluster, arguments)?;
     let (out, err) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
     ensure!(output.status.success(), "{arguments:?}: {}: {out}{err}", output.status);

@@ -1,0 +1,206 @@
+//! The ways in which pods find each other and run, and those who watch.
+
+use std::{process::Command, time::Duration};
+
+use anyhow::{Context, ensure};
+use hauberk_kubernetes_tests::{Cluster, ipv4};
+use serde_json::Value;
+
+use crate::{
+    Test,
+    install::{PATIENCE, everything},
+    pods::address,
+    policy::{POLICY, get},
+    replicas::told,
+};
+
+pub(crate) const TESTS: &[(&str, Test)] = &[
+    ("services_of_every_kind_lead_to_their_pods", services_of_every_kind_lead_to_their_pods),
+    ("a_job_with_an_init_container_finishes", a_job_with_an_init_container_finishes),
+    ("containers_of_a_pod_talk_to_each_other", containers_of_a_pod_talk_to_each_other),
+    ("a_pod_in_its_nodes_network_is_told", a_pod_in_its_nodes_network_is_told),
+    ("prometheus_sees_who_was_denied", prometheus_sees_who_was_denied),
+];
+
+const SERVICES: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: ledger-direct, namespace: payments}
+spec: {clusterIP: None, selector: {app: ledger}, ports: [{port: 8080}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: ledger-alias, namespace: shop}
+spec: {type: ExternalName, externalName: ledger.payments.svc.cluster.local}
+";
+
+fn allowed(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.apply(POLICY)?;
+    cluster.wait_until("the allowed connection", PATIENCE, |cluster| {
+        get(cluster, "checkout", "http://ledger.payments/").map(drop)
+    })
+}
+
+fn services_of_every_kind_lead_to_their_pods(cluster: &Cluster) -> anyhow::Result<()> {
+    allowed(cluster)?;
+    cluster.apply(SERVICES)?;
+    let service = cluster.kubectl_json(&["get", "service", "--namespace=payments", "ledger"])?;
+    let addresses = service["spec"]["clusterIPs"].as_array().context("no addresses")?.clone();
+    ensure!(addresses.len() == 2, "not of both families: {addresses:?}");
+    let mut places = vec![
+        "http://ledger-direct.payments:8080/".to_owned(),
+        "http://ledger-alias.shop/".to_owned(),
+        format!("http://{}:8080/", address(cluster, "payments", "ledger")?),
+    ];
+    for ip in addresses.iter().filter_map(Value::as_str) {
+        let ip = if ip.contains(':') { format!("[{ip}]") } else { ip.to_owned() };
+        places.push(format!("http://{ip}/"));
+    }
+    for url in places {
+        cluster.wait_until(&url, PATIENCE, |cluster| {
+            let text = get(cluster, "checkout", &url)?;
+            ensure!(text == "the ledger\n", "{text}");
+            Ok(())
+        })?;
+        ensure!(get(cluster, "web", &url).is_err(), "{url}: nobody allowed it");
+    }
+    cluster.delete(SERVICES)?;
+    Ok(())
+}
+
+fn a_job_with_an_init_container_finishes(cluster: &Cluster) -> anyhow::Result<()> {
+    allowed(cluster)?;
+    let job = "
+apiVersion: batch/v1
+kind: Job
+metadata: {name: nightly, namespace: shop}
+spec:
+  backoffLimit: 0
+  template:
+    spec:
+      nodeName: node-a
+      serviceAccountName: checkout
+      restartPolicy: Never
+      initContainers:
+      - name: first
+        image: hauberk.test/busybox:1
+        imagePullPolicy: Never
+        args: ['-c', 'timeout 20 wget -q -O - http://ledger.payments/']
+      containers:
+      - name: it
+        image: hauberk.test/busybox:1
+        imagePullPolicy: Never
+        args: ['-c', 'timeout 20 wget -q -O - http://ledger.payments/']
+";
+    cluster.apply(job)?;
+    let log = cluster
+        .wait_until("the job", PATIENCE, |cluster| {
+            let found = cluster.kubectl_json(&["get", "job", "--namespace=shop", "nightly"])?;
+            ensure!(found["status"]["succeeded"] == 1, "{:#}", found["status"]);
+            cluster.kubectl(&["logs", "--namespace=shop", "job/nightly", "--all-containers"])
+        })
+        .with_context(|| everything(cluster))?;
+    ensure!(log == "the ledger\nthe ledger\n", "{log}");
+    cluster.delete(job)?;
+    Ok(())
+}
+
+fn containers_of_a_pod_talk_to_each_other(cluster: &Cluster) -> anyhow::Result<()> {
+    let pod = "
+apiVersion: v1
+kind: Pod
+metadata: {name: pair, namespace: strict}
+spec:
+  nodeName: node-a
+  terminationGracePeriodSeconds: 0
+  containers:
+  - name: one
+    image: hauberk.test/busybox:1
+    imagePullPolicy: Never
+    args: ['-c', 'mkdir /www; echo neighbour >/www/index.html; exec httpd -f -h /www -p 127.0.0.1:8090']
+  - name: other
+    image: hauberk.test/busybox:1
+    imagePullPolicy: Never
+    args: ['-c', 'exec sleep 1000000']
+";
+    cluster.apply(pod)?;
+    cluster.wait_pod("strict", "pair", PATIENCE)?;
+    let text = cluster.wait_until("the neighbour", PATIENCE, |cluster| {
+        let wget = ["wget", "-q", "-O", "-", "http://127.0.0.1:8090/"];
+        let exec =
+            ["exec", "--namespace=strict", "pair", "--container=other", "--", "timeout", "5"];
+        cluster.kubectl(&[exec.as_slice(), &wget].concat())
+    })?;
+    ensure!(text == "neighbour\n", "{text}");
+    cluster.delete(pod)?;
+    Ok(())
+}
+
+fn a_pod_in_its_nodes_network_is_told(cluster: &Cluster) -> anyhow::Result<()> {
+    let pod = "
+apiVersion: v1
+kind: Pod
+metadata: {name: on-host, namespace: shop}
+spec:
+  nodeName: node-a
+  hostNetwork: true
+  serviceAccountName: checkout
+  terminationGracePeriodSeconds: 0
+  containers:
+  - {name: it, image: hauberk.test/busybox:1, imagePullPolicy: Never, args: ['-c', 'exec sleep 1000000']}
+";
+    cluster.apply(pod)?;
+    cluster.wait_pod("shop", "on-host", PATIENCE)?;
+    cluster.wait_until("the note", PATIENCE, |cluster| {
+        let status = told(cluster, &["status"])?;
+        ensure!(status.contains("pod shop/on-host uses its node's network"), "{status}");
+        Ok(())
+    })?;
+    // It has its service account's name, and none of its rights.
+    let url = format!("http://{}:8080/", address(cluster, "payments", "ledger")?);
+    ensure!(get(cluster, "on-host", &url).is_err(), "it was taken for its service account");
+    cluster.delete(pod)?;
+    Ok(())
+}
+
+/// What `promtool` says to a question, or nothing yet.
+fn asked(cluster: &Cluster, question: &str) -> anyhow::Result<String> {
+    let mut promtool = Command::new("promtool");
+    promtool.args(["query", "instant", "http://127.0.0.1:9190", question]);
+    let output = cluster.in_control(&mut promtool)?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+fn prometheus_sees_who_was_denied(cluster: &Cluster) -> anyhow::Result<()> {
+    allowed(cluster)?;
+    ensure!(get(cluster, "web", "http://ledger.payments/").is_err(), "nobody allowed it");
+    let folder = tempfile::tempdir()?;
+    let targets = ["node-a", "node-b"]
+        .map(|name| cluster.node(name).map(|node| format!("'{}:9465'", ipv4(node.number()))));
+    let targets = targets.into_iter().collect::<anyhow::Result<Vec<_>>>()?.join(", ");
+    let configuration = folder.path().join("prometheus.yml");
+    std::fs::write(
+        &configuration,
+        format!(
+            "global: {{scrape_interval: 1s}}\nscrape_configs:\n- job_name: hauberk\n  static_configs: [{{targets: [{targets}]}}]\n"
+        ),
+    )?;
+    let mut prometheus = Command::new("prometheus");
+    prometheus
+        .arg(format!("--config.file={}", configuration.display()))
+        .arg(format!("--storage.tsdb.path={}", folder.path().join("data").display()))
+        .args(["--web.listen-address=127.0.0.1:9190", "--log.level=error"]);
+    let mut running = cluster.control().netns()?.run(|| prometheus.spawn())??;
+    let question = "hauberk_connections_denied_total{src_namespace=\"shop\",src_workload=\"web\",\
+                    dst_namespace=\"payments\",dst_workload=\"ledger\"}";
+    let seen = cluster.wait_until("Prometheus", Duration::from_secs(30), |cluster| {
+        let seen = asked(cluster, question)?;
+        ensure!(seen.contains("reason=\"no_matching_rule\""), "{seen}");
+        Ok(seen)
+    });
+    let ended = running.kill().and_then(|()| running.wait());
+    seen?;
+    ended?;
+    Ok(())
+}
