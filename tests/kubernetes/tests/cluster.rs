@@ -109,6 +109,13 @@ fn cluster(shared: &Shared) -> anyhow::Result<Arc<Cluster>> {
     for pod in ["server-a", "server-b", "client-a"] {
         cluster.wait_pod("default", pod, PATIENCE)?;
     }
+    // What translates services' addresses hears of ready pods a moment later.
+    for server in ["server-a", "server-b"] {
+        for (place, url) in places(&cluster, server)? {
+            let what = format!("{server} by its {place}");
+            cluster.wait_until(&what, PATIENCE, |cluster| get(cluster, &url))?;
+        }
+    }
     Ok(Arc::clone(shared.insert(cluster)))
 }
 
