@@ -58,7 +58,8 @@ impl Way {
         }
         let access =
             Access::infer(self.kube_context.as_deref(), &self.kube_namespace).await.with_context(
-                || format!("there is no control plane on this machine ({USUAL_SOCKET})"),
+                || format!("there is no control plane on this machine ({USUAL_SOCKET}); give --socket, or set KUBECONFIG \
+                     to ask that of a cluster"),
             )?;
         let mut clients = Vec::new();
         for pod in access.control_planes().await? {

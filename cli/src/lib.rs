@@ -44,8 +44,8 @@ enum Action {
     Denied(DeniedArgs),
     /// Look for what is wrong, with a hint for each finding. Exits with 1 if something is.
     Check(CheckArgs),
-    /// Ask whether a control plane answers as agents need it. Exits with 1 if it does not, with 2 without
-    /// roots to know it by.
+    /// Ask whether a control plane answers as agents need it. Exits with 1 if it does not, with 2 if
+    /// there is no file of roots to know it by.
     Probe(ProbeArgs),
     /// Before the mesh is uninstalled from a cluster: tell its agents to take their rules along when they stop.
     Retire(RetireArgs),

@@ -14,15 +14,17 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
         eprintln!("error: read the roots in {}: {error}", args.trust_bundle.display());
         return Ok(ExitCode::from(EXIT_NO_ROOTS));
     }
-    tokio::runtime::Builder::new_current_thread()
+    let probing =
+        hauberk_agent::probe::control_plane(&args.control_plane, &args.trust_bundle, args.timeout);
+    let probed = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("start the runtime")?
-        .block_on(hauberk_agent::probe::control_plane(
-            &args.control_plane,
-            &args.trust_bundle,
-            args.timeout,
-        ))?;
+        .block_on(probing);
+    if let Err(error) = probed {
+        eprintln!("error: the control plane at {}: {error:#}", args.control_plane);
+        return Ok(ExitCode::FAILURE);
+    }
     println!(
         "the control plane at {} answers, and its certificate is one of ours",
         args.control_plane

@@ -28,6 +28,7 @@ crate::trials!(
     denied_follows_what_comes_until_it_is_interrupted,
     answers_in_json_have_their_fields,
     completions_name_every_subcommand,
+    a_probe_says_by_its_exit_what_is_wrong,
     cleanup_leaves_no_rule_and_no_route_of_a_host,
     probes_and_scrapers_are_answered,
 );
@@ -236,6 +237,33 @@ fn answers_in_json_have_their_fields() -> anyhow::Result<()> {
         ensure!(text(&findings[0], "hint")?.contains("hauberk token create"), "{findings:?}");
         Ok(())
     })
+}
+
+fn a_probe_says_by_its_exit_what_is_wrong() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let roots = folder.path().join("roots.pem");
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+    let probe = || -> anyhow::Result<(Option<i32>, String)> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg(crate::AS_HAUBERK).args([
+            "probe",
+            "--timeout",
+            "1s",
+            "--control-plane",
+            &nobody,
+        ]);
+        let output = command.arg("--trust-bundle").arg(&roots).output()?;
+        Ok((output.status.code(), String::from_utf8(output.stderr)?))
+    };
+    let (code, text) = probe()?;
+    ensure!(code == Some(2) && text.contains("roots.pem"), "{code:?}: {text}");
+    fs::write(&roots, "no certificate")?;
+    let (code, text) = probe()?;
+    ensure!(code == Some(1) && text.contains("has no certificate"), "{code:?}: {text}");
+    fs::write(&roots, rcgen::generate_simple_self_signed(["x".to_owned()])?.cert.pem())?;
+    let (code, text) = probe()?;
+    ensure!(code == Some(1) && text.contains(&nobody), "{code:?}: {text}");
+    Ok(())
 }
 
 fn completions_name_every_subcommand() -> anyhow::Result<()> {
