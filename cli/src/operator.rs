@@ -87,6 +87,11 @@ fn merged(statuses: Vec<v1::GetStatusResponse>) -> Option<v1::GetStatusResponse>
                 workload.clone_from(known);
             }
         }
+        for note in other.ca_notes {
+            if !whole.ca_notes.contains(&note) {
+                whole.ca_notes.push(note);
+            }
+        }
     }
     Some(whole)
 }
@@ -111,6 +116,7 @@ fn status_json(status: &v1::GetStatusResponse) -> serde_json::Value {
         "intermediate_not_after": time(status.intermediate_not_after_unix_ms),
         "manifest_errors": status.manifest_errors,
         "warnings": status.warnings,
+        "ca_notes": status.ca_notes,
         "nodes": status.nodes.iter().map(|node| json!({
             "name": node.name,
             "joined": node.joined,
@@ -184,6 +190,9 @@ fn print_status(status: &v1::GetStatusResponse) {
     }
     for warning in &status.warnings {
         println!("warning: {warning}");
+    }
+    for note in &status.ca_notes {
+        println!("certificate authority: {note}");
     }
 }
 
@@ -342,6 +351,12 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
     }
     for warning in &status.warnings {
         find(warning.clone(), "a name may be misspelt, or a Workload manifest missing");
+    }
+    for note in &status.ca_notes {
+        find(
+            format!("certificate authority: {note}"),
+            "mend what it says, or wait until the time that it names",
+        );
     }
     for node in &status.nodes {
         if !node.locked.is_empty() {

@@ -82,7 +82,7 @@ impl Shared {
     }
 
     fn trust_bundle(&self) -> Vec<Vec<u8>> {
-        vec![self.authority.root().to_vec()]
+        self.authority.roots().iter().map(|root| root.to_vec()).collect()
     }
 }
 

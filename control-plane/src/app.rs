@@ -35,6 +35,7 @@ use crate::{
     api::{Enrollment, Operator, Shared, State, WorkloadIdentity},
     ca::{Authority, CaError},
     config::{Args, LogFormat},
+    custody::{self, Custody, Look, Pace},
     issuance::IssuanceRate,
     kubernetes,
     policy::{HEALTH_CHECK, Publisher},
@@ -106,17 +107,23 @@ pub async fn run(
     private_folder(&args.data).context("open the data folder")?;
     let store = Arc::new(Store::open(&args.data.join("store.redb"))?);
     demand_same_trust_domain(&store, &args.trust_domain, &args.data)?;
-    let ca_folder = args.data.join("ca");
-    let cluster = match args.kubernetes {
-        true => Some(kubernetes::connect(&ca_folder, &args.trust_domain).await?),
-        false => None,
-    };
-    let authority = Authority::open(&ca_folder, &args.trust_domain, hauberk_tls::now())
-        .context("open the certificate authority")?;
-    if let Some(cluster) = &cluster {
-        cluster.publish_trust_bundle(authority.root()).await?;
-    }
     let metrics = Arc::new(ControlPlaneMetrics::new().context("set up metrics")?);
+    let mut checks = vec!["store", custody::HEALTH_CHECK];
+    checks.extend(args.kubernetes.then_some(HEALTH_CHECK));
+    let health = Health::new(&checks);
+    health.set("store", HealthState::Ready);
+    let stopping = CancellationToken::new();
+    // However this ends.
+    let _ended = stopping.clone().drop_guard();
+    // First of all: whoever asks is told what the CA waits for.
+    serve_metrics(&args, &metrics, &health, &stopping).await?;
+    tokio::pin!(stop);
+
+    let (cluster, mut custody) = open_ca(&args).await.context("open the certificate authority")?;
+    let authority = tokio::select! {
+        authority = custody.begin(&health) => authority.context("open the certificate authority")?,
+        () = &mut stop => return Ok(()),
+    };
     let publisher = Publisher::start(
         cluster.is_none().then(|| args.manifests.clone()),
         args.trust_domain.clone(),
@@ -124,16 +131,11 @@ pub async fn run(
         metrics.clone(),
     )?;
     let own = own_credential(&authority, args.node_certificate_lifetime)?;
-    let trust = TrustSlot::new(TrustBundle::new(
-        args.trust_domain.clone(),
-        vec![authority.root().clone()],
-        hauberk_tls::now(),
-    )?);
+    let trust = TrustSlot::new(bundle_of(&authority)?);
     let names = Arc::new(AnyName(own.clone()));
     let tls = shared_server_config(names, trust.clone(), ALPN_H2).context("set up TLS")?;
 
     let listener = bind(args.listen, "agents").await?;
-    let metrics_listener = bind(args.metrics, "metrics").await?;
     let operator_path = args.data.join(OPERATOR_SOCKET);
     let operators = serve::operator_connections(&operator_path)
         .with_context(|| format!("listen on {}", operator_path.display()))?;
@@ -143,7 +145,6 @@ pub async fn run(
         Some(_) => Some(loopback_listeners(OPERATOR_PORT).await?),
     };
 
-    let stopping = CancellationToken::new();
     let shared = Arc::new(Shared {
         authority,
         store,
@@ -157,12 +158,7 @@ pub async fn run(
         node_lifetime: args.node_certificate_lifetime,
         stopping: stopping.clone(),
     });
-    let mut checks = vec!["store", "certificate_authority"];
-    checks.extend(cluster.is_some().then_some(HEALTH_CHECK));
-    let health = Health::new(&checks);
-    health.set("store", HealthState::Ready);
-    health.set("certificate_authority", HealthState::Ready);
-
+    health.set(custody::HEALTH_CHECK, HealthState::Ready);
     match cluster {
         None => drop(tokio::spawn(publisher.watch())),
         Some(cluster) => {
@@ -173,17 +169,15 @@ pub async fn run(
             tokio::spawn(writer.run());
         }
     }
-    tokio::spawn(tend_ca(shared.clone(), own, health.clone(), args.node_certificate_lifetime));
-    let registries = vec![
-        metrics.registry().clone(),
-        hauberk_telemetry::metrics::process_registry().context("set up process metrics")?,
-    ];
-    tokio::spawn(hauberk_telemetry::serve(
-        metrics_listener,
-        registries,
+    let tending = Tending {
+        shared: shared.clone(),
+        custody,
+        trust: trust.clone(),
+        own,
         health,
-        stopping.clone().cancelled_owned(),
-    ));
+        lifetime: args.node_certificate_lifetime,
+    };
+    tokio::spawn(tending.run());
     if cluster_operators.is_some() {
         tracing::info!(port = OPERATOR_PORT, "operators ask through the Kubernetes API");
     }
@@ -217,7 +211,7 @@ pub async fn run(
     tokio::pin!(servers);
     tokio::select! {
         outcome = &mut servers => { outcome.context("serve")?; }
-        () = stop => {
+        () = &mut stop => {
             tracing::info!("stopping");
             stopping.cancel();
             // Agents' streams have no end of their own; they connect anew to the next process.
@@ -226,6 +220,44 @@ pub async fn run(
     }
     drop(std::fs::remove_file(&operator_path));
     Ok(())
+}
+
+/// Serves metrics and health until the program ends.
+async fn serve_metrics(
+    args: &Args,
+    metrics: &ControlPlaneMetrics,
+    health: &Health,
+    stopping: &CancellationToken,
+) -> anyhow::Result<()> {
+    let listener = bind(args.metrics, "metrics").await?;
+    let registries = vec![
+        metrics.registry().clone(),
+        hauberk_telemetry::metrics::process_registry().context("set up process metrics")?,
+    ];
+    let stopped = stopping.clone().cancelled_owned();
+    tokio::spawn(hauberk_telemetry::serve(listener, registries, health.clone(), stopped));
+    Ok(())
+}
+
+/// The cluster that this is one of, if it is, and what decides what issues.
+async fn open_ca(args: &Args) -> anyhow::Result<(Option<kubernetes::Connection>, Custody)> {
+    let lifetime = args.workload_certificate_lifetime.max(args.node_certificate_lifetime);
+    let pace = Pace { look: CA_CHECK.min(args.node_certificate_lifetime / 4), lifetime };
+    let trust_domain = args.trust_domain.clone();
+    if !args.kubernetes {
+        let (now, brought) = (hauberk_tls::now(), args.ca.as_deref());
+        return Ok((None, Custody::alone(trust_domain, &args.data, brought, pace, now)?));
+    }
+    let (folder, secret) = (args.data.join("ca"), args.ca_secret.as_deref());
+    let cluster = kubernetes::connect(&folder, &trust_domain, secret).await?;
+    let (source, keep) = cluster.ca(&folder, secret);
+    Ok((Some(cluster), Custody::new(trust_domain, source, keep, pace)))
+}
+
+/// Whose certificates are good here.
+fn bundle_of(authority: &Authority) -> Result<TrustBundle, hauberk_tls::TrustError> {
+    let roots = authority.roots().to_vec();
+    TrustBundle::new(authority.trust_domain().clone(), roots, hauberk_tls::now())
 }
 
 fn demand_same_trust_domain(
@@ -297,44 +329,71 @@ fn renew_own(
     let issued = authority.issue(slot.id(), &request, lifetime, hauberk_tls::now())?;
     let mut chain = issued.chain;
     // Joining machines pin the root by its hash, so it has to be there to be hashed.
-    chain.push(authority.root().clone());
+    chain.push(authority.root());
     let credential = Credential::new(chain, &key, hauberk_tls::now())?;
     slot.store(credential)
         .map_err(|_| anyhow::anyhow!("the own certificate is of another identity"))
 }
 
-/// Keeps the intermediate and the own certificate young, and says so in metrics.
-async fn tend_ca(
+/// Keeps the CA, the intermediate and the own certificate, and says so in metrics.
+struct Tending {
     shared: Arc<Shared>,
+    custody: Custody,
+    trust: Arc<TrustSlot>,
     own: Arc<CredentialSlot>,
     health: Health,
     lifetime: Duration,
-) {
-    let pace = CA_CHECK.min(lifetime / 4);
-    loop {
-        let now = hauberk_tls::now();
-        let outcome = shared
-            .authority
-            .renew_intermediate(now)
-            .map_err(anyhow::Error::from)
-            .and_then(|renewed| {
-                let due = own.load().is_none_or(|credential| past_half(&credential, lifetime, now));
-                if renewed || due { renew_own(&shared.authority, &own, lifetime) } else { Ok(()) }
-            });
-        match outcome {
-            Ok(()) => health.set("certificate_authority", HealthState::Ready),
-            Err(error) => {
-                tracing::error!(
-                    error = format!("{error:#}"),
-                    "the CA could not renew its own certificates"
-                );
-                health.set("certificate_authority", HealthState::NotReady(format!("{error:#}")));
-            }
+}
+
+impl Tending {
+    async fn run(mut self) {
+        loop {
+            let now = hauberk_tls::now();
+            let active = self.shared.authority.signer();
+            let look = self.custody.look(Some(active.as_ref()), now).await;
+            let notes = self.custody.tell(&look);
+            let state = match self.take_up(look, now) {
+                Ok(()) if notes.is_empty() => HealthState::Ready,
+                Ok(()) => HealthState::ReadyBut(notes.join("; ")),
+                Err(error) => {
+                    tracing::error!(
+                        error = format!("{error:#}"),
+                        "the CA could not renew its own certificates"
+                    );
+                    HealthState::NotReady(format!("{error:#}"))
+                }
+            };
+            self.health.set(custody::HEALTH_CHECK, state);
+            self.shared.authority.note(notes);
+            self.tell_ends();
+            tokio::time::sleep(self.custody.pace()).await;
         }
-        let (root, intermediate) = shared.authority.expiries();
-        shared.metrics.set_ca_expiry("root", system_time(root));
-        shared.metrics.set_ca_expiry("intermediate", system_time(intermediate));
-        tokio::time::sleep(pace).await;
+    }
+
+    fn take_up(&self, look: Look, now: Timestamp) -> anyhow::Result<()> {
+        let authority = &self.shared.authority;
+        let another = look.put(authority);
+        if *authority.roots() != self.trust.load().roots() {
+            self.trust.store(bundle_of(authority)?);
+        }
+        let renewed = authority.renew_intermediate(now)?;
+        let due = self.own.load().is_none_or(|own| past_half(&own, self.lifetime, now));
+        if another || renewed || due {
+            renew_own(authority, &self.own, self.lifetime)?;
+        }
+        match authority.signer().is_good(now) {
+            true => Ok(()),
+            false => Err(CaError::Ended(authority.expiries().1).into()),
+        }
+    }
+
+    fn tell_ends(&self) {
+        let metrics = &self.shared.metrics;
+        if let Some((ca, end)) = self.shared.authority.signer().upper_end() {
+            metrics.set_ca_expiry(ca, system_time(end));
+        }
+        let (_, intermediate) = self.shared.authority.expiries();
+        metrics.set_ca_expiry("intermediate", system_time(intermediate));
     }
 }
 

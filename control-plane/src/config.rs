@@ -41,6 +41,16 @@ pub struct Args {
     #[arg(long, env = "HAUBERK_KUBERNETES", conflicts_with = "manifests")]
     pub kubernetes: bool,
 
+    /// A folder with the CA to issue with, in place of one that is made: tls.crt, tls.key (of mode 0600) and
+    /// ca.crt, PEM. It is looked at again and again: a renewed one is taken up.
+    #[arg(long, env = "HAUBERK_CA", value_name = "DIR", conflicts_with = "kubernetes")]
+    pub ca: Option<PathBuf>,
+
+    /// The same as a Secret of the control plane's own namespace, as cert-manager writes it for a Certificate
+    /// with isCA: true. With --kubernetes.
+    #[arg(long, env = "HAUBERK_CA_SECRET", value_name = "NAME", requires = "kubernetes")]
+    pub ca_secret: Option<String>,
+
     /// The service account of the agents, in the control plane's own namespace: its pods' tokens attest
     /// their nodes. With --kubernetes.
     #[arg(
@@ -120,6 +130,8 @@ impl Args {
             data: "/var/lib/hauberk/control-plane".into(),
             manifests: "/etc/hauberk/manifests".into(),
             kubernetes: false,
+            ca: None,
+            ca_secret: None,
             agent_service_account: "hauberk-agent".to_owned(),
             listen: SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, 8443)),
             advertise: None,

@@ -7,12 +7,12 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use hauberk_core::identity::TrustDomain;
 use hauberk_kubernetes::{Attestor, Cluster, Report, Shared, election};
 use hauberk_telemetry::Health;
-use rustls_pki_types::CertificateDer;
 use tokio::sync::{Semaphore, watch};
 
 use crate::{
     api::Kubernetes,
-    ca::{Authority, keep_root, root_files},
+    ca::{keep_root, open_own, root_files},
+    custody::{Keep, Source},
     fleet::Fleet,
     policy::{Follower, Publisher, StatusWriter},
 };
@@ -33,8 +33,13 @@ pub(crate) struct Connection {
     replica: String,
 }
 
-/// Connects, and puts the CA of the cluster into the folder; makes one if there is none yet.
-pub(crate) async fn connect(ca: &Path, trust_domain: &TrustDomain) -> anyhow::Result<Connection> {
+/// Connects, and puts the CA of the cluster into the folder; makes one if there is none yet. Not if
+/// somebody brings one, in a Secret of this name.
+pub(crate) async fn connect(
+    ca: &Path,
+    trust_domain: &TrustDomain,
+    brought: Option<&str>,
+) -> anyhow::Result<Connection> {
     let client = hauberk_kubernetes::client().await.context("find the Kubernetes API")?;
     let namespace = client.default_namespace().to_owned();
     let shared = Shared::new(client.clone(), namespace.clone());
@@ -42,7 +47,10 @@ pub(crate) async fn connect(ca: &Path, trust_domain: &TrustDomain) -> anyhow::Re
     // A pod's host name is its name, unless it says otherwise.
     let replica = nix::unistd::gethostname().context("ask for the pod's name")?;
     let replica = replica.to_string_lossy().into_owned();
-    bring_ca(&shared, ca, trust_domain).await.context("bring the CA of the cluster")?;
+    match brought {
+        Some(secret) => demand_memory(&shared, secret).await?,
+        None => bring_ca(&shared, ca, trust_domain).await.context("bring the CA of the cluster")?,
+    }
     Ok(Connection { client, namespace, shared, cluster, replica })
 }
 
@@ -58,10 +66,11 @@ async fn bring_ca(
     if shared.has_trust_bundle().await? {
         bail!(
             "agents trust a CA already (ConfigMap hauberk-trust-bundle), and the Secret hauberk-ca with its key \
-             is gone; restore it, or delete that ConfigMap, too, to begin a new trust domain"
+             is gone; restore it, or set ca.existingSecret if it was from there, or delete that ConfigMap, too, to \
+             go on with a new root"
         );
     }
-    drop(Authority::open(folder, trust_domain, hauberk_tls::now())?);
+    drop(open_own(folder, trust_domain, hauberk_tls::now())?);
     let made: BTreeMap<String, Vec<u8>> = root_files(folder)?;
     if shared.keep_ca(made).await? {
         tracing::info!("the CA of this cluster was made, and is kept in the Secret hauberk-ca");
@@ -71,12 +80,27 @@ async fn bring_ca(
     Ok(keep_root(folder, &files)?)
 }
 
+/// Agents that trust a root are told of another one before it is used, which takes knowing the one they trust.
+async fn demand_memory(shared: &Shared, secret: &str) -> anyhow::Result<()> {
+    if shared.roots().await?.is_none() && shared.has_trust_bundle().await? {
+        bail!(
+            "agents trust a CA already (ConfigMap hauberk-trust-bundle), and the Secret hauberk-roots, which says \
+             for how long it is needed, is gone; restore it, or start without ca.existingSecret ({secret}) once, or \
+             delete that ConfigMap, too, to begin with the root of {secret}: agents that trust another one are \
+             refused until their certificates are renewed"
+        );
+    }
+    Ok(())
+}
+
 impl Connection {
-    pub(crate) async fn publish_trust_bundle(
-        &self,
-        root: &CertificateDer<'_>,
-    ) -> anyhow::Result<()> {
-        Ok(self.shared.publish_trust_bundle(&pem(root)).await?)
+    /// Where the CA comes from, and where it is kept which roots are trusted.
+    pub(crate) fn ca(&self, folder: &Path, brought: Option<&str>) -> (Source, Keep) {
+        let source = match brought {
+            Some(secret) => Source::Secret(self.shared.clone(), secret.to_owned()),
+            None => Source::Own(folder.to_owned()),
+        };
+        (source, Keep::Cluster(self.shared.clone()))
     }
 
     pub(crate) fn api(&self, agent_service_account: &str) -> Kubernetes {
@@ -128,7 +152,7 @@ impl Connection {
 }
 
 /// RFC 7468.
-fn pem(der: &[u8]) -> String {
+pub(crate) fn pem(der: &[u8]) -> String {
     let encoded = STANDARD.encode(der);
     let mut text = "-----BEGIN CERTIFICATE-----\n".to_owned();
     let mut rest = encoded.as_str();

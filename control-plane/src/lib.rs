@@ -7,6 +7,7 @@ pub mod config;
 mod api;
 mod attest;
 mod ca;
+mod custody;
 mod fleet;
 mod issuance;
 mod kubernetes;

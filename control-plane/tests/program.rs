@@ -19,6 +19,23 @@ fn it_says_how_to_use_it() {
 }
 
 #[test]
+fn a_folder_without_a_ca_is_refused_with_what_is_missing() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = control_plane()
+        .args(["--trust-domain", "example.org", "--listen", "127.0.0.1:0"])
+        .args(["--metrics", "127.0.0.1:0", "--ca"])
+        .arg(folder.path())
+        .arg("--data")
+        .arg(folder.path().join("data"))
+        .output()
+        .unwrap();
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success(), "{told}");
+    assert!(told.contains("(--ca) is not taken up: tls.crt is missing or empty"), "{told}");
+    assert!(!folder.path().join("data/ca").exists(), "it made a CA of its own");
+}
+
+#[test]
 fn it_starts_is_ready_and_stops() {
     let folder = tempfile::tempdir().unwrap();
     let mut program = control_plane()

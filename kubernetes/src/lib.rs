@@ -24,7 +24,7 @@ pub use leader::election;
 pub use objects::ManifestObject;
 pub use replicas::{Enforced, Report};
 pub use retire::{RetireError, retire};
-pub use shared::{Agreement, Shared, SharedError};
+pub use shared::{Agreement, KeptRoots, Shared, SharedError};
 pub use status::{Told, status_of, write_status};
 
 /// The label of a namespace that puts its pods into the mesh, and says how: `enforce`, `audit` or `off`.

@@ -1,7 +1,8 @@
 //! What the replicas of the control plane share, in objects of its own namespace: the CA's root, what
-//! agents trust, and which revision the state has.
+//! agents trust and for how long, and which revision the state has. The CA that somebody brings is read here,
+//! too, and never written.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use k8s_openapi::{
     ByteString,
@@ -13,6 +14,13 @@ use serde::{Deserialize, Serialize};
 
 /// The Secret with the CA's root.
 const CA_SECRET: &str = "hauberk-ca";
+
+/// The Secret with what is known of the roots that agents trust, and for how long each is needed. A Secret, since
+/// whoever could write it could have any root trusted.
+const ROOTS: &str = "hauberk-roots";
+
+/// The key in it.
+const ROOTS_KEY: &str = "roots.json";
 
 /// The ConfigMap with the roots that agents trust.
 const TRUST_BUNDLE: &str = "hauberk-trust-bundle";
@@ -31,6 +39,22 @@ const ATTEMPTS: usize = 8;
 pub struct Shared {
     client: Client,
     namespace: String,
+}
+
+/// What is known of the roots, as it is kept.
+#[derive(Clone)]
+pub struct KeptRoots {
+    /// It itself; this crate does not read it.
+    pub bytes: Vec<u8>,
+    /// The version that the next write takes the place of, where there are any.
+    pub version: Option<String>,
+}
+
+impl fmt::Debug for KeptRoots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // There may be a key in the bytes.
+        f.debug_struct("KeptRoots").field("version", &self.version).finish_non_exhaustive()
+    }
 }
 
 /// Why something could not be shared.
@@ -109,6 +133,64 @@ impl Shared {
             return Err(SharedError::Damaged { object: "Secret hauberk-ca", namespace, why });
         }
         Ok(Some(files.into_iter().map(|(name, bytes)| (name, bytes.0)).collect()))
+    }
+
+    /// The entries of a Secret in this namespace with a CA that somebody brings; nothing if there is no such
+    /// Secret.
+    ///
+    /// # Errors
+    /// If the Secret cannot be read.
+    pub async fn brought_ca(
+        &self,
+        name: &str,
+    ) -> Result<Option<BTreeMap<String, Vec<u8>>>, SharedError> {
+        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
+        let found = secrets.get_opt(name).await.map_err(self.failed("read the CA's Secret"))?;
+        let entries = |secret: Secret| secret.data.unwrap_or_default().into_iter();
+        Ok(found.map(|secret| entries(secret).map(|(name, bytes)| (name, bytes.0)).collect()))
+    }
+
+    /// What is known of the roots, if it has been written.
+    ///
+    /// # Errors
+    /// If the Secret cannot be read.
+    pub async fn roots(&self) -> Result<Option<KeptRoots>, SharedError> {
+        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
+        let failed = self.failed("read Secret hauberk-roots");
+        let Some(secret) = secrets.get_opt(ROOTS).await.map_err(failed)? else { return Ok(None) };
+        let bytes = secret.data.unwrap_or_default().remove(ROOTS_KEY);
+        // One without it is damaged: empty bytes are nothing that could be read.
+        let bytes = bytes.map(|bytes| bytes.0).unwrap_or_default();
+        Ok(Some(KeptRoots { bytes, version: secret.metadata.resource_version }))
+    }
+
+    /// Writes what is known of the roots in place of what was read. Returns whether it is kept: nobody else
+    /// has written meanwhile.
+    ///
+    /// # Errors
+    /// If the Secret cannot be written.
+    pub async fn keep_roots(
+        &self,
+        bytes: &[u8],
+        read: Option<&KeptRoots>,
+    ) -> Result<bool, SharedError> {
+        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
+        let version = read.and_then(|read| read.version.clone());
+        let secret = Secret {
+            metadata: ObjectMeta { resource_version: version, ..self.named(ROOTS) },
+            data: Some(BTreeMap::from([(ROOTS_KEY.to_owned(), ByteString(bytes.to_vec()))])),
+            type_: Some("hauberk.dev/roots".to_owned()),
+            ..Secret::default()
+        };
+        let written = match read {
+            Some(_) => secrets.replace(ROOTS, &PostParams::default(), &secret).await,
+            None => secrets.create(&PostParams::default(), &secret).await,
+        };
+        match written {
+            Ok(_) => Ok(true),
+            Err(error) if is_conflict(&error) || is_gone(&error) => Ok(false),
+            Err(error) => Err(self.failed("write Secret hauberk-roots")(error)),
+        }
     }
 
     /// Whether agents have been told of a CA.
@@ -273,6 +355,11 @@ impl Shared {
 
 fn is_conflict(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 409)
+}
+
+/// It was there when it was read.
+fn is_gone(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 404)
 }
 
 #[cfg(test)]

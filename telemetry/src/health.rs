@@ -14,6 +14,8 @@ const STARTING: &str = "starting";
 pub enum State {
     /// The checked part does its work.
     Ready,
+    /// It does, and this sentence says what somebody should see to all the same.
+    ReadyBut(String),
     /// It does not, and this sentence says why.
     NotReady(String),
 }
@@ -72,12 +74,13 @@ impl Health {
         }
     }
 
-    /// One line a check, `name: ready` or `name: not ready: reason`.
+    /// One line a check, `name: ready`, `name: ready, but: reason` or `name: not ready: reason`.
     pub(crate) fn report(&self) -> String {
         let mut text = String::new();
         for (name, state) in self.checks.borrow().iter() {
             let written = match state {
                 State::Ready => writeln!(text, "{name}: ready"),
+                State::ReadyBut(reason) => writeln!(text, "{name}: ready, but: {reason}"),
                 State::NotReady(reason) => writeln!(text, "{name}: not ready: {reason}"),
             };
             debug_assert!(written.is_ok(), "writing to a string cannot fail");
@@ -90,7 +93,11 @@ impl Health {
 }
 
 fn all_ready(checks: &BTreeMap<&'static str, State>) -> bool {
-    !checks.is_empty() && checks.values().all(|state| *state == State::Ready)
+    let ready = |state: &State| match state {
+        State::Ready | State::ReadyBut(_) => true,
+        State::NotReady(_) => false,
+    };
+    !checks.is_empty() && checks.values().all(ready)
 }
 
 #[cfg(test)]
@@ -106,6 +113,14 @@ mod tests {
         assert_eq!(health.report(), "control_plane: ready\npolicy: not ready: starting\n");
         health.set("policy", State::Ready);
         assert!(health.is_ready());
+    }
+
+    #[test]
+    fn what_somebody_should_see_to_is_told_and_takes_nothing_out_of_service() {
+        let health = Health::new(&["certificate_authority"]);
+        health.set("certificate_authority", State::ReadyBut("it ends soon".to_owned()));
+        assert!(health.is_ready());
+        assert_eq!(health.report(), "certificate_authority: ready, but: it ends soon\n");
     }
 
     #[test]

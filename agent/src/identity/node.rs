@@ -120,8 +120,9 @@ async fn open_attested(
         None
     });
     let since = Instant::now();
+    let known = kept.as_ref().map(known_roots).unwrap_or_default();
     loop {
-        let error = match attest(&pod, path).await {
+        let error = match attest(&pod, &known, path).await {
             Ok(mut node) => {
                 tracing::info!(node = node.name, "attested by this pod's token");
                 node.pod = Some(pod);
@@ -149,12 +150,28 @@ async fn open_attested(
     }
 }
 
-/// Trades the pod's token for a node certificate.
-async fn attest(pod: &PodToken, path: &Path) -> anyhow::Result<Node> {
+/// The roots that this node trusts already.
+fn known_roots(node: &Node) -> Vec<CertificateDer<'static>> {
+    node.trust.load().roots().to_vec()
+}
+
+/// Trades the pod's token for a node certificate. The roots in the file are a minute or two old at times: while
+/// one takes another's place, the control plane may be under one that only this node knows of, by what it
+/// was told with its last certificate.
+async fn attest(
+    pod: &PodToken,
+    known: &[CertificateDer<'static>],
+    path: &Path,
+) -> anyhow::Result<Node> {
     let token = std::fs::read_to_string(&pod.token)
         .with_context(|| format!("read the token {}", pod.token.display()))?;
-    let roots = roots(&pod.roots)?;
-    let mut last = anyhow::anyhow!("{} has no certificate", pod.roots.display());
+    let mut roots = roots(&pod.roots)?;
+    roots.extend(known.iter().filter(|root| !roots.contains(root)).cloned().collect::<Vec<_>>());
+    if roots.is_empty() {
+        bail!("{} has no certificate", pod.roots.display());
+    }
+    // One of them is the right one, and what went wrong under it is among what went wrong.
+    let mut failed = Vec::new();
     for root in roots {
         let (key, request) = signing_request()?;
         let root_sha256 = hauberk_tls::sha256(&root);
@@ -173,10 +190,10 @@ async fn attest(pod: &PodToken, path: &Path) -> anyhow::Result<Node> {
                 demand_root(&answer, root_sha256)?;
                 return keep(&answer, &key, path, &pod.address);
             }
-            Err(error) => last = error,
+            Err(error) => failed.push(format!("{error:#}")),
         }
     }
-    Err(last)
+    bail!("{}", failed.join("; "))
 }
 
 pub(crate) fn roots(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
@@ -212,7 +229,7 @@ async fn join(token: &JoinToken, path: &Path, address: Option<&str>) -> anyhow::
 /// Asks for the next node certificate, for a new key, and puts it to use.
 pub(crate) async fn renew_node(node: &mut Node) -> anyhow::Result<()> {
     let renewed = match &node.pod {
-        Some(pod) => attest(pod, &node.path).await?,
+        Some(pod) => attest(pod, &known_roots(node), &node.path).await?,
         None => {
             let (key, request) = signing_request()?;
             let answer = EnrollmentClient::new(node.control_plane.channel())

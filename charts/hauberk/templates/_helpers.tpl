@@ -29,6 +29,15 @@ app.kubernetes.io/component: agent
 hauberk-control-plane.{{ .Release.Namespace }}.svc:8443
 {{- end }}
 
+{{- /* The Secret of a CA that somebody brings: not one that the control plane writes. */ -}}
+{{- define "hauberk.ca.secret" -}}
+{{- $name := (.Values.ca | default dict).existingSecret | default "" -}}
+{{- if has $name (list "hauberk-ca" "hauberk-roots") -}}
+{{- fail (printf "ca.existingSecret: %s is the control plane's own; bring the CA in a Secret of another name" $name) -}}
+{{- end -}}
+{{ $name }}
+{{- end }}
+
 {{- /* A duration such as 90s, 10m or 1h in seconds. */ -}}
 {{- define "hauberk.seconds" -}}
 {{- $unit := get (dict "s" 1 "m" 60 "h" 3600) (regexFind "[smh]$" .) -}}

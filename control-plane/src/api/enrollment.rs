@@ -171,6 +171,11 @@ pub(super) fn refused(error: CaError) -> Status {
         | CaError::Missing(_)
         | CaError::OtherTrustDomain { .. }
         | CaError::Remove(..)
+        | CaError::Ended(_)
+        | CaError::Root(_)
+        | CaError::Trial(_)
+        | CaError::Handover
+        | CaError::Handed(_)
         | CaError::Date => internal(error),
     }
 }

@@ -170,6 +170,7 @@ fn status(shared: &Shared) -> Result<v1::GetStatusResponse, Status> {
         intermediate_not_after_unix_ms: intermediate.unix_millis(),
         policies: u64::try_from(published.policies).unwrap_or(u64::MAX),
         guardrails: u64::try_from(published.guardrails).unwrap_or(u64::MAX),
+        ca_notes: shared.authority.notes().to_vec(),
     })
 }
 

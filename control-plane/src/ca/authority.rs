@@ -1,45 +1,28 @@
-//! The CA's own keys and certificates: made on first start, kept in the data folder, the
-//! intermediate renewed at half of its life.
+//! What issues certificates now, and which roots those who verify them are told to trust.
 //!
-//! This is the only place that holds a CA key.
+//! A signer is never changed: the next one takes its place. Whether one may, the custody of the CA decides.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use hauberk_core::{
     identity::{SpiffeId, TrustDomain},
-    svid::{check_intermediate, check_root},
+    svid::SvidError,
     time::Timestamp,
 };
-use hauberk_tls::{
-    files::{FileError, private_folder, read_private, write_private},
-    sha256,
+use hauberk_tls::{TrustBundle, TrustError, VerifyError, files::FileError, sha256, verify_chain};
+use rcgen::{Issuer, KeyPair, PublicKeyData};
+use rustls_pki_types::CertificateDer;
+
+use super::{
+    brought::Brought,
+    handover::Handover,
+    issuer::{self, Issued, Template},
+    own,
 };
-use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, PublicKeyData, SanType,
-};
-use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
-use time::OffsetDateTime;
-use zeroize::Zeroizing;
 
-use super::issuer::{self, Issued, Template};
-
-/// How long the own root lives. Replacing it is a deliberate act.
-const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-
-/// How long the online intermediate lives: it caps the harm of a stolen CA key.
-const INTERMEDIATE_LIFETIME: Duration = Duration::from_secs(7 * 24 * 3600);
-
-const ROOT_KEY: &str = "root.key.der";
-const ROOT_CERTIFICATE: &str = "root.crt.der";
-const INTERMEDIATE_KEY: &str = "intermediate.key.der";
-const INTERMEDIATE_CERTIFICATE: &str = "intermediate.crt.der";
+/// How long the leaf would live that a signer is tried out with. Nobody gets it.
+const TRIAL_LIFETIME: Duration = Duration::from_secs(60);
 
 /// The CA could not be loaded or used.
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +32,7 @@ pub(crate) enum CaError {
     #[error("make or sign a certificate")]
     Sign(#[from] rcgen::Error),
     #[error("{0} is damaged or not a CA certificate; restore the folder from a backup")]
-    Damaged(PathBuf, #[source] hauberk_core::svid::SvidError),
+    Damaged(PathBuf, #[source] SvidError),
     #[error("{0} is damaged or not a private key; restore the folder from a backup")]
     DamagedKey(PathBuf, #[source] rcgen::Error),
     #[error("{0} is not the key of the certificate beside it; restore the folder from a backup")]
@@ -68,93 +51,213 @@ pub(crate) enum CaError {
     Date,
     #[error("remove {0}")]
     Remove(PathBuf, #[source] std::io::Error),
+    #[error("the CA's certificates ended at {0}; nothing is issued until it has others")]
+    Ended(Timestamp),
+    #[error("the root cannot be trusted")]
+    Root(#[from] TrustError),
+    #[error("peers would refuse what this CA issues")]
+    Trial(#[source] VerifyError),
+    #[error("what another replica handed over is damaged")]
+    Handover,
+    #[error("a certificate that another replica handed over is not good")]
+    Handed(#[source] SvidError),
 }
 
+/// Issues leaves under one root.
+pub(crate) struct Signer {
+    pub(super) maker: Maker,
+    pub(super) root: CertificateDer<'static>,
+    /// Who issues the leaves first, then who issued that one, up to the root and without it: empty if the
+    /// root itself issues them.
+    pub(super) chain: Vec<CertificateDer<'static>>,
+    pub(super) issuer: Issuer<'static, KeyPair>,
+    pub(super) root_not_after: Timestamp,
+    /// The first end of all of them.
+    pub(super) not_after: Timestamp,
+    pub(super) made_at: Timestamp,
+}
+
+/// What the next signer is made from.
+pub(super) enum Maker {
+    /// The folder of the own root.
+    Own(PathBuf),
+    /// A CA that somebody brought.
+    Brought(Arc<Brought>),
+    /// Nothing: another replica handed it over, for the time until a new CA may issue.
+    Handed,
+}
+
+impl Signer {
+    pub(crate) fn root(&self) -> &CertificateDer<'static> {
+        &self.root
+    }
+
+    /// Whether it can issue.
+    pub(crate) fn is_good(&self, now: Timestamp) -> bool {
+        now < self.not_after
+    }
+
+    /// What ends above the intermediate, as in the metric, and when. Nothing for one that is handed over: it
+    /// is here for a while only, and whose it is knows more.
+    pub(crate) fn upper_end(&self) -> Option<(&'static str, Timestamp)> {
+        match &self.maker {
+            Maker::Own(_) => Some(("root", self.root_not_after)),
+            // Whoever brings a CA renews it, and its root: how early, is up to them.
+            Maker::Brought(brought) => Some(("brought", brought.not_after())),
+            Maker::Handed => None,
+        }
+    }
+
+    /// It, for other replicas to go on with. Never the key of a CA that somebody brought: that is kept
+    /// where its owner keeps it.
+    pub(crate) fn hand_over(&self) -> Option<Handover> {
+        let own_intermediate = match &self.maker {
+            Maker::Own(_) | Maker::Handed => true,
+            Maker::Brought(brought) => !brought.issues_leaves(),
+        };
+        own_intermediate.then(|| Handover::of(&self.chain, self.issuer.key()))
+    }
+
+    /// Issues a leaf that nobody gets, and verifies it as a peer would: what nobody would accept shows before
+    /// anything is issued.
+    pub(super) fn try_out(
+        &self,
+        trust_domain: &TrustDomain,
+        now: Timestamp,
+    ) -> Result<(), CaError> {
+        let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
+        let id = SpiffeId::control_plane(trust_domain);
+        let (leaf, _, _) = self.leaf(&id, &key, TRIAL_LIFETIME, now)?;
+        let bundle = TrustBundle::new(trust_domain.clone(), vec![self.root.clone()], now)?;
+        for is_server in [true, false] {
+            verify_chain(&leaf, &self.chain, &bundle, is_server, now).map_err(CaError::Trial)?;
+        }
+        Ok(())
+    }
+
+    fn sign(
+        &self,
+        id: &SpiffeId,
+        key: &impl PublicKeyData,
+        lifetime: Duration,
+        now: Timestamp,
+    ) -> Result<Issued, CaError> {
+        let (leaf, serial, not_after) = self.leaf(id, key, lifetime, now)?;
+        let chain = std::iter::once(leaf).chain(self.chain.iter().cloned()).collect();
+        Ok(Issued { chain, serial, not_after })
+    }
+
+    fn leaf(
+        &self,
+        id: &SpiffeId,
+        key: &impl PublicKeyData,
+        lifetime: Duration,
+        now: Timestamp,
+    ) -> Result<(CertificateDer<'static>, String, Timestamp), CaError> {
+        if !self.is_good(now) {
+            return Err(CaError::Ended(self.not_after));
+        }
+        let template = Template { id, lifetime, now, at_most: self.not_after };
+        issuer::sign_leaf(&template, key, &self.issuer)
+    }
+
+    /// The next one of the same CA, if this one is past half of its life.
+    fn next(&self, trust_domain: &TrustDomain, now: Timestamp) -> Result<Option<Self>, CaError> {
+        let life = self.not_after.since(self.made_at);
+        if now < self.made_at.saturating_add(life / 2) {
+            return Ok(None);
+        }
+        match &self.maker {
+            Maker::Own(folder) => {
+                own::renew(folder, trust_domain, &self.root, self.root_not_after, now).map(Some)
+            }
+            // No intermediate outlives the CA: near its end another one would be no younger.
+            Maker::Brought(brought)
+                if brought.issues_leaves() || self.not_after >= brought.not_after() =>
+            {
+                Ok(None)
+            }
+            Maker::Brought(brought) => brought.signer(trust_domain, now).map(Some),
+            Maker::Handed => Ok(None),
+        }
+    }
+}
+
+/// Issues, and says what to trust.
 pub(crate) struct Authority {
     trust_domain: TrustDomain,
-    folder: PathBuf,
-    root: Root,
-    intermediate: ArcSwap<Intermediate>,
-}
-
-struct Root {
-    certificate: CertificateDer<'static>,
-    not_after: Timestamp,
-}
-
-struct Intermediate {
-    certificate: CertificateDer<'static>,
-    issuer: Issuer<'static, KeyPair>,
-    not_after: Timestamp,
-    made_at: Timestamp,
+    signer: ArcSwap<Signer>,
+    roots: ArcSwap<Vec<CertificateDer<'static>>>,
+    notes: ArcSwap<Vec<String>>,
 }
 
 impl Authority {
-    /// Loads the CA of the folder, or makes one if there is none at all.
-    pub(crate) fn open(
-        folder: &Path,
-        trust_domain: &TrustDomain,
-        now: Timestamp,
-    ) -> Result<Self, CaError> {
-        private_folder(folder)?;
-        let used = demand_private_files(folder)?;
-        let path = folder.join(ROOT_CERTIFICATE);
-        let certificate = match read_private(&path)? {
-            Some(der) => CertificateDer::from(der),
-            // A new root would cut off everybody who trusts the old one.
-            None if used => return Err(CaError::Missing(path)),
-            None => make_root(folder, trust_domain, now)?,
-        };
-        let facts = check_root(&certificate, now).map_err(|error| CaError::Damaged(path, error))?;
-        if let Some(kept) = facts.trust_domain().filter(|kept| *kept != trust_domain) {
-            return Err(CaError::OtherTrustDomain {
-                folder: folder.display().to_string(),
-                kept: kept.to_string(),
-                wanted: trust_domain.to_string(),
-            });
+    /// Trusts the root of the signer and no other.
+    pub(crate) fn new(trust_domain: TrustDomain, signer: Signer) -> Self {
+        let roots = vec![signer.root.clone()];
+        Self {
+            trust_domain,
+            signer: ArcSwap::from_pointee(signer),
+            roots: ArcSwap::from_pointee(roots),
+            notes: ArcSwap::default(),
         }
-        demand_key_of_root(folder, facts.public_key_sha256())?;
-        let root = Root { certificate, not_after: facts.not_after() };
-        let intermediate = match load_intermediate(folder, now)? {
-            Some(intermediate) => intermediate,
-            None => make_intermediate(folder, trust_domain, &root, now)?,
-        };
-        Ok(Self {
-            trust_domain: trust_domain.clone(),
-            folder: folder.to_owned(),
-            root,
-            intermediate: ArcSwap::from_pointee(intermediate),
-        })
     }
 
     pub(crate) fn trust_domain(&self) -> &TrustDomain {
         &self.trust_domain
     }
 
-    pub(crate) fn root(&self) -> &CertificateDer<'static> {
-        &self.root.certificate
+    pub(crate) fn signer(&self) -> Arc<Signer> {
+        self.signer.load_full()
+    }
+
+    /// Issues with another signer from now on. Leaves of the old one stay good: they carry it along, and
+    /// its root is trusted for as long as they live.
+    pub(crate) fn put(&self, signer: Signer) {
+        self.signer.store(Arc::new(signer));
+    }
+
+    /// The root that issues.
+    pub(crate) fn root(&self) -> CertificateDer<'static> {
+        self.signer.load().root.clone()
     }
 
     pub(crate) fn root_sha256(&self) -> [u8; 32] {
-        sha256(&self.root.certificate)
+        sha256(&self.signer.load().root)
+    }
+
+    /// The roots that agents are told to trust.
+    pub(crate) fn roots(&self) -> Arc<Vec<CertificateDer<'static>>> {
+        self.roots.load_full()
+    }
+
+    pub(crate) fn trust(&self, roots: Vec<CertificateDer<'static>>) {
+        self.roots.store(Arc::new(roots));
+    }
+
+    /// What people should know of the CA.
+    pub(crate) fn notes(&self) -> Arc<Vec<String>> {
+        self.notes.load_full()
+    }
+
+    pub(crate) fn note(&self, notes: Vec<String>) {
+        self.notes.store(Arc::new(notes));
     }
 
     /// When the root and the intermediate end.
     pub(crate) fn expiries(&self) -> (Timestamp, Timestamp) {
-        (self.root.not_after, self.intermediate.load().not_after)
+        let signer = self.signer.load();
+        (signer.root_not_after, signer.not_after)
     }
 
-    /// Makes the next intermediate if the present one is past half of its life. Leaves of the old
-    /// one stay good: they carry it along.
+    /// Makes the next intermediate if the present one is past half of its life.
     pub(crate) fn renew_intermediate(&self, now: Timestamp) -> Result<bool, CaError> {
-        let present = self.intermediate.load();
-        let life = present.not_after.since(present.made_at);
-        if now < present.made_at.saturating_add(life / 2) {
-            return Ok(false);
+        let next = self.signer.load().next(&self.trust_domain, now)?;
+        let renewed = next.is_some();
+        if let Some(next) = next {
+            self.put(next);
         }
-        let next = make_intermediate(&self.folder, &self.trust_domain, &self.root, now)?;
-        self.intermediate.store(Arc::new(next));
-        Ok(true)
+        Ok(renewed)
     }
 
     /// Issues a leaf for the public key of a request. Nothing else of the request is used.
@@ -166,178 +269,6 @@ impl Authority {
         now: Timestamp,
     ) -> Result<Issued, CaError> {
         let key = issuer::requested_key(request)?;
-        self.sign(id, &key, lifetime, now)
-    }
-
-    fn sign(
-        &self,
-        id: &SpiffeId,
-        key: &impl PublicKeyData,
-        lifetime: Duration,
-        now: Timestamp,
-    ) -> Result<Issued, CaError> {
-        let intermediate = self.intermediate.load();
-        let template = Template { id, lifetime, now, at_most: intermediate.not_after };
-        let (leaf, serial, not_after) = issuer::sign_leaf(&template, key, &intermediate.issuer)?;
-        Ok(Issued { chain: vec![leaf, intermediate.certificate.clone()], serial, not_after })
+        self.signer.load().sign(id, &key, lifetime, now)
     }
 }
-
-/// Whether the folder has any file of a CA. Refuses loose modes of all of them, whether they are
-/// needed now or not: the root's key is read only when an intermediate is made, days from now.
-fn demand_private_files(folder: &Path) -> Result<bool, CaError> {
-    let mut any = false;
-    for name in [ROOT_KEY, ROOT_CERTIFICATE, INTERMEDIATE_KEY, INTERMEDIATE_CERTIFICATE] {
-        any |= read_private(&folder.join(name))?.map(Zeroizing::new).is_some();
-    }
-    Ok(any)
-}
-
-/// The root and its key, as files of the folder: what makes the CA what it is. Intermediates are made
-/// from them.
-pub(crate) fn root_files(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>, CaError> {
-    [ROOT_KEY, ROOT_CERTIFICATE]
-        .into_iter()
-        .map(|name| {
-            let path = folder.join(name);
-            let bytes = read_private(&path)?.ok_or(CaError::Missing(path))?;
-            Ok((name.to_owned(), bytes))
-        })
-        .collect()
-}
-
-/// Puts the root and its key into the folder. What was made from another root there goes.
-pub(crate) fn keep_root(folder: &Path, files: &BTreeMap<String, Vec<u8>>) -> Result<(), CaError> {
-    private_folder(folder)?;
-    let mut news = false;
-    for name in [ROOT_KEY, ROOT_CERTIFICATE] {
-        let path = folder.join(name);
-        let bytes = files.get(name).ok_or_else(|| CaError::Missing(path.clone()))?;
-        if read_private(&path)?.as_ref() != Some(bytes) {
-            write_private(&path, bytes)?;
-            news = true;
-        }
-    }
-    if news {
-        for name in [INTERMEDIATE_KEY, INTERMEDIATE_CERTIFICATE] {
-            match std::fs::remove_file(folder.join(name)) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(CaError::Remove(folder.join(name), error));
-                }
-                Ok(()) | Err(_) => {}
-            }
-        }
-    }
-    Ok(())
-}
-
-fn make_root(
-    folder: &Path,
-    trust_domain: &TrustDomain,
-    now: Timestamp,
-) -> Result<CertificateDer<'static>, CaError> {
-    let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384)?;
-    let validity = issuer::validity(now, ROOT_LIFETIME, None)?;
-    let parameters = ca_parameters(trust_domain, "Hauberk root", 1, validity)?;
-    let certificate = parameters.self_signed(&key)?;
-    // The key first: a certificate without its key would look like a damaged folder.
-    write_private(&folder.join(ROOT_KEY), &Zeroizing::new(key.serialize_der()))?;
-    write_private(&folder.join(ROOT_CERTIFICATE), certificate.der())?;
-    tracing::info!(trust_domain = %trust_domain, "made the root of a new trust domain");
-    Ok(certificate.der().clone())
-}
-
-fn make_intermediate(
-    folder: &Path,
-    trust_domain: &TrustDomain,
-    root: &Root,
-    now: Timestamp,
-) -> Result<Intermediate, CaError> {
-    let root_key_path = folder.join(ROOT_KEY);
-    let root_key = read_private(&root_key_path)?
-        .map(Zeroizing::new)
-        .ok_or_else(|| CaError::Missing(root_key_path.clone()))?;
-    let root_key = load_key(&root_key_path, &root_key)?;
-    let root_issuer = Issuer::from_ca_cert_der(&root.certificate, root_key)?;
-    let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
-    let validity = issuer::validity(now, INTERMEDIATE_LIFETIME, Some(root.not_after))?;
-    let parameters = ca_parameters(trust_domain, "Hauberk intermediate", 0, validity)?;
-    let certificate = parameters.signed_by(&key, &root_issuer)?;
-    write_private(&folder.join(INTERMEDIATE_KEY), &Zeroizing::new(key.serialize_der()))?;
-    write_private(&folder.join(INTERMEDIATE_CERTIFICATE), certificate.der())?;
-    intermediate(certificate.der().clone(), key, now, folder)
-}
-
-fn load_intermediate(folder: &Path, now: Timestamp) -> Result<Option<Intermediate>, CaError> {
-    let certificate = read_private(&folder.join(INTERMEDIATE_CERTIFICATE))?;
-    let key_path = folder.join(INTERMEDIATE_KEY);
-    let key = read_private(&key_path)?.map(Zeroizing::new);
-    let (Some(certificate), Some(key)) = (certificate, key) else { return Ok(None) };
-    let certificate = CertificateDer::from(certificate);
-    // An expired or half-written one is replaced: the root is here to make another.
-    match load_key(&key_path, &key).and_then(|key| intermediate(certificate, key, now, folder)) {
-        Ok(loaded) => Ok(Some(loaded)),
-        Err(error) => {
-            tracing::warn!(%error, "the intermediate is not usable and is made anew");
-            Ok(None)
-        }
-    }
-}
-
-fn intermediate(
-    certificate: CertificateDer<'static>,
-    key: KeyPair,
-    now: Timestamp,
-    folder: &Path,
-) -> Result<Intermediate, CaError> {
-    let facts = check_intermediate(&certificate, now)
-        .map_err(|error| CaError::Damaged(folder.join(INTERMEDIATE_CERTIFICATE), error))?;
-    if facts.public_key_sha256() != &sha256(&key.subject_public_key_info()) {
-        return Err(CaError::OtherKey(folder.join(INTERMEDIATE_KEY)));
-    }
-    Ok(Intermediate {
-        issuer: Issuer::from_ca_cert_der(&certificate, key)?,
-        not_after: facts.not_after(),
-        made_at: facts.not_before().saturating_add(issuer::BACKDATE),
-        certificate,
-    })
-}
-
-fn load_key(path: &Path, der: &[u8]) -> Result<KeyPair, CaError> {
-    KeyPair::try_from(&PrivatePkcs8KeyDer::from(der))
-        .map_err(|error| CaError::DamagedKey(path.to_owned(), error))
-}
-
-/// The root's key is needed only when an intermediate is due, in days: trouble with it is told now.
-fn demand_key_of_root(folder: &Path, public_key_sha256: &[u8; 32]) -> Result<(), CaError> {
-    let path = folder.join(ROOT_KEY);
-    let Some(der) = read_private(&path)?.map(Zeroizing::new) else { return Ok(()) };
-    let key = load_key(&path, &der)?;
-    if public_key_sha256 == &sha256(&key.subject_public_key_info()) {
-        return Ok(());
-    }
-    Err(CaError::OtherKey(path))
-}
-
-fn ca_parameters(
-    trust_domain: &TrustDomain,
-    name: &str,
-    path_length: u8,
-    (not_before, not_after): (OffsetDateTime, OffsetDateTime),
-) -> Result<CertificateParams, CaError> {
-    let mut parameters = CertificateParams::default();
-    parameters.distinguished_name = DistinguishedName::new();
-    parameters.distinguished_name.push(DnType::OrganizationName, trust_domain.to_string());
-    parameters.distinguished_name.push(DnType::CommonName, name);
-    parameters.is_ca = IsCa::Ca(BasicConstraints::Constrained(path_length));
-    parameters.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    parameters.subject_alt_names =
-        vec![SanType::URI(SpiffeId::of_trust_domain(trust_domain).as_str().try_into()?)];
-    parameters.serial_number = Some(issuer::random_serial()?);
-    parameters.use_authority_key_identifier_extension = true;
-    (parameters.not_before, parameters.not_after) = (not_before, not_after);
-    Ok(parameters)
-}
-
-#[cfg(test)]
-mod tests;

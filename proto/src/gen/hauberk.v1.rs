@@ -1465,6 +1465,10 @@ pub struct GetStatusResponse {
     pub policies: u64,
     #[prost(uint64, tag = "11")]
     pub guardrails: u64,
+    /// What to know of the certificate authority: what is wrong with the CA that was brought, and what it
+    /// waits for. Certificates are issued as before, if nothing else is said.
+    #[prost(string, repeated, tag = "12")]
+    pub ca_notes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct NodeInfo {

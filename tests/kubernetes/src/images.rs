@@ -84,6 +84,47 @@ pub(crate) fn pause() -> Image {
 }
 
 impl Image {
+    /// The image that a Containerfile describes, of the files in the folder `context`: a program brings the
+    /// shared libraries that it is linked to. Understands what a `FROM scratch` needs, and refuses the rest.
+    ///
+    /// # Errors
+    /// If the Containerfile says anything else, or a file is missing.
+    pub fn from_containerfile(
+        name: &str,
+        containerfile: &Path,
+        context: &Path,
+    ) -> anyhow::Result<Self> {
+        let mut image = Self {
+            name: name.to_owned(),
+            files: Vec::new(),
+            entrypoint: Vec::new(),
+            environment: Vec::new(),
+            user: String::new(),
+        };
+        let text = fs::read_to_string(containerfile)
+            .with_context(|| format!("read {}", containerfile.display()))?;
+        for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+            match line.split_once(' ') {
+                Some(("FROM", "scratch")) => {}
+                Some(("COPY", words)) => match words.split_once(' ') {
+                    Some((from, to)) if to.starts_with('/') && !to.contains(' ') => {
+                        image.add_program(to, &context.join(from))?;
+                    }
+                    Some(_) | None => bail!("{line:?} is not COPY FILE /PATH"),
+                },
+                Some(("USER", user)) => image.user = user.to_owned(),
+                Some(("ENTRYPOINT", words)) => {
+                    image.entrypoint = serde_json::from_str(words)
+                        .with_context(|| format!("{line:?} is not ENTRYPOINT [\"WORD\"]"))?;
+                }
+                Some(_) | None => {
+                    bail!("{line:?} is neither FROM scratch, COPY, USER nor ENTRYPOINT");
+                }
+            }
+        }
+        Ok(image)
+    }
+
     /// Adds a program of the host with the shared libraries it is linked to, which keep their places.
     ///
     /// # Errors
@@ -112,8 +153,11 @@ impl Image {
         Ok(())
     }
 
-    /// Writes the archive to a file in `folder`.
-    pub(crate) fn archive(&self, folder: &Path) -> anyhow::Result<PathBuf> {
+    /// Writes the archive to a file in `folder`, and says which.
+    ///
+    /// # Errors
+    /// If a file of it is missing, or cannot be written.
+    pub fn archive(&self, folder: &Path) -> anyhow::Result<PathBuf> {
         let work = tempfile::Builder::new().prefix("image-").tempdir_in(folder)?;
         let tree = work.path().join("tree");
         let parts = work.path().join("parts");

@@ -18,6 +18,11 @@ pub(crate) const CHARTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../char
 
 /// A cluster with the mesh in it, ready.
 pub(crate) fn start() -> anyhow::Result<Cluster> {
+    start_with(&[])
+}
+
+/// The same with more values for the chart.
+pub(crate) fn start_with(values: &[&str]) -> anyhow::Result<Cluster> {
     let cluster = Cluster::start(Options { images: vec![image()?], ..Options::default() })?;
     let chart = |name: &str| format!("{CHARTS}/{name}");
     let namespace = "--namespace=hauberk-system";
@@ -29,10 +34,11 @@ pub(crate) fn start() -> anyhow::Result<Cluster> {
         "--create-namespace",
     ])?;
     let image = format!("image.reference={IMAGE}");
-    let installed = cluster.helm(&[
+    let chart = chart("hauberk");
+    let install = [
         "install",
         "hauberk",
-        &chart("hauberk"),
+        &chart,
         namespace,
         "--set=trustDomain=test.example",
         "--set",
@@ -40,7 +46,8 @@ pub(crate) fn start() -> anyhow::Result<Cluster> {
         "--set=image.pullPolicy=Never",
         "--wait",
         "--timeout=90s",
-    ]);
+    ];
+    let installed = cluster.helm(&[install.as_slice(), values].concat());
     // Helm is content when all but one of the agents are there.
     let complete = installed.and_then(|_| {
         cluster.kubectl(&[
@@ -76,22 +83,15 @@ pub(crate) fn everything(cluster: &Cluster) -> String {
     .join("\n")
 }
 
-/// This program as an image; without what only a debugger reads, which would be copied around.
-fn image() -> anyhow::Result<Image> {
+/// This program in the image that the chart is for; without what only a debugger reads, which would be copied
+/// around.
+pub(crate) fn image() -> anyhow::Result<Image> {
     let folder = tempfile::tempdir()?.keep();
-    let program = folder.join("hauberk");
-    strip(&std::env::current_exe()?, &program)?;
-    let mut image = Image {
-        name: IMAGE.to_owned(),
-        files: Vec::new(),
-        entrypoint: vec!["/hauberk".to_owned(), AS_HAUBERK.to_owned()],
-        environment: Vec::new(),
-        user: String::new(),
-    };
-    image.add_program("/hauberk", &program)?;
-    let plugin = folder.join("hauberk-cni");
-    strip(&built("hauberk-cni")?, &plugin)?;
-    image.add_program("/hauberk-cni", &plugin)?;
+    strip(&std::env::current_exe()?, &folder.join("hauberk"))?;
+    strip(&built("hauberk-cni")?, &folder.join("hauberk-cni"))?;
+    let containerfile = Path::new(CHARTS).join("image/Containerfile");
+    let mut image = Image::from_containerfile(IMAGE, &containerfile, &folder)?;
+    image.entrypoint.push(AS_HAUBERK.to_owned());
     Ok(image)
 }
 

@@ -6,6 +6,7 @@
     reason = "a test fails by panicking, with the place"
 )]
 
+mod authority;
 mod install;
 mod pods;
 mod policy;
@@ -53,21 +54,33 @@ fn main() -> ExitCode {
         uninstall::TESTS,
     ]
     .concat();
-    let trials = tests
+    let mut trials: Vec<Trial> = tests
         .into_iter()
         .map(|(name, test)| {
             let shared = Arc::clone(&shared);
-            Trial::test(name, move || {
-                let started = Instant::now();
-                let result = cluster(&shared).and_then(|cluster| test(&cluster));
-                eprintln!("{:.1} s", started.elapsed().as_secs_f64());
-                result.map_err(|error| Failed::from(format!("{error:#}")))
-            })
+            trial(name, move || cluster(&shared).and_then(|cluster| test(&cluster)))
         })
         .collect();
+    trials.extend(authority::TESTS.iter().map(|&(name, test)| {
+        let shared = Arc::clone(&shared);
+        trial(name, move || {
+            // Each has a cluster of its own, and nobody needs two at a time.
+            drop(shared.lock().unwrap().take());
+            test(&authority::start()?)
+        })
+    }));
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(shared.lock().unwrap().take());
     conclusion.exit_code()
+}
+
+fn trial(name: &str, test: impl FnOnce() -> anyhow::Result<()> + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        let started = Instant::now();
+        let result = test();
+        eprintln!("{:.1} s", started.elapsed().as_secs_f64());
+        result.map_err(|error| Failed::from(format!("{error:#}")))
+    })
 }
 
 fn cluster(shared: &Shared) -> anyhow::Result<Arc<Cluster>> {

@@ -364,6 +364,7 @@ fn the_programs_may_no_more_than_is_written(cluster: &Cluster) -> anyhow::Result
         "leases.coordination.k8s.io [] [] [get create patch]",
         "secrets [] [] [create]",
         "secrets [] [hauberk-ca] [get]",
+        "secrets [] [hauberk-roots] [get update]",
     ];
     let mut whole: Vec<String> = everywhere.map(str::to_owned).to_vec();
     ensure!(

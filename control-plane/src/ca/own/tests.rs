@@ -15,6 +15,7 @@ use x509_parser::{
 };
 
 use super::*;
+use crate::ca::{Authority, Issued};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -53,7 +54,8 @@ fn trust_domain() -> TrustDomain {
 }
 
 fn open(folder: &TempDir, now: Timestamp) -> Result<Authority, CaError> {
-    Authority::open(&folder.path().join("ca"), &trust_domain(), now)
+    let signer = super::open(&folder.path().join("ca"), &trust_domain(), now)?;
+    Ok(Authority::new(trust_domain(), signer))
 }
 
 fn refusal(folder: &TempDir, now: Timestamp) -> CaError {
@@ -98,7 +100,7 @@ fn intermediate_of(issued: &Issued) -> &[u8] {
 
 /// That the chain leads to the root, for both roles.
 fn verifies(authority: &Authority, chain: &[CertificateDer<'static>], now: Timestamp) {
-    let roots = vec![authority.root().clone()];
+    let roots = vec![authority.root()];
     let bundle = TrustBundle::new(trust_domain(), roots, now).unwrap();
     let (leaf, intermediates) = chain.split_first().unwrap();
     for is_server in [true, false] {
@@ -112,8 +114,9 @@ fn each_certificate_has_its_key_its_issuer_and_its_time() {
     let (_folder, authority) = made();
     let issued = leaf_of(&authority, start());
     let years = DAY * 3650;
+    let root = authority.root();
     let cases = [
-        ("root", authority.root().as_ref(), EC_P384, ECDSA_SHA384, "Hauberk root", years),
+        ("root", root.as_ref(), EC_P384, ECDSA_SHA384, "Hauberk root", years),
         ("intermediate", intermediate_of(&issued), EC_P256, ECDSA_SHA384, "Hauberk root", DAY * 7),
         ("leaf", issued.chain[0].as_ref(), EC_P256, ECDSA_SHA256, "Hauberk intermediate", HOUR),
     ];
@@ -129,7 +132,7 @@ fn each_certificate_has_its_key_its_issuer_and_its_time() {
         assert_eq!(validity(&certificate), wanted, "{name}");
     }
     assert_eq!(issued.not_after, start().saturating_add(HOUR));
-    assert_eq!(authority.root_sha256(), sha256(authority.root()));
+    assert_eq!(authority.root_sha256(), sha256(&root));
     verifies(&authority, &issued.chain, start());
 }
 
@@ -153,7 +156,8 @@ fn each_certificate_may_do_what_it_is_for_and_has_no_other_extension() {
         ("2.5.29.35", false),
         ("2.5.29.37", false),
     ];
-    let root = authority.root().as_ref();
+    let root = authority.root();
+    let root = root.as_ref();
     let own = "spiffe://prod.example";
     let cases = [
         ("root", root, &ca[..], (true, Some(1)), CERT_AND_CRL_SIGN, own),
@@ -226,7 +230,8 @@ fn a_serial_is_random_in_126_bits_and_told_as_it_stands_in_the_certificate() {
     (all[0], none[0]) = (0x7f, 0x40);
     assert_eq!((ever, always), (all, none));
     let issued = leaf_of(&authority, start());
-    let of_cas = [authority.root().as_ref(), intermediate_of(&issued)];
+    let root = authority.root();
+    let of_cas = [root.as_ref(), intermediate_of(&issued)];
     for serial in of_cas.map(|der| parsed(der).raw_serial()) {
         assert_eq!((serial.len(), serial[0] & 0xc0), (16, 0x40));
     }
@@ -405,7 +410,7 @@ fn the_folder_of_another_trust_domain_is_refused() {
     let (folder, _) = made();
     let ca = folder.path().join("ca");
     let other = "other.example".parse().unwrap();
-    let refused = Authority::open(&ca, &other, start()).err().unwrap();
+    let refused = super::open(&ca, &other, start()).err().unwrap();
     assert_eq!(
         refused.to_string(),
         format!(
