@@ -134,6 +134,10 @@ pub async fn run(
 
     let listener = bind(args.listen, "agents").await?;
     let metrics_listener = bind(args.metrics, "metrics").await?;
+    let webhook_listener = match args.webhook {
+        None => None,
+        Some(address) => Some(bind(address, "the webhook").await?),
+    };
     let operator_path = args.data.join(OPERATOR_SOCKET);
     let operators = serve::operator_connections(&operator_path)
         .with_context(|| format!("listen on {}", operator_path.display()))?;
@@ -166,9 +170,12 @@ pub async fn run(
     match cluster {
         None => drop(tokio::spawn(publisher.watch())),
         Some(cluster) => {
-            let fleet = shared.fleet.clone();
+            let (webhook, fleet) = (cluster.webhook(), shared.fleet.clone());
             let (follower, writer) =
                 cluster.follower(publisher, &args.trust_domain, health.clone(), fleet);
+            if let Some(listener) = webhook_listener {
+                webhook.start(listener, writer.leads.clone(), shared.clone())?;
+            }
             tokio::spawn(follower.run());
             tokio::spawn(writer.run());
         }

@@ -15,6 +15,7 @@ use crate::{
     ca::{Authority, keep_root, root_files},
     fleet::Fleet,
     policy::{Follower, Publisher, StatusWriter},
+    webhook::Webhook,
 };
 
 /// The audience that agents' tokens must be for.
@@ -95,6 +96,15 @@ impl Connection {
         }
     }
 
+    /// What tells authors at once.
+    pub(crate) fn webhook(&self) -> Webhook {
+        Webhook {
+            client: self.client.clone(),
+            cluster: self.cluster.clone(),
+            namespace: self.namespace.clone(),
+        }
+    }
+
     /// What publishes, and what tells of it.
     pub(crate) fn follower(
         self,
@@ -128,7 +138,7 @@ impl Connection {
 }
 
 /// RFC 7468.
-fn pem(der: &[u8]) -> String {
+pub(crate) fn pem(der: &[u8]) -> String {
     let encoded = STANDARD.encode(der);
     let mut text = "-----BEGIN CERTIFICATE-----\n".to_owned();
     let mut rest = encoded.as_str();

@@ -13,3 +13,4 @@ mod kubernetes;
 mod policy;
 mod serve;
 mod store;
+mod webhook;

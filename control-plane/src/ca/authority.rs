@@ -28,7 +28,7 @@ use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use time::OffsetDateTime;
 use zeroize::Zeroizing;
 
-use super::issuer::{self, Issued, Template};
+use super::issuer::{self, Holder, Issued, Template};
 
 /// How long the own root lives. Replacing it is a deliberate act.
 const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
@@ -166,18 +166,30 @@ impl Authority {
         now: Timestamp,
     ) -> Result<Issued, CaError> {
         let key = issuer::requested_key(request)?;
-        self.sign(id, &key, lifetime, now)
+        self.sign(Holder::Identity(id), &key, lifetime, now)
+    }
+
+    /// The same for a server that callers outside of the mesh know by its name in DNS.
+    pub(crate) fn issue_for_server(
+        &self,
+        name: &str,
+        request: &[u8],
+        lifetime: Duration,
+        now: Timestamp,
+    ) -> Result<Issued, CaError> {
+        let key = issuer::requested_key(request)?;
+        self.sign(Holder::Server(name), &key, lifetime, now)
     }
 
     fn sign(
         &self,
-        id: &SpiffeId,
+        holder: Holder<'_>,
         key: &impl PublicKeyData,
         lifetime: Duration,
         now: Timestamp,
     ) -> Result<Issued, CaError> {
         let intermediate = self.intermediate.load();
-        let template = Template { id, lifetime, now, at_most: intermediate.not_after };
+        let template = Template { holder, lifetime, now, at_most: intermediate.not_after };
         let (leaf, serial, not_after) = issuer::sign_leaf(&template, key, &intermediate.issuer)?;
         Ok(Issued { chain: vec![leaf, intermediate.certificate.clone()], serial, not_after })
     }

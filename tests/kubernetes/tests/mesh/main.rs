@@ -6,6 +6,7 @@
     reason = "a test fails by panicking, with the place"
 )]
 
+mod admission;
 mod install;
 mod pods;
 mod policy;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
     let tests = [
         install::TESTS,
         policy::TESTS,
+        admission::TESTS,
         services::TESTS,
         replicas::TESTS,
         pods::TESTS,
