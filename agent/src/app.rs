@@ -161,6 +161,7 @@ pub async fn run(
         control_plane: node.control_plane.clone(),
         metrics: metrics.clone(),
         records: records.clone(),
+        edges: context.edges.clone(),
         status: board,
         node_renewed,
     };

@@ -18,6 +18,7 @@ mod cni;
 mod context;
 mod copy;
 mod departed;
+mod edges;
 mod forward;
 mod identity;
 mod inbound;

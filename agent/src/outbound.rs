@@ -101,6 +101,7 @@ async fn carry(
         }
     };
     report.destination(&destination.identity, Some(&destination));
+    report.asked(target.port());
     // Not held in a variable: it would have its place in every connection's future.
     let permit = match authorize::check(
         &snapshot,

@@ -11,5 +11,6 @@ mod fleet;
 mod issuance;
 mod kubernetes;
 mod policy;
+mod seen;
 mod serve;
 mod store;

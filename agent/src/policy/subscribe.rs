@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::Snapshot;
-use crate::{capture::StatusBoard, identity::ControlPlane};
+use crate::{capture::StatusBoard, edges::Edges, identity::ControlPlane};
 
 /// The pause before the control plane is tried again, doubled up to the longest.
 const FIRST_RETRY: Duration = Duration::from_millis(200);
@@ -31,6 +31,9 @@ const LONGEST_RETRY: Duration = Duration::from_secs(10);
 
 /// How often the agent tells how its certificates and captures stand.
 const STATUS_PACE: Duration = Duration::from_secs(2);
+
+/// How often it tells of connections that no policy allows.
+const EDGES_PACE: Duration = Duration::from_secs(5);
 
 /// Denials gathered for one report.
 const DENIALS_A_REPORT: usize = 200;
@@ -160,6 +163,7 @@ pub(crate) struct Subscription {
     pub(crate) control_plane: ControlPlane,
     pub(crate) metrics: AgentMetrics,
     pub(crate) records: RecordSink,
+    pub(crate) edges: Arc<Edges>,
     pub(crate) status: StatusBoard,
     /// Counts up with each node certificate: a new one needs a new connection.
     pub(crate) node_renewed: watch::Receiver<u64>,
@@ -213,6 +217,9 @@ impl Subscription {
         self.node_renewed.mark_unchanged();
         let mut denials = self.records.follow_denials();
         let mut status_due = tokio::time::interval(STATUS_PACE);
+        let mut edges_due = tokio::time::interval(EDGES_PACE);
+        // This replica may have forgotten what was told before, or be another.
+        let mut told = 0;
         loop {
             tokio::select! {
                 update = updates.message() => {
@@ -239,6 +246,11 @@ impl Subscription {
                 _ = self.node_renewed.changed() => return Ok(()),
                 _ = status_due.tick() => {
                     reports.send(report(Kind::Status(self.status.report()))).await?;
+                }
+                _ = edges_due.tick() => {
+                    for news in self.edges.news(&mut told) {
+                        reports.send(report(Kind::Seen(news))).await?;
+                    }
                 }
                 denial = denials.recv() => {
                     let message = gather(denial, &mut denials);

@@ -14,6 +14,7 @@ mod control_plane;
 mod demo;
 mod hosts;
 mod identity;
+mod learn;
 mod local_edges;
 mod policy;
 mod programs;
@@ -61,6 +62,7 @@ fn main() -> std::process::ExitCode {
         hosts::trials(),
         control_plane::trials(),
         command::trials(),
+        learn::trials(),
         demo::trials(),
         programs::trials(),
     ]

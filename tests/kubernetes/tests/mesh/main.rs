@@ -7,6 +7,7 @@
 )]
 
 mod install;
+mod learn;
 mod pods;
 mod policy;
 mod replicas;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         install::TESTS,
         policy::TESTS,
         services::TESTS,
+        learn::TESTS,
         replicas::TESTS,
         pods::TESTS,
         trouble::TESTS,
