@@ -6,11 +6,15 @@
     reason = "a test fails by panicking, with the place"
 )]
 
+mod agents;
+mod filters;
 mod install;
+mod outage;
 mod pods;
 mod policy;
 mod replicas;
 mod services;
+mod stolen;
 mod trouble;
 mod uninstall;
 
@@ -49,7 +53,10 @@ fn main() -> ExitCode {
         services::TESTS,
         replicas::TESTS,
         pods::TESTS,
+        filters::TESTS,
+        stolen::TESTS,
         trouble::TESTS,
+        outage::TESTS,
         uninstall::TESTS,
     ]
     .concat();
