@@ -17,6 +17,7 @@ mod services;
 mod stolen;
 mod trouble;
 mod uninstall;
+mod upgrade;
 
 use std::{
     ffi::OsString,
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         services::TESTS,
         replicas::TESTS,
         pods::TESTS,
+        upgrade::TESTS,
         filters::TESTS,
         stolen::TESTS,
         trouble::TESTS,

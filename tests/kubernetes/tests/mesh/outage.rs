@@ -3,9 +3,11 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
+    fs::{self, File},
     io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
+    os::fd::AsRawFd,
+    path::Path,
     thread,
     time::{Duration, Instant},
 };
@@ -322,35 +324,39 @@ impl Mortal {
 }
 
 /// The network of the pod of a node that has this address.
-fn network_of(cluster: &Cluster, node: &str, address: IpAddr) -> anyhow::Result<Netns> {
-    cluster.node(node)?.run(|| -> anyhow::Result<Netns> {
-        for place in fs::read_dir("/run/netns")? {
-            // One that is being taken down is none any more.
-            let Ok(network) = Netns::open(&place?.path()) else { continue };
-            // Only the owner of an address can bind to it.
-            if network.run(|| UdpSocket::bind((address, 0)))?.is_ok() {
-                return Ok(network);
-            }
+pub(crate) fn network_of(cluster: &Cluster, node: &str, address: IpAddr) -> anyhow::Result<Netns> {
+    // Only opened there: a thread that has entered another process namespace can start no other.
+    let places = cluster.node(node)?.run(|| -> std::io::Result<Vec<File>> {
+        let places = fs::read_dir("/run/netns")?.filter_map(|place| place.ok());
+        Ok(places.filter_map(|place| File::open(place.path()).ok()).collect())
+    })??;
+    for place in places {
+        let path = format!("/proc/self/fd/{}", place.as_raw_fd());
+        // One that is being taken down is none any more.
+        let Ok(network) = Netns::open(Path::new(&path)) else { continue };
+        // Only the owner of an address can bind to it.
+        if network.run(|| UdpSocket::bind((address, 0)))?.is_ok() {
+            return Ok(network);
         }
-        bail!("no pod of {node} has {address}")
-    })?
+    }
+    bail!("no pod of {node} has {address}")
 }
 
 /// A connection that stays open, to a server that says everything again.
-struct Live {
+pub(crate) struct Live {
     stream: TcpStream,
     said: u64,
 }
 
 impl Live {
-    fn open(network: &Netns, server: SocketAddr) -> anyhow::Result<Self> {
+    pub(crate) fn open(network: &Netns, server: SocketAddr) -> anyhow::Result<Self> {
         let stream = network.run(|| TcpStream::connect_timeout(&server, ANSWER))??;
         stream.set_read_timeout(Some(ANSWER))?;
         stream.set_write_timeout(Some(ANSWER))?;
         Ok(Self { stream, said: 0 })
     }
 
-    fn echo(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn echo(&mut self) -> anyhow::Result<()> {
         self.said += 1;
         let line = format!("word {}\n", self.said);
         self.stream.write_all(line.as_bytes())?;
