@@ -21,6 +21,7 @@ use hauberk_tls::files::{read_private, write_private};
 use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 
 use super::Snapshot;
 use crate::{capture::StatusBoard, edges::Edges, identity::ControlPlane};
@@ -47,11 +48,18 @@ pub(crate) struct Enforcer {
     path: PathBuf,
     metrics: AgentMetrics,
     health: Health,
+    replaced: CancellationToken,
 }
 
 impl Enforcer {
     /// Starts from the last good state on disk, if there is one.
-    pub(crate) fn open(data: &Path, metrics: AgentMetrics, health: Health) -> Self {
+    /// Nothing is written there any more once another agent has replaced this one.
+    pub(crate) fn open(
+        data: &Path,
+        metrics: AgentMetrics,
+        health: Health,
+        replaced: CancellationToken,
+    ) -> Self {
         let path = data.join("state.bin");
         let snapshot = match load(&path) {
             Ok(Some(snapshot)) => {
@@ -74,7 +82,7 @@ impl Enforcer {
                 Snapshot::default()
             }
         };
-        Self { sender: watch::channel(Arc::new(snapshot)).0, path, metrics, health }
+        Self { sender: watch::channel(Arc::new(snapshot)).0, path, metrics, health, replaced }
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
@@ -130,6 +138,9 @@ impl Enforcer {
     }
 
     fn save(&self, snapshot: &Snapshot) -> anyhow::Result<()> {
+        if self.replaced.is_cancelled() {
+            return Ok(());
+        }
         let (upserts, _) = delta(&BTreeMap::new(), &snapshot.resources);
         let update = v1::StateUpdate {
             revision: snapshot.revision,
@@ -243,8 +254,10 @@ impl Subscription {
                         }
                     }
                 }
-                _ = self.node_renewed.changed() => return Ok(()),
-                _ = status_due.tick() => {
+                // Nobody renews it any more once another agent has replaced this one.
+                Ok(()) = self.node_renewed.changed() => return Ok(()),
+                // The agent that replaced this one speaks for the node.
+                _ = status_due.tick(), if !self.enforcer.replaced.is_cancelled() => {
                     reports.send(report(Kind::Status(self.status.report()))).await?;
                 }
                 _ = edges_due.tick() => {
@@ -322,7 +335,12 @@ mod tests {
     }
 
     fn open(folder: &Path) -> Enforcer {
-        Enforcer::open(folder, AgentMetrics::new().unwrap(), Health::new(&[POLICY_CHECK]))
+        Enforcer::open(
+            folder,
+            AgentMetrics::new().unwrap(),
+            Health::new(&[POLICY_CHECK]),
+            CancellationToken::new(),
+        )
     }
 
     /// As the control plane sends it: everything, or what leads from one state to the next.

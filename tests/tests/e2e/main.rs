@@ -12,6 +12,7 @@ mod attacks;
 mod command;
 mod control_plane;
 mod demo;
+mod handover;
 mod hosts;
 mod identity;
 mod learn;
@@ -56,6 +57,7 @@ fn main() -> std::process::ExitCode {
         attacks::trials(),
         identity::trials(),
         restart::trials(),
+        handover::trials(),
         sessions::trials(),
         tls::trials(),
         local_edges::trials(),

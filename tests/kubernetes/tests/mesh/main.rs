@@ -6,14 +6,19 @@
     reason = "a test fails by panicking, with the place"
 )]
 
+mod agents;
+mod filters;
 mod install;
 mod learn;
+mod outage;
 mod pods;
 mod policy;
 mod replicas;
 mod services;
+mod stolen;
 mod trouble;
 mod uninstall;
+mod upgrade;
 
 use std::{
     ffi::OsString,
@@ -51,7 +56,11 @@ fn main() -> ExitCode {
         learn::TESTS,
         replicas::TESTS,
         pods::TESTS,
+        upgrade::TESTS,
+        filters::TESTS,
+        stolen::TESTS,
         trouble::TESTS,
+        outage::TESTS,
         uninstall::TESTS,
     ]
     .concat();
