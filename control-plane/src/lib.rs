@@ -11,6 +11,7 @@ mod fleet;
 mod issuance;
 mod kubernetes;
 mod policy;
+mod seen;
 mod serve;
 mod store;
 mod webhook;

@@ -7,13 +7,19 @@
 )]
 
 mod admission;
+mod agents;
+mod filters;
 mod install;
+mod learn;
+mod outage;
 mod pods;
 mod policy;
 mod replicas;
 mod services;
+mod stolen;
 mod trouble;
 mod uninstall;
+mod upgrade;
 
 use std::{
     ffi::OsString,
@@ -49,9 +55,14 @@ fn main() -> ExitCode {
         policy::TESTS,
         admission::TESTS,
         services::TESTS,
+        learn::TESTS,
         replicas::TESTS,
         pods::TESTS,
+        upgrade::TESTS,
+        filters::TESTS,
+        stolen::TESTS,
         trouble::TESTS,
+        outage::TESTS,
         uninstall::TESTS,
     ]
     .concat();
