@@ -10,16 +10,19 @@ use hauberk_telemetry::{
     metrics::AgentMetrics,
     record::{Destination, RecordOptions},
 };
-use tokio::{net::TcpListener, sync::watch};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
-    capture::{Captures, StatusBoard},
+    capture::{CAPTURE_CHECK, Captured, Captures, StatusBoard},
     cni::{self, Installation, Server, Starting},
     config::{Args, LocalEdges, LogFormat},
     context::Context,
+    handover::{Inherited, Predecessor, Successor, Successors, Taken},
     identity::{
         Attestation, Identities, Node, PodToken, draw_jitter, open_node, renew_node, system_time,
     },
+    pages::Pages,
     policy::{Enforcer, POLICY_CHECK, Subscription},
 };
 
@@ -29,6 +32,10 @@ const EVENT_INTERVAL: u32 = 8;
 
 /// How long closing records may take to be written.
 const RECORDS_GRACE: Duration = Duration::from_secs(2);
+
+/// How long the agent before may take to let go of the data folder, and how often that is tried.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// Wall-clock jumps are noticed at this pace.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
@@ -49,16 +56,19 @@ pub fn main(args: Args) -> ExitCode {
     .and_then(|()| {
         hauberk_telemetry::process::raise_file_limit();
         hauberk_telemetry::process::keep_memory_private();
-        tokio::runtime::Builder::new_multi_thread()
+        let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .event_interval(EVENT_INTERVAL)
             .build()
-            .context("start the runtime")?
-            .block_on(async {
-                let stop = hauberk_telemetry::process::stop_signal(args.stop_with_stdin)
-                    .context("listen for signals")?;
-                run(args, stop).await
-            })
+            .context("start the runtime")?;
+        let outcome = runtime.block_on(async {
+            let stop = hauberk_telemetry::process::stop_signal(args.stop_with_stdin)
+                .context("listen for signals")?;
+            run(args, stop).await
+        });
+        // A thread may still wait for standard input, when it is not that which has ended this.
+        runtime.shutdown_background();
+        outcome
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -72,42 +82,47 @@ pub fn main(args: Args) -> ExitCode {
 /// Runs the agent until `stop` is done, then drains.
 ///
 /// # Errors
-/// If it has no identity and cannot get one, or cannot open or bind what it needs.
+/// If it has no identity and cannot get one, cannot open or bind what it needs, or was replaced by another agent
+/// that then went away.
 pub async fn run(
     args: Args,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> anyhow::Result<()> {
     hauberk_tls::files::private_folder(&args.data).context("open the data folder")?;
-    let _lock = lock(&args.data)?;
+    let stop = token(stop);
+    let mut predecessor = None;
+    if args.take_over {
+        predecessor = tokio::task::block_in_place(|| Predecessor::find(&args.data))
+            .context("take over from the agent that runs")?;
+    }
+    let own = if predecessor.is_none() { Some(lock(&args.data)?) } else { None };
     let metrics = AgentMetrics::new().context("set up metrics")?;
-    let metrics_listener = TcpListener::bind(args.metrics)
-        .await
-        .with_context(|| format!("listen for metrics on {}", args.metrics))?;
+    let registries = vec![
+        metrics.registry().clone(),
+        hauberk_telemetry::metrics::process_registry().context("set up process metrics")?,
+    ];
+    let health = Health::new(&[NODE_CHECK, POLICY_CHECK, CAPTURE_CHECK]);
+    let before = predecessor.as_mut().and_then(Predecessor::metrics);
+    let mut pages = Pages::listen(args.metrics, before, registries, health.clone())?;
+    pages.open()?;
     let destination = if args.records == Path::new("-") {
         Destination::Stdout
     } else {
         Destination::File(args.records.clone())
     };
     let records = RecordSink::start(RecordOptions::new(destination), metrics.records_lost())?;
-    let health = Health::new(&[NODE_CHECK, POLICY_CHECK]);
-    let attestation = match (&args.kubernetes_token, &args.trust_bundle, &args.control_plane) {
-        (Some(token), Some(roots), Some(address)) => Attestation::Pod(PodToken {
-            token: token.clone(),
-            roots: roots.clone(),
-            address: address.clone(),
-        }),
-        _ => Attestation::Token(args.join_token.clone()),
-    };
-    let mut stop = std::pin::pin!(stop);
+    let attestation = attestation(&args);
     // A pod tries for a while, when the control plane is away; a token's only try is over soon, and whoever
     // gave it wants to hear how it went.
     let tries_again = matches!(attestation, Attestation::Pod(_));
     let opening = open_node(&args.data, attestation, args.control_plane.as_deref());
     let node = tokio::select! {
         node = opening => node?,
-        () = &mut stop, if tries_again => return Ok(()),
+        () = stop.cancelled(), if tries_again => return Ok(()),
     };
-    let enforcer = Arc::new(Enforcer::open(&args.data, metrics.clone(), health.clone()));
+    let replaced = CancellationToken::new();
+    let enforcer =
+        Arc::new(Enforcer::open(&args.data, metrics.clone(), health.clone(), replaced.clone()));
     let context = Arc::new(Context::new(
         node.name.clone(),
         node.trust.clone(),
@@ -117,12 +132,6 @@ pub async fn run(
         args.records_per_key.unwrap_or(u64::MAX),
         enforcer.subscribe(),
     ));
-    let identities = Identities::new(
-        &args.data,
-        node.control_plane.clone(),
-        node.trust.clone(),
-        metrics.clone(),
-    )?;
     let board = StatusBoard::new(context.clone(), node.slot.clone());
     let starting = Starting::default();
     let (plugin_server, installation) = match &args.cni_plugin {
@@ -145,6 +154,15 @@ pub async fn run(
             (Some((server, cni::listen(&args.cni_socket)?)), Some(installation))
         }
     };
+    let (own, inherited, taken) = take_place(&args.data, own, predecessor).await?;
+    let mut successors = Successors::listen(&args.data)?;
+    let identities = Identities::new(
+        &args.data,
+        node.control_plane.clone(),
+        node.trust.clone(),
+        metrics.clone(),
+        replaced.clone(),
+    )?;
     let captures = Captures {
         context: context.clone(),
         identities,
@@ -154,6 +172,9 @@ pub async fn run(
         installation,
         board: board.clone(),
         snapshots: enforcer.subscribe(),
+        inherited,
+        replaced: replaced.clone(),
+        health: health.clone(),
     };
     let (renewed, node_renewed) = watch::channel(0);
     let subscription = Subscription {
@@ -161,6 +182,7 @@ pub async fn run(
         control_plane: node.control_plane.clone(),
         metrics: metrics.clone(),
         records: records.clone(),
+        edges: context.edges.clone(),
         status: board,
         node_renewed,
     };
@@ -171,49 +193,190 @@ pub async fn run(
     }
     tracing::info!(node = node.name, metrics = %args.metrics, control_plane = node.control_plane.address(), "ready");
 
-    let server = tokio::spawn(hauberk_telemetry::serve(
-        metrics_listener,
-        vec![
-            metrics.registry().clone(),
-            hauberk_telemetry::metrics::process_registry().context("set up process metrics")?,
-        ],
-        health.clone(),
-        context.cut.clone().cancelled_owned(),
-    ));
     let captures = tokio::spawn(captures.run());
     let plugin_server = plugin_server.map(|(server, listener)| tokio::spawn(server.run(listener)));
     let subscription = tokio::spawn(subscription.run());
-    let tending = tokio::spawn(tend_node(node, health, metrics, renewed));
-    stop.await;
+    let tending = tokio::spawn(tend_node(node, health.clone(), metrics, renewed));
+    let taken = tokio::spawn(tell_when_ready(taken, health));
+    let successor = wait(&stop, &mut successors, &mut pages).await;
 
-    tracing::info!(open = context.open_connections(), "stopping, draining open connections");
-    context.stopping.cancel();
     // Pods that start from now on wait for the next agent.
     if let Some(server) = plugin_server {
         server.abort();
     }
-    let captured = captures.await.context("stop capturing")?;
+    let (captured, successor) = match successor {
+        None => {
+            tracing::info!(
+                open = context.open_connections(),
+                "stopping, draining open connections"
+            );
+            context.stopping.cancel();
+            (captures.await.context("stop capturing")?, None)
+        }
+        Some(successor) => {
+            tracing::info!("another agent takes this one's place");
+            replaced.cancel();
+            tending.abort();
+            let captured = captures.await.context("stop capturing")?;
+            let successor = hand_over(successor, &captured, own).await.context(REPLACED)?;
+            tracing::info!(
+                open = context.open_connections(),
+                "replaced, draining open connections"
+            );
+            context.stopping.cancel();
+            (captured, Some(successor))
+        }
+    };
+    captured.retire_pools();
     drain(&context, args.drain).await;
     context.cut.cancel();
     // A moment for the resets to leave.
     drain(&context, Duration::from_secs(1)).await;
-    if args.remove_rules_on_stop {
-        captured.remove_rules();
-        // Nobody would answer the plugin any more.
-        if args.cni_plugin.is_some()
-            && let Err(error) = cni::uninstall(&args.cni_bin_dir, &args.cni_conf_dir)
-        {
-            tracing::error!(error = format!("{error:#}"), "the CNI plugin stays in place");
+    let ended = match successor {
+        None => {
+            if args.remove_rules_on_stop {
+                remove_rules(&captured, &args);
+            }
+            Ok(())
         }
-    }
+        // Whoever started this one decides when it ends: one that ended by itself would be started again.
+        Some(mut successor) => tokio::select! {
+            biased;
+            () = stop.cancelled() => Ok(()),
+            () = successor.gone() => Err(anyhow::anyhow!(REPLACED)),
+        },
+    };
     subscription.abort();
     tending.abort();
-    server.abort();
+    taken.abort();
+    pages.close();
     let flushed = tokio::task::spawn_blocking(move || records.shutdown(RECORDS_GRACE)).await;
     if let Ok(Err(error)) = flushed {
         tracing::warn!(%error, "some records were lost");
     }
-    Ok(())
+    ended
+}
+
+/// Why a replaced agent ends with an error: it has to be started anew.
+const REPLACED: &str = "the agent that took this one's place went away; start this one again";
+
+/// Cancelled when the future is done.
+fn token(done: impl Future<Output = ()> + Send + 'static) -> CancellationToken {
+    let token = CancellationToken::new();
+    let cancelled = token.clone();
+    tokio::spawn(async move {
+        done.await;
+        cancelled.cancel();
+    });
+    token
+}
+
+fn attestation(args: &Args) -> Attestation {
+    match (&args.kubernetes_token, &args.trust_bundle, &args.control_plane) {
+        (Some(token), Some(roots), Some(address)) => Attestation::Pod(PodToken {
+            token: token.clone(),
+            roots: roots.clone(),
+            address: address.clone(),
+        }),
+        _ => Attestation::Token(args.join_token.clone()),
+    }
+}
+
+/// The data folder is this agent's now, and so are the listeners of the one before, if there was one.
+async fn take_place(
+    data: &Path,
+    own: Option<Lock>,
+    predecessor: Option<Predecessor>,
+) -> anyhow::Result<(Lock, Inherited, Taken)> {
+    let (inherited, taken) = match predecessor {
+        None => <(Inherited, Taken)>::default(),
+        Some(predecessor) => match tokio::task::block_in_place(|| predecessor.take()) {
+            Ok(taken) => taken,
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::warn!(error, "the agent before ended by itself");
+                Default::default()
+            }
+        },
+    };
+    if let Some(own) = own {
+        return Ok((own, inherited, taken));
+    }
+    let until = tokio::time::Instant::now() + LOCK_PATIENCE;
+    loop {
+        match lock(data) {
+            Ok(own) => return Ok((own, inherited, taken)),
+            Err(error) if tokio::time::Instant::now() >= until => return Err(error),
+            Err(_) => tokio::time::sleep(LOCK_RETRY).await,
+        }
+    }
+}
+
+/// Tells the agent before when the workloads are taken up, and holds the link for as long as this one runs.
+async fn tell_when_ready(taken: Taken, health: Health) {
+    health.ready().await;
+    taken.ready();
+    std::future::pending().await
+}
+
+/// Until it is to stop, or another agent is to take its place.
+async fn wait(
+    stop: &CancellationToken,
+    successors: &mut Successors,
+    pages: &mut Pages,
+) -> Option<Successor> {
+    loop {
+        let mut successor = tokio::select! {
+            biased;
+            () = stop.cancelled() => return None,
+            successor = successors.next() => successor,
+        };
+        pages.close();
+        let outcome = match successor.pass_metrics(pages.listener()) {
+            Ok(()) => tokio::select! {
+                biased;
+                taking = successor.wants_to_take() => taking,
+                () = stop.cancelled() => return None,
+            },
+            Err(error) => Err(error),
+        };
+        match outcome {
+            Ok(()) => return Some(successor),
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::info!(error, "an agent that was to take this one's place did not");
+                if let Err(error) = pages.open() {
+                    tracing::error!(error = format!("{error:#}"), "metrics are not served");
+                }
+            }
+        }
+    }
+}
+
+/// Passes on what the next agent needs, and waits until it has taken it up.
+async fn hand_over(
+    mut successor: Successor,
+    captured: &Captured,
+    own: Lock,
+) -> anyhow::Result<Successor> {
+    let listeners = captured.listeners().context("share the listeners")?;
+    tokio::task::block_in_place(|| {
+        successor.pass_listeners(&listeners)?;
+        drop(own);
+        successor.end()
+    })?;
+    successor.is_ready().await?;
+    Ok(successor)
+}
+
+fn remove_rules(captured: &Captured, args: &Args) {
+    captured.remove_rules();
+    // Nobody would answer the plugin any more.
+    if args.cni_plugin.is_some()
+        && let Err(error) = cni::uninstall(&args.cni_bin_dir, &args.cni_conf_dir)
+    {
+        tracing::error!(error = format!("{error:#}"), "the CNI plugin stays in place");
+    }
 }
 
 async fn drain(context: &Context, patience: Duration) {
@@ -225,8 +388,11 @@ async fn drain(context: &Context, patience: Duration) {
     drop(tokio::time::timeout(patience, empty).await);
 }
 
+/// Whoever has it, has the data folder.
+type Lock = nix::fcntl::Flock<std::fs::File>;
+
 /// Two agents on one data folder would fight over rules and certificates.
-fn lock(data: &Path) -> anyhow::Result<nix::fcntl::Flock<std::fs::File>> {
+fn lock(data: &Path) -> anyhow::Result<Lock> {
     let path = data.join("lock");
     let file = std::fs::OpenOptions::new()
         .create(true)
@@ -236,7 +402,10 @@ fn lock(data: &Path) -> anyhow::Result<nix::fcntl::Flock<std::fs::File>> {
         .with_context(|| format!("open {}", path.display()))?;
     nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(
         |(_, error)| {
-            anyhow::anyhow!("another agent uses {} ({error}); stop it first", data.display())
+            anyhow::anyhow!(
+                "another agent uses {} ({error}); stop it first, or give --take-over",
+                data.display()
+            )
         },
     )
 }

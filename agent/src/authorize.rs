@@ -80,7 +80,7 @@ impl Permit {
     }
 
     /// Asks again, for a newer state or a later time.
-    pub(crate) fn renew(self, snapshot: &Snapshot) -> Result<Self, Denial> {
+    pub(crate) fn renew(&self, snapshot: &Snapshot) -> Result<Self, Denial> {
         check(snapshot, &self.source, &self.destination, self.port)
     }
 }

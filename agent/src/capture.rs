@@ -10,13 +10,16 @@ mod sandboxes;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use hauberk_core::policy::{ProcessSelector, resolve::MeshWorkload};
+use hauberk_telemetry::{Health, State as HealthState};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 pub(crate) use board::StatusBoard;
 pub(crate) use locals::Locals;
@@ -26,9 +29,11 @@ use crate::{
     cni::{Installation, Starting},
     context::Context,
     departed::Departed,
+    handover::{Inherited, Seat},
     identity::Identities,
     policy::Snapshot,
 };
+use listeners::Accepting;
 use place::{Departure, HostCapture, NamespaceCapture};
 use sandboxes::Sandboxes;
 
@@ -42,6 +47,9 @@ const CGROUP_LOOK: Duration = Duration::from_millis(50);
 /// cut at once.
 const LEAVING: Duration = Duration::from_secs(2);
 
+/// The health check of what is captured: whether it was looked at once.
+pub(crate) const CAPTURE_CHECK: &str = "captures";
+
 /// Reconciles until the agent stops.
 pub(crate) struct Captures {
     pub(crate) context: Arc<Context>,
@@ -53,6 +61,11 @@ pub(crate) struct Captures {
     pub(crate) installation: Option<Installation>,
     pub(crate) board: StatusBoard,
     pub(crate) snapshots: watch::Receiver<Arc<Snapshot>>,
+    /// What the agent before left.
+    pub(crate) inherited: Inherited,
+    /// Another agent looks after the rules.
+    pub(crate) replaced: CancellationToken,
+    pub(crate) health: Health,
 }
 
 /// What is captured now.
@@ -70,6 +83,21 @@ pub(crate) struct Captured {
 }
 
 impl Captured {
+    /// The listeners, for the agent that takes this one's place. What is leaving is not its business any more.
+    ///
+    /// # Errors
+    /// If the system has no more descriptors.
+    pub(crate) fn listeners(&self) -> std::io::Result<Vec<(Seat, OwnedFd)>> {
+        let namespaces = self.namespaces.values().flat_map(NamespaceCapture::listeners);
+        let host = self.host.iter().flat_map(HostCapture::listeners);
+        namespaces.chain(host).map(Accepting::share).collect()
+    }
+
+    /// Closes the sessions that carry nothing.
+    pub(crate) fn retire_pools(&self) {
+        self.locals().for_each(Locals::retire_pools);
+    }
+
     /// Gives the workloads their plain network back.
     pub(crate) fn remove_rules(&self) {
         let leaving = self.leaving.values().map(|(capture, _)| capture);
@@ -139,8 +167,8 @@ fn pods(snapshot: &Snapshot, node: &str) -> HashSet<String> {
 }
 
 impl Captures {
-    /// Runs until the agent stops taking connections. What is captured then stays so: its rules are
-    /// needed while connections drain.
+    /// Runs until the agent stops taking connections, or another one takes its place. What is captured then stays
+    /// so: its rules are needed while connections drain.
     pub(crate) async fn run(mut self) -> Captured {
         let mut current = Captured::default();
         let mut known = false;
@@ -157,16 +185,15 @@ impl Captures {
                     self.reconcile(&snapshot, &sandboxes, &mut current, known);
                 });
                 known = true;
+                self.health.set(CAPTURE_CHECK, HealthState::Ready);
                 self.look_after_plugin();
                 for (namespace, name) in departed.look(&snapshot, Instant::now()) {
                     self.context.metrics.forget(&namespace, &name);
                 }
             }
             tokio::select! {
-                () = self.context.stopping.cancelled() => {
-                    current.locals().for_each(Locals::retire_pools);
-                    return current;
-                }
+                () = self.context.stopping.cancelled() => return current,
+                () = self.replaced.cancelled() => return current,
                 changed = self.snapshots.changed() => if changed.is_err() { return current },
                 () = self.starting.news() => {}
                 () = next_reconcile(&current) => {}
@@ -225,11 +252,14 @@ impl Captures {
                 }
                 Err(error) => Err(error),
             },
-            None => NamespaceCapture::start(&self.context, workload, path, &mut self.identities)
-                .map(|capture| {
-                    tracing::info!(workload = key, namespace = %path.display(), "captured");
-                    current.namespaces.insert(key.clone(), capture);
-                }),
+            None => {
+                let identities = &mut self.identities;
+                NamespaceCapture::start(&self.context, workload, path, identities, &self.inherited)
+                    .map(|capture| {
+                        tracing::info!(workload = key, namespace = %path.display(), "captured");
+                        current.namespaces.insert(key.clone(), capture);
+                    })
+            }
         };
         let netns = current.namespaces.get(&key).map(NamespaceCapture::inode);
         self.note_in(workload, outcome, netns);
@@ -253,7 +283,7 @@ impl Captures {
         current.host_leaving = None;
         let host = match &mut current.host {
             Some(host) => host,
-            None => match HostCapture::start(&self.context) {
+            None => match HostCapture::start(&self.context, &self.inherited) {
                 Ok(host) => {
                     current.host_closed = false;
                     current.host.insert(host)

@@ -97,12 +97,15 @@ pub(crate) fn listen(path: &Path) -> anyhow::Result<UnixListener> {
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder)?;
         }
-        match std::fs::remove_file(path) {
+        // In place of another agent's at once: no pod that starts finds nobody there.
+        let new = path.with_extension("new");
+        match std::fs::remove_file(&new) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
             Ok(()) | Err(_) => {}
         }
-        let listener = UnixListener::bind(path)?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+        let listener = UnixListener::bind(&new)?;
+        std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o600))?;
+        std::fs::rename(&new, path)?;
         Ok(listener)
     };
     listen().with_context(|| format!("listen for the CNI plugin on {}", path.display()))

@@ -104,7 +104,12 @@ pub struct Args {
           value_parser = clap::value_parser!(u64).range(64..))]
     pub records_per_key: Option<u64>,
 
-    /// How long open connections may go on after SIGTERM.
+    /// If another agent runs on the same --data, take its place: its listeners are handed over, and no
+    /// connection fails. It goes on with those that are open, for its own --drain, and waits to be stopped.
+    #[arg(long, env = "HAUBERK_TAKE_OVER")]
+    pub take_over: bool,
+
+    /// How long open connections may go on after SIGTERM, or after another agent has taken this one's place.
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration)]
     pub drain: Duration,
 
@@ -163,6 +168,7 @@ impl Args {
             netns_dir: "/run/netns".into(),
             local_edges: LocalEdges::Mtls,
             records_per_key: None,
+            take_over: false,
             drain: Duration::from_secs(10),
             remove_rules_on_stop: false,
             log_format: LogFormat::Text,

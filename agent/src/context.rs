@@ -8,7 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use arc_swap::ArcSwap;
@@ -23,7 +23,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::LocalEdges, identity::LocalIdentity, policy::Snapshot, pool::Pool, services::Balancer,
+    config::LocalEdges, edges::Edges, identity::LocalIdentity, policy::Snapshot, pool::Pool,
+    services::Balancer,
 };
 
 /// A connection that comes before the agent can decide waits this long, rather than being refused.
@@ -41,6 +42,8 @@ pub(crate) struct Context {
     pub(crate) trust: Arc<TrustSlot>,
     pub(crate) metrics: AgentMetrics,
     pub(crate) records: RecordSink,
+    /// What no policy allows.
+    pub(crate) edges: Arc<Edges>,
     /// Records that are sent under one key, if that is less than TLS allows.
     pub(crate) records_per_key: u64,
     pub(crate) handshakes: Arc<Handshakes>,
@@ -80,6 +83,7 @@ impl Context {
             trust,
             metrics,
             records,
+            edges: Arc::new(Edges::new(SystemTime::now().into())),
             records_per_key,
             handshakes: Arc::default(),
             balancer: Arc::default(),

@@ -1,13 +1,14 @@
 //! Forwarding under a permit: the relay, raced against everything that can end the permission.
 
 use std::{
+    ops::ControlFlow,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use hauberk_core::{
     policy::{Denial, Reason},
-    session::{RefusalCause, ResetCause},
+    session::{Reauthenticate, RefusalCause, ResetCause},
     time::Timestamp,
 };
 use hauberk_telemetry::record::Path;
@@ -26,6 +27,9 @@ use crate::{
 /// How often a connection looks whether its peer is still there, and whether the wall clock has jumped.
 const LOOK: Duration = Duration::from_secs(30);
 
+/// The same while the peer's certificate has ended.
+const OVERDUE_LOOK: Duration = Duration::from_millis(500);
+
 /// A peer's kernel that acknowledges nothing for this long is gone. The local kernel would go on for
 /// a quarter of an hour.
 const SILENCE: Duration = Duration::from_secs(30);
@@ -38,12 +42,19 @@ const PROOF_SPREAD: Duration = Duration::from_secs(10);
 /// waited behind what was not read.
 const PROOF_GRACE: Duration = Duration::from_secs(10);
 
-/// Everything that a forwarded stream needs.
+/// A stream's permission, and what may end it.
 pub(crate) struct Forward<'a> {
-    pub(crate) context: &'a Context,
-    pub(crate) local: &'a Local,
-    pub(crate) relay: Box<Relay>,
-    pub(crate) snapshots: watch::Receiver<Arc<Snapshot>>,
+    context: &'a Context,
+    local: Arc<Local>,
+    pub(crate) permit: Permit,
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    /// Tells when the local workload has a newer certificate.
+    installed: watch::Receiver<u64>,
+    /// When the peer must have answered.
+    unanswered: Instant,
+    proof_until: Option<Instant>,
+    /// When to show the newest certificate.
+    proof_due: Option<Instant>,
 }
 
 /// How it went.
@@ -51,7 +62,7 @@ pub(crate) enum Outcome {
     /// The stream is over. The session, if another stream may come on it.
     Over(Option<Box<Session>>),
     /// The destination went away before it saw the stream, which may be opened anew elsewhere.
-    NotTaken(Application, Permit),
+    NotTaken(Application),
 }
 
 enum Cut {
@@ -64,32 +75,50 @@ enum Cut {
     Silent,
 }
 
-impl Forward<'_> {
-    /// Copies until the stream ends or the permission does.
-    pub(crate) async fn run(self, mut permit: Permit, report: &mut Report<'_>) -> Outcome {
-        let Self { context, local, mut relay, mut snapshots } = self;
-        let unanswered = Instant::now() + OPEN_TIMEOUT;
-        let mut proof_until = None;
-        // When to show the newest certificate.
-        let mut proof_due: Option<Instant> = None;
-        let mut installed = local.identity.installed.clone();
-        installed.mark_unchanged();
-        // Renewed since the session was made, and nobody has told the peer.
-        if let Some(own) = local.identity.slot.load()
-            && !relay.session.was_made_with(&own)
-            && let Err(error) = relay.session.show_proof(&own)
-        {
-            Box::pin(cut_off(relay, &Cut::Proof(error), report)).await;
-            return Outcome::Over(None);
+/// Why nothing is copied any more.
+enum Ending {
+    Cut(Cut),
+    Relay(End),
+}
+
+impl<'a> Forward<'a> {
+    pub(crate) fn new(
+        context: &'a Context,
+        local: Arc<Local>,
+        permit: Permit,
+        snapshots: watch::Receiver<Arc<Snapshot>>,
+    ) -> Self {
+        let installed = local.identity.installed.clone();
+        let unanswered = Instant::now();
+        Self {
+            context,
+            local,
+            permit,
+            snapshots,
+            installed,
+            unanswered,
+            proof_until: None,
+            proof_due: None,
         }
-        let cut = loop {
-            let mut pause = next_look(&relay, &permit, unanswered);
-            if let Some(due) = proof_due {
-                pause = pause.min(due.saturating_duration_since(Instant::now()));
-            }
+    }
+
+    /// Copies until the stream ends or the permission does.
+    ///
+    /// Every open connection has this future for as long as it lives: what happens once is done in functions
+    /// that are not part of it, or in boxes of their own.
+    pub(crate) async fn run(&mut self, mut relay: Box<Relay>, report: &mut Report<'_>) -> Outcome {
+        if let Err(ending) = self.begin(&mut relay) {
+            return Box::pin(wind_up(self.context, relay, ending, report)).await;
+        }
+        loop {
             let turn = {
-                let interrupt = interruption(context, &mut snapshots, &mut installed, pause);
-                let interrupt = std::pin::pin!(interrupt);
+                let pause = self.next_look(&relay);
+                let interrupt = std::pin::pin!(interruption(
+                    self.context,
+                    &mut self.snapshots,
+                    &mut self.installed,
+                    pause
+                ));
                 let interrupt = Quietly::new(interrupt);
                 tokio::select! {
                     biased;
@@ -97,64 +126,149 @@ impl Forward<'_> {
                     event = relay.run() => Turn::Event(event),
                 }
             };
-            match turn {
-                Turn::Interrupt(Interrupt::Cut(cut)) => break cut,
-                Turn::Interrupt(Interrupt::Policy) => {
-                    let snapshot = snapshots.borrow_and_update().clone();
-                    match permit.renew(&snapshot) {
-                        Ok(renewed) => permit = renewed,
-                        Err(denial) => break Cut::Policy(denial),
-                    }
-                }
-                Turn::Interrupt(Interrupt::Certificate) => {
-                    let left = relay.session.shown_until().map(|end| end.since(hauberk_tls::now()));
-                    let due = Instant::now() + proof_delay(left.unwrap_or_default());
-                    proof_due = Some(proof_due.map_or(due, |earlier| earlier.min(due)));
-                }
-                Turn::Interrupt(Interrupt::Look) => {
-                    if proof_due.is_some_and(|due| due <= Instant::now()) {
-                        proof_due = None;
-                        if let Some(credential) = local.identity.slot.load()
-                            && let Err(error) = relay.session.show_proof(&credential)
-                        {
-                            break Cut::Proof(error);
-                        }
-                    }
-                    if let Some(cut) = look(&mut relay, unanswered, &mut proof_until) {
-                        break cut;
-                    }
-                    let snapshot = snapshots.borrow().clone();
-                    match permit.renew(&snapshot) {
-                        Ok(renewed) => permit = renewed,
-                        Err(denial) => break Cut::Policy(denial),
-                    }
-                }
-                Turn::Event(event) => match event {
-                    Event::Accepted => report.opened(Path::Mtls),
-                    Event::Reauthenticate(frame) => {
-                        let trust = context.trust.load();
-                        if let Err(error) =
-                            relay.session.take_proof(&frame, &trust, hauberk_tls::now())
-                        {
-                            break Cut::Proof(error);
-                        }
-                        relay.suspended = false;
-                        proof_until = None;
-                    }
-                    Event::End(End::NotTaken) => {
-                        return Outcome::NotTaken(relay.into_parts().0, permit);
-                    }
-                    Event::End(end) => {
-                        report.bytes(relay.sent, relay.received);
-                        context.metrics.keys_renewed(relay.session.take_renewals());
-                        return Outcome::Over(Box::pin(finish(relay, end, report)).await);
-                    }
-                },
+            if let ControlFlow::Break(ending) = self.take(turn, &mut relay, report) {
+                return Box::pin(wind_up(self.context, relay, ending, report)).await;
+            }
+        }
+    }
+
+    /// Gets ready for another stream.
+    fn begin(&mut self, relay: &mut Relay) -> Result<(), Box<Ending>> {
+        self.unanswered = Instant::now() + OPEN_TIMEOUT;
+        self.installed.mark_unchanged();
+        // Renewed since the session was made, and nobody has told the peer.
+        match self.local.identity.slot.load() {
+            Some(own) if !relay.session.was_made_with(&own) => relay
+                .session
+                .show_proof(&own)
+                .map_err(|error| Box::new(Ending::Cut(Cut::Proof(error)))),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    fn take(
+        &mut self,
+        turn: Turn,
+        relay: &mut Relay,
+        report: &mut Report<'_>,
+    ) -> ControlFlow<Box<Ending>> {
+        let cut = match turn {
+            Turn::Interrupt(Interrupt::Cut(cut)) => Some(cut),
+            Turn::Interrupt(Interrupt::Policy) => {
+                let snapshot = self.snapshots.borrow_and_update().clone();
+                self.ask_again(&snapshot)
+            }
+            Turn::Interrupt(Interrupt::Certificate) => {
+                let left = relay.session.shown_until().map(|end| end.since(hauberk_tls::now()));
+                let due = Instant::now() + proof_delay(left.unwrap_or_default());
+                self.proof_due = Some(self.proof_due.map_or(due, |earlier| earlier.min(due)));
+                None
+            }
+            Turn::Interrupt(Interrupt::Look) => self.look(relay),
+            Turn::Event(Event::Accepted) => {
+                report.opened(Path::Mtls);
+                None
+            }
+            Turn::Event(Event::Reauthenticate(frame)) => self.take_proof(&frame, relay),
+            Turn::Event(Event::End(end)) => {
+                return ControlFlow::Break(Box::new(Ending::Relay(end)));
             }
         };
-        report.bytes(relay.sent, relay.received);
-        Box::pin(cut_off(relay, &cut, report)).await;
-        Outcome::Over(None)
+        match cut {
+            None => ControlFlow::Continue(()),
+            Some(cut) => ControlFlow::Break(Box::new(Ending::Cut(cut))),
+        }
+    }
+
+    fn take_proof(&mut self, frame: &Reauthenticate, relay: &mut Relay) -> Option<Cut> {
+        let trust = self.context.trust.load();
+        if let Err(error) = relay.session.take_proof(frame, &trust, hauberk_tls::now()) {
+            return Some(Cut::Proof(error));
+        }
+        relay.suspended = false;
+        self.proof_until = None;
+        None
+    }
+
+    fn ask_again(&mut self, snapshot: &Snapshot) -> Option<Cut> {
+        match self.permit.renew(snapshot) {
+            Ok(renewed) => self.permit = renewed,
+            Err(denial) => return Some(Cut::Policy(denial)),
+        }
+        None
+    }
+
+    fn next_look(&self, relay: &Relay) -> Duration {
+        let now = hauberk_tls::now();
+        let mut pause = LOOK;
+        if let Some(until) = self.permit.until() {
+            pause = pause.min(until.since(now));
+        }
+        let certificate: Timestamp = relay.session.peer().facts().not_after();
+        // Past its end only while it waits for the application to read.
+        let overdue = if certificate <= now { OVERDUE_LOOK } else { Duration::ZERO };
+        pause = pause.min(certificate.since(now).max(overdue));
+        if relay.session.machine.awaits_answer() {
+            pause = pause.min(self.unanswered.saturating_duration_since(Instant::now()));
+        }
+        if let Some(due) = self.proof_due {
+            pause = pause.min(due.saturating_duration_since(Instant::now()));
+        }
+        pause.max(Duration::from_millis(1))
+    }
+
+    /// What may have ended without anything having happened.
+    fn look(&mut self, relay: &mut Relay) -> Option<Cut> {
+        let now = Instant::now();
+        if self.proof_due.is_some_and(|due| due <= now) {
+            self.proof_due = None;
+            if let Some(credential) = self.local.identity.slot.load()
+                && let Err(error) = relay.session.show_proof(&credential)
+            {
+                return Some(Cut::Proof(error));
+            }
+        }
+        if relay.session.machine.awaits_answer() && now >= self.unanswered {
+            return Some(Cut::Unanswered);
+        }
+        if relay.session.silence().is_some_and(|silence| silence >= SILENCE) {
+            return Some(Cut::Silent);
+        }
+        if relay.session.peer().facts().not_after() <= hauberk_tls::now() {
+            // The proof comes in turn, behind data. While the application does not read that, nothing
+            // passes in that direction anyway, and nothing is sent in the other.
+            if relay.held_back {
+                relay.suspended = true;
+                self.proof_until = Some(now + PROOF_GRACE);
+            }
+            if self.proof_until.is_none_or(|until| now >= until) {
+                return Some(Cut::Certificate);
+            }
+        }
+        let snapshot = self.snapshots.borrow().clone();
+        self.ask_again(&snapshot)
+    }
+}
+
+/// What becomes of the relay that is over.
+async fn wind_up(
+    context: &Context,
+    mut relay: Box<Relay>,
+    ending: Box<Ending>,
+    report: &mut Report<'_>,
+) -> Outcome {
+    match *ending {
+        Ending::Relay(End::NotTaken) => Outcome::NotTaken(relay.into_parts().0),
+        Ending::Relay(end) => {
+            report.bytes(relay.sent, relay.received);
+            context.metrics.keys_renewed(relay.session.take_renewals());
+            Outcome::Over(finish(relay, end, report).await)
+        }
+        Ending::Cut(cut) => {
+            report.bytes(relay.sent, relay.received);
+            cut_off(relay, &cut, report).await;
+            Outcome::Over(None)
+        }
     }
 }
 
@@ -199,46 +313,6 @@ async fn interruption(
         },
         () = tokio::time::sleep(pause) => Interrupt::Look,
     }
-}
-
-fn next_look(relay: &Relay, permit: &Permit, unanswered: Instant) -> Duration {
-    let now = hauberk_tls::now();
-    let mut pause = LOOK;
-    if let Some(until) = permit.until() {
-        pause = pause.min(until.since(now));
-    }
-    let certificate: Timestamp = relay.session.peer().facts().not_after();
-    // Past its end only while it waits for the application to read.
-    pause = pause.min(certificate.since(now).max(Duration::from_millis(if certificate <= now {
-        500
-    } else {
-        0
-    })));
-    if relay.session.machine.awaits_answer() {
-        pause = pause.min(unanswered.saturating_duration_since(Instant::now()));
-    }
-    pause.max(Duration::from_millis(1))
-}
-
-/// What may have ended without anything having happened.
-fn look(relay: &mut Relay, unanswered: Instant, proof_until: &mut Option<Instant>) -> Option<Cut> {
-    let now = Instant::now();
-    if relay.session.machine.awaits_answer() && now >= unanswered {
-        return Some(Cut::Unanswered);
-    }
-    if relay.session.silence().is_some_and(|silence| silence >= SILENCE) {
-        return Some(Cut::Silent);
-    }
-    if relay.session.peer().facts().not_after() > hauberk_tls::now() {
-        return None;
-    }
-    // The proof comes in turn, behind data. While the application does not read that, nothing passes
-    // in that direction anyway, and nothing is sent in the other.
-    if relay.held_back {
-        relay.suspended = true;
-        *proof_until = Some(now + PROOF_GRACE);
-    }
-    if proof_until.is_some_and(|until| now < until) { None } else { Some(Cut::Certificate) }
 }
 
 async fn cut_off(relay: Box<Relay>, cut: &Cut, report: &mut Report<'_>) {

@@ -76,7 +76,9 @@ pub(crate) async fn serve_mesh(
     };
     let mut last = None;
     loop {
-        let open = match next_stream(context, locals, &mut session, last.as_ref()).await {
+        // In boxes of their own: an open stream has no room for the wait for it, nor the other way round.
+        let next = Box::pin(next_stream(context, locals, &mut session, last.as_ref())).await;
+        let open = match next {
             Next::Stream(open) => open,
             Next::Leave => {
                 // The caller's agent may be gone.
@@ -93,18 +95,25 @@ pub(crate) async fn serve_mesh(
                 return;
             }
             Next::Broken(error) => {
-                let id = connection_id();
-                let mut report = Report::new(context, Side::Destination, id, Some(from), None);
-                report.tls(session.tls());
-                report.source(session.peer().id(), None);
-                report.denied(&without_policy(Reason::NotReady, ""), Some(error.to_string()));
+                broken(context, &session, from, &error);
                 return;
             }
         };
-        let served = Box::pin(serve_stream(context, locals, session, from, open)).await;
-        let Some((again, asked)) = served else { return };
+        let over = match Box::pin(admit(context, locals, session, from, open)).await {
+            Admitted::Stream(stream) => Box::pin(stream.carry()).await,
+            Admitted::Not(session) => session.map(|session| (session, None)),
+        };
+        let Some((again, asked)) = over else { return };
         (session, last) = (again, asked);
     }
+}
+
+/// The caller's agent broke the protocol between streams.
+fn broken(context: &Context, session: &Session, from: SocketAddr, error: &SessionError) {
+    let mut report = Report::new(context, Side::Destination, connection_id(), Some(from), None);
+    report.tls(session.tls());
+    report.source(session.peer().id(), None);
+    report.denied(&without_policy(Reason::NotReady, ""), Some(error.to_string()));
 }
 
 /// The agent stops: a moment for the goodbye to leave.
@@ -114,7 +123,7 @@ async fn stopped(context: &Context) {
 }
 
 enum Next {
-    Stream(Open),
+    Stream(Box<Open>),
     /// No further stream is wanted here.
     Leave,
     /// The caller's agent has closed the session.
@@ -165,7 +174,7 @@ async fn next_stream(
             }
         };
         match event {
-            Ok(Some(Event::Open(open))) => return Next::Stream(open),
+            Ok(Some(Event::Open(open))) => return Next::Stream(Box::new(open)),
             Ok(Some(Event::Reauthenticate(proof))) => {
                 if let Err(error) = session.take_proof(&proof, &trust, hauberk_tls::now()) {
                     return Next::Broken(SessionError::Io(std::io::Error::other(error)));
@@ -180,14 +189,40 @@ async fn next_stream(
     }
 }
 
-/// One stream to its end. The session and what was asked on it, if another stream may come on it.
-async fn serve_stream(
-    context: &Arc<Context>,
+/// What became of the wish for a stream.
+enum Admitted<'a> {
+    Stream(Box<Stream<'a>>),
+    /// Refused, or failed. The session, if another stream may come on it.
+    Not(Option<Box<Session>>),
+}
+
+/// A stream that was taken.
+pub(crate) struct Stream<'a> {
+    report: Report<'a>,
+    relay: Box<Relay>,
+    forward: Forward<'a>,
+}
+
+impl Stream<'_> {
+    /// To its end. The session and what was asked on it, if another stream may come on it.
+    pub(crate) async fn carry(self: Box<Self>) -> Option<(Box<Session>, Option<Asked>)> {
+        let Self { mut report, relay, mut forward } = *self;
+        match forward.run(relay, &mut report).await {
+            Outcome::Over(session) => Some((session?, Some(forward.permit.asked()))),
+            // Only a destination takes no streams, and that is us.
+            Outcome::NotTaken(_) => None,
+        }
+    }
+}
+
+/// Decides about the stream, and connects to the application.
+async fn admit<'a>(
+    context: &'a Arc<Context>,
     locals: &Locals,
     mut session: Box<Session>,
     from: SocketAddr,
-    open: Open,
-) -> Option<(Box<Session>, Option<Asked>)> {
+    open: Box<Open>,
+) -> Admitted<'a> {
     let wanted = canonical(open.original_destination);
     let mut report =
         Report::new(context, Side::Destination, open.connection_id, Some(from), Some(wanted));
@@ -202,7 +237,7 @@ async fn serve_stream(
 
     let local = match find_local(&snapshot, locals, &session, wanted) {
         Ok(local) => local,
-        Err(denial) => return Box::pin(refuse(session, &denial, &mut report)).await,
+        Err(denial) => return refuse(session, &denial, &mut report).await,
     };
     report.destination(&local.workload.identity, Some(&local.workload));
     let checked =
@@ -210,10 +245,10 @@ async fn serve_stream(
     drop(snapshot);
     let permit = match checked {
         Ok(permit) => permit,
-        Err(denial) => return Box::pin(refuse(session, &denial, &mut report)).await,
+        Err(denial) => return refuse(session, &denial, &mut report).await,
     };
     let counters = report.permitted(&permit);
-    let application = match Box::pin(local.place.dial_as(client, wanted)).await {
+    let application = match local.place.dial_as(client, wanted).await {
         Ok(application) => application,
         Err(error) => {
             report.closed("unreachable", Some(format!("the application: {error}")));
@@ -225,30 +260,25 @@ async fn serve_stream(
                 nearest_miss: String::new(),
                 mend: format!("nothing answers at {wanted}: {error}"),
             };
-            return Box::pin(answer_no(session, &refusal)).await;
+            return answer_no(session, &refusal).await;
         }
     };
     if let Err(error) = session.accept() {
         report.closed("session_failed", Some(error.to_string()));
         drop(reset_on_close(&application));
-        return None;
+        return Admitted::Not(None);
     }
     let mut relay = match Relay::new(Application::new(application), session, counters) {
         Ok(relay) => relay,
         Err(error) => {
             report.closed("session_failed", Some(error.to_string()));
-            return None;
+            return Admitted::Not(None);
         }
     };
     relay.hold_answer();
     report.opened(Path::Mtls);
-    let asked = permit.asked();
-    let forward = Forward { context, local: &local, relay, snapshots };
-    match Box::pin(forward.run(permit, &mut report)).await {
-        Outcome::Over(session) => Some((session?, Some(asked))),
-        // Only a destination takes no streams, and that is us.
-        Outcome::NotTaken(..) => None,
-    }
+    let forward = Forward::new(context, local, permit, snapshots);
+    Admitted::Stream(Box::new(Stream { report, relay, forward }))
 }
 
 async fn handshake(
@@ -332,11 +362,11 @@ fn find_local(
     Ok(local)
 }
 
-async fn refuse(
+async fn refuse<'a>(
     session: Box<Session>,
     denial: &Denial,
     report: &mut Report<'_>,
-) -> Option<(Box<Session>, Option<Asked>)> {
+) -> Admitted<'a> {
     report.denied(denial, None);
     let text = |value: Option<String>| value.unwrap_or_default();
     let refusal = Refusal {
@@ -351,12 +381,11 @@ async fn refuse(
 }
 
 /// Tells the caller's agent why not.
-async fn answer_no(
-    mut session: Box<Session>,
-    refusal: &Refusal,
-) -> Option<(Box<Session>, Option<Asked>)> {
-    session.refuse(refusal).ok()?;
-    session.settle().await.then_some((session, None))
+async fn answer_no<'a>(mut session: Box<Session>, refusal: &Refusal) -> Admitted<'a> {
+    if session.refuse(refusal).is_err() || !session.settle().await {
+        return Admitted::Not(None);
+    }
+    Admitted::Not(Some(session))
 }
 
 /// A connection that came in clear: refused, or let through and recorded if the workload is only

@@ -12,24 +12,71 @@ use hauberk_telemetry::{
     metrics::{Direction, Outcome as Handshake, SessionKind},
 };
 use rustls_pki_types::ServerName;
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, sync::watch};
 
 use crate::{
-    authorize::{self, Permit, not_ready, without_policy},
+    authorize::{self, Pass, Permit, not_ready, without_policy},
     context::{Context, Local, MESH_PORT, canonical, connection_id},
     forward::{Forward, Outcome},
     local_edge::LocalEdge,
     passthrough,
-    policy::Found,
+    policy::{Found, Snapshot},
     pool::Edge,
     relay::{Application, Relay},
     report::Report,
+    services::Chosen,
     session::{self, HANDSHAKE_TIMEOUT, Session, SessionError},
 };
 
 /// Sessions that are tried for one connection: each one before the last had a destination that went
 /// away before it saw the stream.
 const ATTEMPTS: usize = 3;
+
+/// A captured connection.
+struct Captured {
+    application: TcpStream,
+    from: SocketAddr,
+    wanted: Option<SocketAddr>,
+    id: [u8; 16],
+}
+
+/// What is to become of a captured connection.
+enum Decision<'a> {
+    /// Over a session.
+    Carry(Box<Way<'a>>),
+    /// To another workload of this node, without one.
+    Local(Box<LocalWay<'a>>),
+    /// On without the mesh.
+    Pass(Box<PassWay>),
+    Refused(TcpStream),
+}
+
+/// All that a connection over sessions needs.
+struct Way<'a> {
+    /// Not while a relay has it.
+    application: Option<Application>,
+    open: Open,
+    edge: Edge,
+    chosen: Option<Chosen>,
+    forward: Forward<'a>,
+}
+
+struct LocalWay<'a> {
+    application: TcpStream,
+    edge: LocalEdge<'a>,
+    permit: Permit,
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    /// Counts for as long as this lives.
+    _chosen: Option<Chosen>,
+}
+
+struct PassWay {
+    application: TcpStream,
+    wanted: SocketAddr,
+    pass: Pass,
+    /// Counts for as long as this lives.
+    _chosen: Option<Chosen>,
+}
 
 /// Carries one captured connection to its end.
 pub(crate) async fn serve(
@@ -38,22 +85,17 @@ pub(crate) async fn serve(
     application: TcpStream,
     from: SocketAddr,
 ) {
-    context.metrics.connection_captured(Direction::Outbound);
-    let id = connection_id();
-    let wanted = original_destination(&application).map(canonical).ok();
-    let mut report = Report::new(context, Side::Source, id, Some(canonical(from)), wanted);
-    report.source(&local.workload.identity, Some(&local.workload));
-    let own = application.local_addr().map(canonical).ok();
-    let refused = match wanted {
-        Some(wanted) if own != Some(wanted) => {
-            carry(context, local, application, canonical(from), wanted, id, &mut report).await
-        }
-        // Dialled directly, not captured: there is nowhere to go.
-        None | Some(_) => {
-            let mend = "this is the agent's own port; connect to the destination's address, and the \
-                        connection is taken up on its way";
-            report.denied(&without_policy(Reason::UnknownDestination, mend), None);
-            Some(application)
+    let captured = Captured::new(application, from);
+    let (from, wanted) = (Some(captured.from), captured.wanted);
+    let mut report = Report::new(context, Side::Source, captured.id, from, wanted);
+    // In boxes that are gone by the time bytes flow: an open connection has only what it needs.
+    let refused = match Box::pin(decide(context, local, captured, &mut report)).await {
+        Decision::Refused(application) => Some(application),
+        Decision::Carry(way) => carry(context, local, way, &mut report).await,
+        Decision::Local(way) => Box::pin(way.carry(&mut report)).await,
+        Decision::Pass(way) => {
+            Box::pin(way.carry(context, local, &mut report)).await;
+            None
         }
     };
     if let Some(application) = refused {
@@ -62,16 +104,34 @@ pub(crate) async fn serve(
     }
 }
 
-/// Returns the application's connection if it is to be refused.
-async fn carry(
-    context: &Arc<Context>,
-    local: &Arc<Local>,
-    application: TcpStream,
-    from: SocketAddr,
-    wanted: SocketAddr,
-    id: [u8; 16],
+impl Captured {
+    fn new(application: TcpStream, from: SocketAddr) -> Self {
+        let wanted = original_destination(&application).map(canonical).ok();
+        Self { application, from: canonical(from), wanted, id: connection_id() }
+    }
+
+    /// Where it was going, if it was captured on its way and not dialled here directly.
+    fn destination(&self) -> Option<SocketAddr> {
+        let own = self.application.local_addr().map(canonical).ok();
+        self.wanted.filter(|_| own != self.wanted)
+    }
+}
+
+async fn decide<'a>(
+    context: &'a Arc<Context>,
+    local: &'a Arc<Local>,
+    captured: Captured,
     report: &mut Report<'_>,
-) -> Option<TcpStream> {
+) -> Decision<'a> {
+    context.metrics.connection_captured(Direction::Outbound);
+    report.source(&local.workload.identity, Some(&local.workload));
+    let Some(wanted) = captured.destination() else {
+        let mend = "this is the agent's own port; connect to the destination's address, and the \
+                    connection is taken up on its way";
+        report.denied(&without_policy(Reason::UnknownDestination, mend), None);
+        return Decision::Refused(captured.application);
+    };
+    let Captured { application, from, wanted: _, id } = captured;
     let (snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
     // Before workloads: nobody takes a service's place by claiming its address.
@@ -87,42 +147,41 @@ async fn carry(
             };
             return match authorize::pass_audited(&snapshot, &local.workload, denial) {
                 Ok(pass) => {
-                    drop(snapshot);
-                    let passing =
-                        passthrough::outbound(context, local, application, wanted, pass, report);
-                    Box::pin(passing).await;
-                    None
+                    Decision::Pass(Box::new(PassWay { application, wanted, pass, _chosen: chosen }))
                 }
                 Err(denial) => {
                     report.denied(&denial, None);
-                    Some(application)
+                    Decision::Refused(application)
                 }
             };
         }
     };
     report.destination(&destination.identity, Some(&destination));
-    // Not held in a variable: it would have its place in every connection's future.
-    let permit = match authorize::check(
-        &snapshot,
-        &local.workload.identity,
-        &destination.identity,
-        target.port(),
-    ) {
+    report.asked(target.port());
+    let (source, port) = (&local.workload.identity, target.port());
+    let permit = match authorize::check(&snapshot, source, &destination.identity, port) {
         Ok(permit) => permit,
         Err(denial) => {
             report.denied(&denial, None);
-            return Some(application);
+            return Decision::Refused(application);
         }
     };
     let neighbour = context
         .neighbours
         .as_ref()
-        .filter(|_| snapshot.owns_address(&local.workload.identity, from.ip()))
+        .filter(|_| snapshot.owns_address(source, from.ip()))
         .and_then(|neighbours| neighbours.find(&destination));
     drop(snapshot);
     if !local.has_certificate().await {
         report.denied(&not_ready("the workload has no certificate yet"), None);
-        return Some(application);
+        return Decision::Refused(application);
+    }
+    // Best effort: the connection works without.
+    drop(tune_local(&application));
+    if let Some(destination) = neighbour {
+        let edge = LocalEdge { context, source: local, destination, id, from, wanted: target };
+        let way = LocalWay { application, edge, permit, snapshots, _chosen: chosen };
+        return Decision::Local(Box::new(way));
     }
     let open = Open {
         connection_id: id,
@@ -131,75 +190,117 @@ async fn carry(
         original_destination: target,
         source_address: from,
     };
-    // Best effort: the connection works without.
-    drop(tune_local(&application));
-    if let Some(neighbour) = neighbour {
-        let edge =
-            LocalEdge { context, source: local, destination: neighbour, id, from, wanted: target };
-        return Box::pin(edge.carry(application, permit, snapshots, report)).await;
-    }
     let edge = Edge {
         destination: destination.identity.clone(),
         agent: SocketAddr::new(target.ip(), MESH_PORT),
     };
-    let (mut application, mut permit) = (Application::new(application), permit);
+    let forward = Forward::new(context, local.clone(), permit, snapshots);
+    let application = Some(Application::new(application));
+    Decision::Carry(Box::new(Way { application, open, edge, chosen, forward }))
+}
+
+impl LocalWay<'_> {
+    /// Returns the application's connection if it is to be refused.
+    async fn carry(self: Box<Self>, report: &mut Report<'_>) -> Option<TcpStream> {
+        let way = *self;
+        way.edge.carry(way.application, way.permit, way.snapshots, report).await
+    }
+}
+
+impl PassWay {
+    async fn carry(self: Box<Self>, context: &Context, local: &Local, report: &mut Report<'_>) {
+        let way = *self;
+        passthrough::outbound(context, local, way.application, way.wanted, way.pass, report).await;
+    }
+}
+
+/// Returns the application's connection if it is to be refused.
+async fn carry(
+    context: &Arc<Context>,
+    local: &Arc<Local>,
+    mut way: Box<Way<'_>>,
+    report: &mut Report<'_>,
+) -> Option<TcpStream> {
     for attempt in 1..=ATTEMPTS {
         // The last one does not depend on what the pool believes.
         let idle =
-            if attempt < ATTEMPTS { idle(context, local, &edge, target.port()) } else { None };
+            if attempt < ATTEMPTS { idle(context, local, &way.edge, way.port()) } else { None };
         let reused = idle.is_some();
         let obtained = match idle {
             Some(session) => Ok(session),
-            None => Box::pin(connect(context, local, &edge)).await,
+            None => Box::pin(connect(context, local, &way.edge)).await,
         };
-        let mut session = match obtained {
-            Ok(session) => session,
-            Err(error) => {
-                if let Some(chosen) = &chosen {
-                    chosen.failed();
-                }
-                failed(&error, &permit, report);
-                return Some(application.stream);
-            }
-        };
-        context.metrics.stream_opened(if reused { SessionKind::Reused } else { SessionKind::New });
-        report.tls(session.tls());
-        if *session.peer().id() != edge.destination {
-            let detail = format!("{} answered for {}", session.peer().id(), edge.destination);
-            report.denied(&without_policy(Reason::IdentityMismatch, ""), Some(detail));
-            return Some(application.stream);
-        }
-        if let Err(error) = session.open(&open) {
-            failed(&error, &permit, report);
-            return Some(application.stream);
-        }
-        let relay = match Relay::new(application, session, report.permitted(&permit)) {
+        let relay = match way.open(context, obtained, reused, report) {
             Ok(relay) => relay,
-            Err(error) => {
-                failed(&error, &permit, report);
-                return None;
-            }
+            Err(application) => return application,
         };
-        let forward = Forward { context, local, relay, snapshots: snapshots.clone() };
-        match Box::pin(forward.run(permit, report)).await {
+        match way.forward.run(relay, report).await {
             Outcome::Over(Some(session)) => {
-                local.pool.put(&edge, session, target.port());
+                local.pool.put(&way.edge, session, way.port());
                 return None;
             }
             Outcome::Over(None) => {
                 if reused && !report.is_open() {
                     // The destination's machine may have gone without a word, and all sessions with it.
-                    local.pool.forget(&edge);
+                    local.pool.forget(&way.edge);
                 }
                 return None;
             }
-            Outcome::NotTaken(again, still) => (application, permit) = (again, still),
+            Outcome::NotTaken(again) => way.application = Some(again),
         }
     }
     let text =
         format!("the destination's agent went away {ATTEMPTS} times before it took the stream");
     report.closed("unreachable", Some(text));
-    Some(application.stream)
+    way.refuse()
+}
+
+impl Way<'_> {
+    fn port(&self) -> u16 {
+        self.open.original_destination.port()
+    }
+
+    fn refuse(&mut self) -> Option<TcpStream> {
+        self.application.take().map(|application| application.stream)
+    }
+
+    /// Asks for a stream on the session. Returns the application's connection if there is none and it is to be
+    /// refused.
+    fn open(
+        &mut self,
+        context: &Context,
+        obtained: Result<Box<Session>, SessionError>,
+        reused: bool,
+        report: &mut Report<'_>,
+    ) -> Result<Box<Relay>, Option<TcpStream>> {
+        let permit = &self.forward.permit;
+        let mut session = match obtained {
+            Ok(session) => session,
+            Err(error) => {
+                if let Some(chosen) = &self.chosen {
+                    chosen.failed();
+                }
+                failed(&error, permit, report);
+                return Err(self.refuse());
+            }
+        };
+        context.metrics.stream_opened(if reused { SessionKind::Reused } else { SessionKind::New });
+        report.tls(session.tls());
+        if *session.peer().id() != self.edge.destination {
+            let detail = format!("{} answered for {}", session.peer().id(), self.edge.destination);
+            report.denied(&without_policy(Reason::IdentityMismatch, ""), Some(detail));
+            return Err(self.refuse());
+        }
+        if let Err(error) = session.open(&self.open) {
+            failed(&error, permit, report);
+            return Err(self.refuse());
+        }
+        let application = self.application.take().ok_or(None)?;
+        Relay::new(application, session, report.permitted(permit)).map_err(|error| {
+            failed(&error, permit, report);
+            None
+        })
+    }
 }
 
 /// A session that is idle, if there is one. If it was the last, another one is made for the next

@@ -8,6 +8,7 @@ use std::{
 
 use hauberk_core::{
     identity::SpiffeId,
+    learn::{Edge, End, Outcome},
     policy::{Allowed, Denial, Mode, Reason, resolve::MeshWorkload},
     session::Refusal,
 };
@@ -34,6 +35,8 @@ pub(crate) struct Report<'a> {
     dst: Party,
     client: Option<SocketAddr>,
     original_destination: Option<SocketAddr>,
+    /// The port that was decided about, where that is not the one that the application dialled.
+    asked: Option<u16>,
     tls: Option<Arc<TlsInfo>>,
     path: Option<Path>,
     revision: Option<u64>,
@@ -86,6 +89,7 @@ impl<'a> Report<'a> {
             dst: Party::default(),
             client,
             original_destination,
+            asked: None,
             tls: None,
             path: None,
             revision: None,
@@ -113,6 +117,11 @@ impl<'a> Report<'a> {
     pub(crate) fn addresses(&mut self, client: SocketAddr, original_destination: SocketAddr) {
         self.client = Some(client);
         self.original_destination = Some(original_destination);
+    }
+
+    /// The decision is about this port: a service leads to another than it has itself.
+    pub(crate) fn asked(&mut self, port: u16) {
+        self.asked = Some(port);
     }
 
     pub(crate) fn tls(&mut self, tls: &Arc<TlsInfo>) {
@@ -146,6 +155,7 @@ impl<'a> Report<'a> {
         self.ended = Some("denied");
         self.resolve();
         self.count();
+        self.note_edge();
     }
 
     /// It is refused by the destination's agent.
@@ -165,6 +175,8 @@ impl<'a> Report<'a> {
     pub(crate) fn opened(&mut self, path: Path) {
         self.path = Some(path);
         self.count();
+        // Not earlier: what nobody answers is no connection to learn from.
+        self.note_edge();
         let direction = self.direction();
         self.open = Some(self.context.metrics.connection_opened(direction));
         let elapsed = self.started.elapsed();
@@ -293,6 +305,35 @@ impl<'a> Report<'a> {
         }
     }
 
+    fn note_edge(&self) {
+        if let Some(edge) = self.unallowed() {
+            self.context.edges.note(edge, hauberk_tls::now());
+        }
+    }
+
+    /// The edge, if no policy allows it and this is the side that tells of it: the destination's, for what passed
+    /// inside of the mesh, and whichever refused.
+    fn unallowed(&self) -> Option<Edge> {
+        let outcome = match &self.decided {
+            Decided::Permitted(permitted) => match (permitted.as_ref(), self.side) {
+                (Permitted::Audited(_), Side::Destination) => Outcome::WouldDeny,
+                (Permitted::Audited(_), Side::Source) | (Permitted::Allowed(_), _) => return None,
+            },
+            Decided::WouldDeny(_) => Outcome::WouldDeny,
+            Decided::Denied(denial) if wants_a_rule(denial.reason) => Outcome::Denied,
+            Decided::Nothing | Decided::Probe | Decided::Denied(_) | Decided::DeniedByPeer(..) => {
+                return None;
+            }
+        };
+        let wanted = self.original_destination?;
+        Some(Edge {
+            source: self.src.end(self.client)?,
+            destination: self.dst.end(Some(wanted))?,
+            port: self.asked.unwrap_or(wanted.port()),
+            outcome,
+        })
+    }
+
     fn labels(&self) -> (WorkloadLabels<'_>, WorkloadLabels<'_>) {
         (self.src.labels(), self.dst.labels())
     }
@@ -365,6 +406,13 @@ impl Drop for Report<'_> {
 }
 
 impl Party {
+    fn end(&self, address: Option<SocketAddr>) -> Option<End> {
+        match &self.id {
+            Some(id) => Some(End::Identity(id.clone())),
+            None => address.map(|address| End::Address(address.ip())),
+        }
+    }
+
     fn told(&self, address: Option<SocketAddr>) -> Peer {
         let workload = self.workload.as_ref();
         Peer {
@@ -385,6 +433,11 @@ impl Party {
             name: workload.name.as_str(),
         }
     }
+}
+
+/// Whether a rule is all that is missing.
+fn wants_a_rule(reason: Reason) -> bool {
+    matches!(reason, Reason::NoPolicy | Reason::NoMatchingRule | Reason::GrantExpired)
 }
 
 fn some(text: &str) -> Option<String> {

@@ -325,6 +325,12 @@ impl Lab {
         operator::get_status(&self.socket())
     }
 
+    /// Takes a child out of the lab's care: another one may be started in its name beside it.
+    #[must_use]
+    pub fn release(&mut self, name: &str) -> Option<Running> {
+        self.children.remove(name)
+    }
+
     /// Stops a child as an administrator does.
     pub fn stop(&mut self, name: &str) {
         self.children.remove(name);
@@ -420,6 +426,11 @@ impl Running {
     #[must_use]
     pub fn process(&self) -> u32 {
         self.child.id()
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<std::process::ExitStatus> {
+        self.child.try_wait().ok().flatten()
     }
 
     /// Ends it at once.

@@ -4,6 +4,7 @@
 mod control;
 mod demo;
 pub mod lab;
+mod learn;
 mod operator;
 mod probe;
 mod retire;
@@ -42,6 +43,13 @@ enum Action {
     Why(WhyArgs),
     /// Connections that were denied.
     Denied(DeniedArgs),
+    /// Write the AccessPolicies that would allow what was seen and no policy allows yet.
+    ///
+    /// Label a namespace hauberk.dev/mode=audit (or give workloads mode: Audit), let its traffic run, then
+    /// `hauberk learn > policies.yaml`, read what was seen, apply it, and enforce. What was denied is not
+    /// learned, and neither is what no policy can allow: that is written as comments, with what to do. No
+    /// policy that is there is replaced or repeated.
+    Learn(LearnArgs),
     /// Look for what is wrong, with a hint for each finding. Exits with 1 if something is.
     Check(CheckArgs),
     /// Ask whether a control plane answers as agents need it. Exits with 1 if it does not, with 2 if
@@ -143,6 +151,23 @@ struct DeniedArgs {
 }
 
 #[derive(clap::Args)]
+struct LearnArgs {
+    /// Only what connects to this namespace, or from it to outside of the mesh.
+    #[arg(short, long, value_name = "NAME")]
+    namespace: Option<String>,
+    /// Only edges whose last connection was opened within this time, such as 24h.
+    #[arg(long, value_name = "DURATION",
+        value_parser = hauberk_control_plane::config::duration)]
+    since: Option<std::time::Duration>,
+    /// Learn from denied connections as well. Whoever tried to get in where nobody let it would be
+    /// allowed to: read every rule of the answer.
+    #[arg(long)]
+    include_denied: bool,
+    #[command(flatten)]
+    asking: Asking,
+}
+
+#[derive(clap::Args)]
 struct CheckArgs {
     /// Warn of CA certificates that end sooner than this.
     #[arg(long, value_name = "DURATION", default_value = "48h",
@@ -207,6 +232,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Action::Status(asking) => operator::status(&asking),
         Action::Why(args) => operator::why(&args),
         Action::Denied(args) => operator::denied(&args),
+        Action::Learn(args) => learn::run(&args),
         Action::Check(args) => operator::check(&args),
         Action::Completions { shell } => {
             clap_complete::generate(

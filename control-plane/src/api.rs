@@ -1,6 +1,7 @@
 //! The gRPC services: decode, ask the core, act, encode. No rules of their own.
 
 mod enrollment;
+mod learn;
 mod operator;
 mod state;
 mod workload_identity;

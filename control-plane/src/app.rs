@@ -136,6 +136,10 @@ pub async fn run(
     let tls = shared_server_config(names, trust.clone(), ALPN_H2).context("set up TLS")?;
 
     let listener = bind(args.listen, "agents").await?;
+    let webhook_listener = match args.webhook {
+        None => None,
+        Some(address) => Some(bind(address, "the webhook").await?),
+    };
     let operator_path = args.data.join(OPERATOR_SOCKET);
     let operators = serve::operator_connections(&operator_path)
         .with_context(|| format!("listen on {}", operator_path.display()))?;
@@ -162,9 +166,12 @@ pub async fn run(
     match cluster {
         None => drop(tokio::spawn(publisher.watch())),
         Some(cluster) => {
-            let fleet = shared.fleet.clone();
+            let (webhook, fleet) = (cluster.webhook(), shared.fleet.clone());
             let (follower, writer) =
                 cluster.follower(publisher, &args.trust_domain, health.clone(), fleet);
+            if let Some(listener) = webhook_listener {
+                webhook.start(listener, writer.leads.clone(), shared.clone())?;
+            }
             tokio::spawn(follower.run());
             tokio::spawn(writer.run());
         }

@@ -73,6 +73,11 @@ pub struct Args {
     #[arg(long, env = "HAUBERK_METRICS", value_name = "ADDR", default_value = "127.0.0.1:9464")]
     pub metrics: SocketAddr,
 
+    /// Where the Kubernetes API server asks what to warn of, when an object is applied; nowhere without it.
+    /// With --kubernetes.
+    #[arg(long, env = "HAUBERK_WEBHOOK", value_name = "ADDR", requires = "kubernetes")]
+    pub webhook: Option<SocketAddr>,
+
     /// How long workload certificates live, from 10s to 24h.
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = lifetime)]
     pub workload_certificate_lifetime: Duration,
@@ -136,6 +141,7 @@ impl Args {
             listen: SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, 8443)),
             advertise: None,
             metrics: SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 9464)),
+            webhook: None,
             workload_certificate_lifetime: Duration::from_secs(3600),
             node_certificate_lifetime: MAX_LIFETIME,
             log_format: LogFormat::Text,
@@ -186,6 +192,14 @@ mod tests {
         let parsed = Command::parse_from(["control-plane", "--trust-domain", "example.org"]).args;
         let defaults = Args::defaults("example.org".parse().unwrap());
         assert_eq!(format!("{parsed:?}"), format!("{defaults:?}"));
+    }
+
+    #[test]
+    fn the_webhook_is_a_clusters() {
+        let arguments = ["control-plane", "--trust-domain=example.org", "--webhook=[::]:9443"];
+        assert!(Command::try_parse_from(arguments).is_err());
+        let more = arguments.into_iter().chain(["--kubernetes"]);
+        assert_eq!(Command::parse_from(more).args.webhook.unwrap().port(), 9443);
     }
 
     #[test]

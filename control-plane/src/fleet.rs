@@ -1,4 +1,5 @@
-//! What the agents say of themselves: who is connected, what each enforces, what each denied.
+//! What the agents say of themselves: who is connected, what each enforces, what each denied, and what each saw
+//! that no policy allows.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -8,6 +9,8 @@ use std::{
 use hauberk_core::time::Timestamp;
 use hauberk_proto::v1;
 use tokio::sync::broadcast;
+
+use crate::seen::Memory;
 
 /// How many denied connections are kept for people who ask.
 const KEPT_DENIALS: usize = 10_000;
@@ -32,6 +35,7 @@ pub(crate) struct Fleet {
     agents: Mutex<BTreeMap<String, Agent>>,
     denials: Mutex<VecDeque<v1::DeniedEvent>>,
     followers: broadcast::Sender<v1::DeniedEvent>,
+    seen: Memory,
     cuts: broadcast::Sender<String>,
 }
 
@@ -41,6 +45,7 @@ impl Default for Fleet {
             agents: Mutex::default(),
             denials: Mutex::default(),
             followers: broadcast::channel(FOLLOWER_BACKLOG).0,
+            seen: Memory::default(),
             cuts: broadcast::channel(FOLLOWER_BACKLOG).0,
         }
     }
@@ -71,6 +76,11 @@ impl Fleet {
 
     pub(crate) fn connected(&self) -> usize {
         lock(&self.agents).values().filter(|agent| agent.streams > 0).count()
+    }
+
+    /// What was seen that no policy allows.
+    pub(crate) fn seen(&self) -> &Memory {
+        &self.seen
     }
 
     pub(crate) fn add_denials(&self, denials: v1::Denials) {

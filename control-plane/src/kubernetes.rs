@@ -15,6 +15,7 @@ use crate::{
     custody::{Keep, Source},
     fleet::Fleet,
     policy::{Follower, Publisher, StatusWriter},
+    webhook::Webhook,
 };
 
 /// The audience that agents' tokens must be for.
@@ -116,6 +117,15 @@ impl Connection {
             namespace: self.namespace.clone(),
             service_account: agent_service_account.to_owned(),
             attesting: Semaphore::new(ATTESTING),
+        }
+    }
+
+    /// What tells authors at once.
+    pub(crate) fn webhook(&self) -> Webhook {
+        Webhook {
+            client: self.client.clone(),
+            cluster: self.cluster.clone(),
+            namespace: self.namespace.clone(),
         }
     }
 

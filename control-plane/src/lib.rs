@@ -12,5 +12,7 @@ mod fleet;
 mod issuance;
 mod kubernetes;
 mod policy;
+mod seen;
 mod serve;
 mod store;
+mod webhook;

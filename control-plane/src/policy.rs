@@ -1,11 +1,14 @@
 //! From manifests to what agents enforce: read whole, resolved, published as revisions.
 
+mod judge;
 mod kubernetes;
 mod publish;
 mod source;
 mod status;
+mod warnings;
 
 pub(crate) use kubernetes::{Follower, HEALTH_CHECK};
 pub(crate) use publish::{Published, Publisher, chain};
 pub(crate) use source::{Folder, read_folder};
 pub(crate) use status::StatusWriter;
+pub(crate) use warnings::warnings;

@@ -29,6 +29,9 @@ pub const MAX_TRUST_DOMAIN_BYTES: usize = 255;
 /// The longest resource name, in bytes: that of a DNS subdomain (RFC 1123), as in Kubernetes.
 pub const MAX_RESOURCE_NAME_BYTES: usize = 253;
 
+/// The longest name that [`ResourceName::label_of`] makes: with a number, it is still a DNS label.
+const MAX_LABEL_BYTES: usize = 56;
+
 /// The domain under which [`SpiffeId::server_name`] places every name.
 pub const SERVER_NAME_SUFFIX: &str = ".svid.hauberk.internal";
 
@@ -311,6 +314,34 @@ impl ResourceName {
     /// The name.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// A DNS label for any text: the text itself if it is a short one, else what can be kept of it
+    /// and a hash, so that two texts have two names.
+    pub(crate) fn label_of(text: &str) -> Self {
+        let is_kept = |c: char| matches!(c, 'a'..='z' | '0'..='9' | '-');
+        let is_label = (1..=MAX_LABEL_BYTES).contains(&text.len())
+            && text.chars().all(is_kept)
+            && !text.starts_with('-')
+            && !text.ends_with('-');
+        if is_label {
+            return Self(text.into());
+        }
+        let digest = Sha256::new().chain_update(text).finalize();
+        let hash: String =
+            digest.as_slice().iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+        let kept = text.chars().map(|c| if is_kept(c) { c } else { '-' });
+        // Room for the hash and the dash before it.
+        let kept: String = kept.take(MAX_LABEL_BYTES - 9).collect();
+        match kept.trim_matches('-') {
+            "" => Self(hash.into()),
+            kept => Self(format!("{kept}-{hash}").into()),
+        }
+    }
+
+    /// The label with a number, for when somebody has it already.
+    pub(crate) fn numbered(&self, number: usize) -> Self {
+        Self(format!("{self}-{number}").into())
     }
 }
 

@@ -1,12 +1,13 @@
 //! Pure decisions of Hauberk: who somebody is, what a certificate proves, who may connect, when a
-//! certificate is renewed, which identity a workload may have, and what the frames between two
-//! agents mean.
+//! certificate is renewed, which identity a workload may have, what the frames between two agents
+//! mean, and which policies would allow what was seen.
 //!
 //! Nothing here does IO, reads a clock, starts a task or logs. Time and chance come in as
 //! arguments; refusals come out as values that name the reason.
 
 pub mod admission;
 pub mod identity;
+pub mod learn;
 pub mod manifest;
 pub mod policy;
 pub mod rotation;

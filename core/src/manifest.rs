@@ -23,7 +23,7 @@ use reader::Reader;
 use tree::Place;
 
 /// A manifest longer than this is refused: nobody reviews it.
-const MAX_TEXT: usize = 1024 * 1024;
+pub const MAX_TEXT: usize = 1024 * 1024;
 
 /// The most objects in one file.
 const MAX_OBJECTS: usize = 10_000;

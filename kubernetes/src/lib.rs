@@ -3,6 +3,7 @@
 //! Everything that talks to the Kubernetes API is in here; it decides nothing.
 
 mod access;
+mod admission;
 mod attest;
 mod cluster;
 pub mod crd;
@@ -15,8 +16,10 @@ mod services;
 mod shared;
 mod status;
 mod watched;
+mod webhook;
 
 pub use access::{Access, AccessError};
+pub use admission::{Answer, Review, ReviewError};
 pub use attest::{AttestError, AttestedPod, Attestor};
 pub use cluster::{Cluster, Snapshot};
 pub use kube::Client;
@@ -26,6 +29,7 @@ pub use replicas::{Enforced, Report};
 pub use retire::{RetireError, retire};
 pub use shared::{Agreement, KeptRoots, Shared, SharedError};
 pub use status::{Told, status_of, write_status};
+pub use webhook::{Registration, register, registration};
 
 /// The label of a namespace that puts its pods into the mesh, and says how: `enforce`, `audit` or `off`.
 pub const MODE_LABEL: &str = "hauberk.dev/mode";

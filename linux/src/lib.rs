@@ -14,6 +14,7 @@ pub mod links;
 pub mod netns;
 pub mod owner;
 pub mod packets;
+pub mod pass;
 pub mod socket;
 mod sys;
 

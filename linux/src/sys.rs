@@ -1,9 +1,9 @@
-//! The one place with `unsafe`: socket options that neither nix nor socket2 knows.
+//! The one place with `unsafe`: socket options that neither nix nor socket2 knows, and descriptors that came in a message.
 #![allow(unsafe_code)]
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
 use nix::libc;
@@ -48,4 +48,10 @@ pub(crate) fn tcp_info(socket: &impl AsFd) -> io::Result<libc::tcp_info> {
         )
     };
     if result == 0 { Ok(info) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A descriptor that has just come in a message.
+pub(crate) fn received(descriptor: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has made it for this process, and nobody else knows of it.
+    unsafe { OwnedFd::from_raw_fd(descriptor) }
 }

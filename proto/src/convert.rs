@@ -2,11 +2,13 @@
 
 mod error;
 mod policy;
+mod seen;
 mod service;
 mod workload;
 
 pub use error::ConvertError;
 pub use policy::{guardrail, guardrail_message, policy, policy_message};
+pub use seen::{learned_destination, seen, seen_message};
 pub use service::{service, service_message};
 pub use workload::{workload, workload_message};
 

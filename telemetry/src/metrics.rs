@@ -20,7 +20,7 @@ use prometheus::{
 
 pub use self::agent::{AgentMetrics, IdleSession, OpenConnection, RenewalStep, SessionKind};
 pub use self::capped::{CappedVec, DEFAULT_SERIES_CAP, OVERFLOW, Series};
-pub use self::control_plane::ControlPlaneMetrics;
+pub use self::control_plane::{ControlPlaneMetrics, Review};
 pub use self::edge::{EdgeCounters, EdgeLabels, WorkloadLabels};
 
 /// Which way a connection goes, seen from this agent.

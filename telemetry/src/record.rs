@@ -1,8 +1,7 @@
 //! One record a connection: what it was, what was decided about it, and how it ended.
 //!
-//! The same shape is written to disk, kept for `hauberk denied` and read back by `hauberk learn`
-//! and `hauberk plan`. A record holds identities and addresses, never payload, keys or
-//! certificates. Unknown fields are ignored when reading, so that an older command can read what
+//! The same shape is written to disk, and kept for `hauberk denied`, which reads it back. A record
+//! holds identities and addresses, never payload, keys or certificates. Unknown fields are ignored when reading, so that an older command can read what
 //! a newer agent wrote.
 
 mod destination;

@@ -2,7 +2,9 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
-use hauberk_telemetry::metrics::{Direction, OVERFLOW, Outcome, RenewalStep, WorkloadLabels};
+use hauberk_telemetry::metrics::{
+    Direction, OVERFLOW, Outcome, RenewalStep, Review, WorkloadLabels,
+};
 use hauberk_telemetry::{AgentMetrics, ControlPlaneMetrics, Decision, EdgeLabels, Side};
 use prometheus::{Registry, TextEncoder};
 
@@ -60,6 +62,7 @@ fn the_control_planes_metrics_are_these() {
     metrics.manifests_read(0, UNIX_EPOCH + Duration::from_secs(1_795_000_000));
     metrics.manifests_read(1, UNIX_EPOCH + Duration::from_secs(1_795_000_060));
     metrics.join_attempt(Outcome::Failure);
+    metrics.admission_review(Review::Warned);
     metrics.set_ca_expiry("root", UNIX_EPOCH + Duration::from_secs(1_900_000_000));
     insta::assert_snapshot!(exposition(metrics.registry()));
 }

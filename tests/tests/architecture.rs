@@ -263,7 +263,8 @@ fn only_the_decision_makes_a_permit() {
 #[test]
 fn tls_configurations_are_made_in_one_place() {
     for builder in ["ServerConfig::builder", "ClientConfig::builder"] {
-        only_in(builder, &["tls/src/config.rs"], "TLS 1.3, mutual, without resumption, everywhere");
+        let reason = "TLS 1.3 without resumption everywhere, and mutual within the mesh";
+        only_in(builder, &["tls/src/config.rs"], reason);
     }
 }
 

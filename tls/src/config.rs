@@ -12,7 +12,7 @@ use rustls::{
 };
 
 use crate::{
-    CredentialSlot, TrustSlot,
+    CredentialSlot, NamedSlot, TrustSlot,
     verify::{ClientVerifier, ServerTrust, ServerVerifier},
 };
 
@@ -60,12 +60,31 @@ fn server(
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(Arc::new(ClientVerifier { trust, mandatory }))
         .with_cert_resolver(resolver);
+    finish_server(&mut config, alpn);
+    Ok(config)
+}
+
+/// A server that its callers know by its name in DNS, and that asks none of them for a certificate: for callers
+/// outside of the mesh, such as the API server of Kubernetes. They are nobody until they prove themselves in
+/// another way.
+///
+/// # Errors
+/// If rustls does not take the configuration.
+pub fn named_server_config(slot: Arc<NamedSlot>, alpn: &[u8]) -> Result<ServerConfig, Error> {
+    let mut config = ServerConfig::builder_with_provider(provider().clone())
+        .with_protocol_versions(&[&TLS13])?
+        .with_no_client_auth()
+        .with_cert_resolver(slot);
+    finish_server(&mut config, alpn);
+    Ok(config)
+}
+
+fn finish_server(config: &mut ServerConfig, alpn: &[u8]) {
     config.alpn_protocols = vec![alpn.to_vec()];
     // rustls restores a client's chain from a ticket without verifying it again.
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.max_early_data_size = 0;
-    Ok(config)
 }
 
 /// A client that shows the credential of `slot`, and takes only the exact identity whose

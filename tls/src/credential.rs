@@ -51,13 +51,7 @@ impl Credential {
     ) -> Result<Self, CredentialError> {
         let leaf = chain.first().ok_or(CredentialError::Empty)?;
         let facts = check_leaf(leaf, now).map_err(CredentialError::Leaf)?;
-        let signing = provider()
-            .key_provider
-            .load_private_key(key.der().clone_key())
-            .map_err(CredentialError::Key)?;
-        let certified = CertifiedKey::new(chain, signing);
-        certified.keys_match().map_err(CredentialError::Key)?;
-        Ok(Self { certified: Arc::new(certified), facts })
+        Ok(Self { certified: Arc::new(with_key(chain, key)?), facts })
     }
 
     /// What the leaf says.
@@ -75,6 +69,20 @@ impl Credential {
     pub(crate) fn certified(&self) -> &Arc<CertifiedKey> {
         &self.certified
     }
+}
+
+/// A chain with its key, which must be that of the leaf.
+fn with_key(
+    chain: Vec<CertificateDer<'static>>,
+    key: &PrivateKey,
+) -> Result<CertifiedKey, CredentialError> {
+    let signing = provider()
+        .key_provider
+        .load_private_key(key.der().clone_key())
+        .map_err(CredentialError::Key)?;
+    let certified = CertifiedKey::new(chain, signing);
+    certified.keys_match().map_err(CredentialError::Key)?;
+    Ok(certified)
 }
 
 /// Holds the credential of one identity; empty until the first one is issued. One slot lives as long
@@ -129,6 +137,35 @@ impl ResolvesClientCert for CredentialSlot {
 
     fn has_certs(&self) -> bool {
         self.current.load().is_some()
+    }
+}
+
+/// Holds the certificate of a server that callers outside of the mesh know by its name in DNS; empty until
+/// there is one. What it holds is no SVID, and is good for nothing in the mesh.
+#[derive(Debug, Default)]
+pub struct NamedSlot(ArcSwapOption<CertifiedKey>);
+
+impl NamedSlot {
+    /// Puts a certificate to use from the next handshake on.
+    ///
+    /// # Errors
+    /// If the chain is empty, or the key is not that of its leaf.
+    pub fn store(
+        &self,
+        chain: Vec<CertificateDer<'static>>,
+        key: &PrivateKey,
+    ) -> Result<(), CredentialError> {
+        if chain.is_empty() {
+            return Err(CredentialError::Empty);
+        }
+        self.0.store(Some(Arc::new(with_key(chain, key)?)));
+        Ok(())
+    }
+}
+
+impl ResolvesServerCert for NamedSlot {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.0.load_full()
     }
 }
 

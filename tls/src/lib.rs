@@ -1,6 +1,6 @@
 //! The lock: rustls with SPIFFE rules. Keys and signing requests, credentials that can be swapped
 //! while connections use them, verifiers that hand out proof, the only TLS configurations in Hauberk
-//! (TLS 1.3, mutual, no resumption), the connections between agents after their
+//! (TLS 1.3, mutual within the mesh, no resumption), the connections between agents after their
 //! handshake, and the turns of handshakes that wait.
 //!
 //! No sockets and no policy here.
@@ -17,10 +17,10 @@ pub mod turns;
 mod verify;
 
 pub use config::{
-    client_config, join_client_config, mesh_client_config, mesh_server_config, provider,
-    shared_server_config,
+    client_config, join_client_config, mesh_client_config, mesh_server_config, named_server_config,
+    provider, shared_server_config,
 };
-pub use credential::{ByServerName, Credential, CredentialError, CredentialSlot};
+pub use credential::{ByServerName, Credential, CredentialError, CredentialSlot, NamedSlot};
 pub use failure::{HandshakeFailure, failure_of, reason_of};
 pub use keys::{KeyError, PrivateKey, signing_request};
 pub use reauthenticate::{ReauthenticateError, prove, verify_proof};

@@ -1,7 +1,13 @@
 //! Accept loops: a place for each connection, a task for each, and patience when the system has no
 //! more descriptors.
 
-use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    net::SocketAddr,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use hauberk_linux::socket::{ListenOptions, listen};
@@ -11,7 +17,10 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::context::Context;
+use crate::{
+    context::Context,
+    handover::{Inherited, Seat},
+};
 
 /// The pause after a failed accept, so that being out of descriptors does not spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
@@ -20,38 +29,61 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 /// its own, so that a flood of incoming ones leaves the outgoing ones alone.
 const MAX_CONNECTIONS: usize = 32_768;
 
-/// A listener's task; ends with its owner.
-pub(super) struct Accepting(JoinHandle<()>);
+/// A listener and its task, which ends with its owner.
+pub(super) struct Accepting {
+    seat: Seat,
+    listener: Arc<TcpListener>,
+    task: JoinHandle<()>,
+}
 
-impl Drop for Accepting {
-    fn drop(&mut self) {
-        self.0.abort();
+impl Accepting {
+    /// The listener for another process.
+    pub(super) fn share(&self) -> std::io::Result<(Seat, OwnedFd)> {
+        Ok((self.seat.clone(), self.listener.as_fd().try_clone_to_owned()?))
     }
 }
 
-/// Binds in the calling thread's network namespace.
-pub(super) fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
-    listen(address, ListenOptions::default()).with_context(|| format!("listen on {address}"))
+impl Drop for Accepting {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A listener that nobody accepts from yet.
+pub(super) struct Bound {
+    pub(super) seat: Seat,
+    pub(super) listener: std::net::TcpListener,
+}
+
+/// The listener that was handed over for this seat, or a new one in the calling thread's network namespace.
+pub(super) fn bind(inherited: &Inherited, seat: Seat) -> anyhow::Result<Bound> {
+    let listener = match inherited.claim(&seat) {
+        Some(listener) => listener,
+        None => listen(seat.address, ListenOptions::default())
+            .with_context(|| format!("listen on {}", seat.address))?,
+    };
+    Ok(Bound { seat, listener })
 }
 
 /// Serves every connection of a listener in a task of its own.
 pub(super) fn accept<F>(
     context: &Arc<Context>,
-    listener: std::net::TcpListener,
+    bound: Bound,
     serve: impl Fn(Arc<Context>, TcpStream, SocketAddr) -> F + Send + 'static,
 ) -> anyhow::Result<Accepting>
 where
     F: Future<Output = ()> + Send + 'static,
 {
-    let listener = TcpListener::from_std(listener).context("register a listener")?;
-    let context = context.clone();
+    let Bound { seat, listener } = bound;
+    let listener = Arc::new(TcpListener::from_std(listener).context("register a listener")?);
+    let (context, accepting) = (context.clone(), listener.clone());
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    Ok(Accepting(tokio::spawn(async move {
+    let task = tokio::spawn(async move {
         loop {
             let Ok(place) = places.clone().acquire_owned().await else { return };
             let accepted = tokio::select! {
                 () = context.stopping.cancelled() => return,
-                accepted = listener.accept() => accepted,
+                accepted = accepting.accept() => accepted,
             };
             match accepted {
                 Ok((stream, from)) => {
@@ -69,5 +101,6 @@ where
                 }
             }
         }
-    })))
+    });
+    Ok(Accepting { seat, listener, task })
 }

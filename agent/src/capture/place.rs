@@ -24,10 +24,11 @@ use rustls::ServerConfig;
 
 use super::{
     Locals,
-    listeners::{Accepting, accept, bind},
+    listeners::{Accepting, Bound, accept, bind},
 };
 use crate::{
     context::{Context, Local, MESH_PORT, Place},
+    handover::{Inherited, Seat},
     identity::Identities,
     inbound, outbound,
 };
@@ -57,8 +58,9 @@ pub(super) struct NamespaceCapture {
     worker: Arc<NetnsWorker>,
     rules: capture::Ruleset,
     locals: Arc<Locals>,
+    inherited: Inherited,
     outbound: Vec<Accepting>,
-    _inbound: Vec<Accepting>,
+    inbound: Vec<Accepting>,
 }
 
 impl NamespaceCapture {
@@ -67,6 +69,7 @@ impl NamespaceCapture {
         workload: &Arc<MeshWorkload>,
         path: &Path,
         identities: &mut Identities,
+        inherited: &Inherited,
     ) -> anyhow::Result<Self> {
         let netns = Netns::open(path)
             .with_context(|| format!("open the network namespace {}", path.display()))?;
@@ -82,10 +85,11 @@ impl NamespaceCapture {
         let locals = Arc::new(Locals::default());
         let installed = rules.clone();
         worker.call(move || installed.install())??;
-        let listeners = worker.call(|| {
+        let (namespace, from_before) = (Some(netns.inode()), inherited.clone());
+        let listeners = worker.call(move || {
             Ok::<_, anyhow::Error>((
-                bind_all(&any_addresses(), PLAINTEXT_PORT)?,
-                bind_all(&any_addresses(), MESH_PORT)?,
+                bind_all(&from_before, namespace, &any_addresses(), PLAINTEXT_PORT)?,
+                bind_all(&from_before, namespace, &any_addresses(), MESH_PORT)?,
             ))
         })??;
         let mut inbound = Vec::new();
@@ -108,8 +112,9 @@ impl NamespaceCapture {
             worker,
             rules,
             locals,
+            inherited: inherited.clone(),
             outbound: Vec::new(),
-            _inbound: inbound,
+            inbound,
         };
         capture.update(workload, identities)?;
         Ok(capture)
@@ -171,7 +176,10 @@ impl NamespaceCapture {
         ));
         self.locals.store(vec![local]);
         if self.outbound.is_empty() {
-            let listeners = self.worker.call(|| bind_all(&loopbacks(), OUTBOUND_PORT))??;
+            let (namespace, inherited) = (Some(self.inode()), self.inherited.clone());
+            let listeners = self
+                .worker
+                .call(move || bind_all(&inherited, namespace, &loopbacks(), OUTBOUND_PORT))??;
             for listener in listeners {
                 let (locals, key) = (self.locals.clone(), workload.key());
                 self.outbound.push(accept(
@@ -195,6 +203,10 @@ impl NamespaceCapture {
         &self.locals
     }
 
+    pub(super) fn listeners(&self) -> impl Iterator<Item = &Accepting> {
+        self.outbound.iter().chain(&self.inbound)
+    }
+
     pub(super) fn remove_rules(&self) {
         let removed = self.worker.call(capture::remove).and_then(|result| result);
         if let Err(error) = removed {
@@ -211,18 +223,19 @@ pub(super) struct HostCapture {
     rules: Option<capture::Ruleset>,
     /// The cgroups that are captured or should be, and what the kernel knew them by.
     cgroups: Vec<(ProcessMatch, Option<u64>)>,
-    _inbound: Vec<Accepting>,
+    inherited: Inherited,
+    inbound: Vec<Accepting>,
 }
 
 impl HostCapture {
-    pub(super) fn start(context: &Arc<Context>) -> anyhow::Result<Self> {
+    pub(super) fn start(context: &Arc<Context>, inherited: &Inherited) -> anyhow::Result<Self> {
         let locals = Arc::new(Locals::default());
         let mut inbound = Vec::new();
-        for listener in bind_all(&any_addresses(), PLAINTEXT_PORT)? {
+        for listener in bind_all(inherited, None, &any_addresses(), PLAINTEXT_PORT)? {
             inbound.push(accept_plaintext(context, listener, &locals)?);
         }
         let tls = mesh_tls(context, &locals)?;
-        for listener in bind_all(&any_addresses(), MESH_PORT)? {
+        for listener in bind_all(inherited, None, &any_addresses(), MESH_PORT)? {
             inbound.push(accept_mesh(context, listener, &locals, &tls)?);
         }
         Ok(Self {
@@ -230,7 +243,8 @@ impl HostCapture {
             outbound: BTreeMap::new(),
             rules: None,
             cgroups: Vec::new(),
-            _inbound: inbound,
+            inherited: inherited.clone(),
+            inbound,
         })
     }
 
@@ -307,13 +321,18 @@ impl HostCapture {
         context: &Arc<Context>,
         key: &str,
     ) -> anyhow::Result<(u16, Vec<Accepting>)> {
+        let seat = |address, port| Seat {
+            namespace: None,
+            workload: Some(key.to_owned()),
+            address: SocketAddr::new(address, port),
+        };
         let mut addresses = loopbacks().into_iter();
         let first = addresses.next().context("no loopback address")?;
-        let listener = bind(SocketAddr::new(first, 0))?;
-        let port = listener.local_addr()?.port();
-        let mut listeners = vec![listener];
+        let first = bind(&self.inherited, seat(first, 0))?;
+        let port = first.listener.local_addr()?.port();
+        let mut listeners = vec![first];
         for address in addresses {
-            listeners.push(bind(SocketAddr::new(address, port))?);
+            listeners.push(bind(&self.inherited, seat(address, port))?);
         }
         let mut accepting = Vec::new();
         for listener in listeners {
@@ -371,6 +390,10 @@ impl HostCapture {
         &self.locals
     }
 
+    pub(super) fn listeners(&self) -> impl Iterator<Item = &Accepting> {
+        self.outbound.values().flat_map(|(_, listeners)| listeners).chain(&self.inbound)
+    }
+
     pub(super) fn remove_rules() {
         if let Err(error) = capture::remove() {
             tracing::warn!(%error, "the host's capture rules could not be removed");
@@ -426,7 +449,7 @@ fn mesh_tls(context: &Context, locals: &Locals) -> anyhow::Result<Arc<ServerConf
 
 fn accept_mesh(
     context: &Arc<Context>,
-    listener: std::net::TcpListener,
+    listener: Bound,
     locals: &Arc<Locals>,
     tls: &Arc<ServerConfig>,
 ) -> anyhow::Result<Accepting> {
@@ -439,7 +462,7 @@ fn accept_mesh(
 
 fn accept_plaintext(
     context: &Arc<Context>,
-    listener: std::net::TcpListener,
+    listener: Bound,
     locals: &Arc<Locals>,
 ) -> anyhow::Result<Accepting> {
     let locals = locals.clone();
@@ -449,8 +472,18 @@ fn accept_plaintext(
     })
 }
 
-fn bind_all(addresses: &[IpAddr], port: u16) -> anyhow::Result<Vec<std::net::TcpListener>> {
-    addresses.iter().map(|address| bind(SocketAddr::new(*address, port))).collect()
+fn bind_all(
+    inherited: &Inherited,
+    namespace: Option<u64>,
+    addresses: &[IpAddr],
+    port: u16,
+) -> anyhow::Result<Vec<Bound>> {
+    let seat = |address: &IpAddr| Seat {
+        namespace,
+        workload: None,
+        address: SocketAddr::new(*address, port),
+    };
+    addresses.iter().map(|address| bind(inherited, seat(address))).collect()
 }
 
 fn any_addresses() -> Vec<IpAddr> {

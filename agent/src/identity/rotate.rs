@@ -21,6 +21,7 @@ use hauberk_tls::{
 };
 use rustls::ClientConfig;
 use tokio::{sync::watch, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
 
 use super::{ControlPlane, Kept, node::explain};
 
@@ -53,6 +54,7 @@ pub(crate) struct Identities {
     control_plane: ControlPlane,
     trust: Arc<TrustSlot>,
     metrics: AgentMetrics,
+    replaced: CancellationToken,
     current: HashMap<String, Arc<LocalIdentity>>,
 }
 
@@ -62,10 +64,11 @@ impl Identities {
         control_plane: ControlPlane,
         trust: Arc<TrustSlot>,
         metrics: AgentMetrics,
+        replaced: CancellationToken,
     ) -> anyhow::Result<Self> {
         let folder = data.join("workloads");
         hauberk_tls::files::private_folder(&folder)?;
-        Ok(Self { folder, control_plane, trust, metrics, current: HashMap::new() })
+        Ok(Self { folder, control_plane, trust, metrics, replaced, current: HashMap::new() })
     }
 
     /// The identity of a workload, made now if it is new or has become another.
@@ -89,6 +92,7 @@ impl Identities {
             control_plane: self.control_plane.clone(),
             trust: self.trust.clone(),
             metrics: self.metrics.clone(),
+            replaced: self.replaced.clone(),
             installed: sender,
         };
         let identity = Arc::new(LocalIdentity {
@@ -128,6 +132,8 @@ struct Rotation {
     control_plane: ControlPlane,
     trust: Arc<TrustSlot>,
     metrics: AgentMetrics,
+    /// Another agent keeps the keys on disk from then on.
+    replaced: CancellationToken,
     installed: watch::Sender<u64>,
 }
 
@@ -229,6 +235,9 @@ impl Rotation {
             self.trust.store(bundle);
         }
         self.install(credential)?;
+        if self.replaced.is_cancelled() {
+            return Ok(());
+        }
         // A full disk costs the certificate at the next restart, not the connections of now.
         if let Err(error) =
             Kept::new(key, &answer.certificate_chain, &answer.trust_bundle).save(&self.path)

@@ -21,9 +21,10 @@ use hauberk_tls::files::{read_private, write_private};
 use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 
 use super::Snapshot;
-use crate::{capture::StatusBoard, identity::ControlPlane};
+use crate::{capture::StatusBoard, edges::Edges, identity::ControlPlane};
 
 /// The pause before the control plane is tried again, doubled up to the longest.
 const FIRST_RETRY: Duration = Duration::from_millis(200);
@@ -31,6 +32,9 @@ const LONGEST_RETRY: Duration = Duration::from_secs(10);
 
 /// How often the agent tells how its certificates and captures stand.
 const STATUS_PACE: Duration = Duration::from_secs(2);
+
+/// How often it tells of connections that no policy allows.
+const EDGES_PACE: Duration = Duration::from_secs(5);
 
 /// Denials gathered for one report.
 const DENIALS_A_REPORT: usize = 200;
@@ -44,11 +48,18 @@ pub(crate) struct Enforcer {
     path: PathBuf,
     metrics: AgentMetrics,
     health: Health,
+    replaced: CancellationToken,
 }
 
 impl Enforcer {
     /// Starts from the last good state on disk, if there is one.
-    pub(crate) fn open(data: &Path, metrics: AgentMetrics, health: Health) -> Self {
+    /// Nothing is written there any more once another agent has replaced this one.
+    pub(crate) fn open(
+        data: &Path,
+        metrics: AgentMetrics,
+        health: Health,
+        replaced: CancellationToken,
+    ) -> Self {
         let path = data.join("state.bin");
         let snapshot = match load(&path) {
             Ok(Some(snapshot)) => {
@@ -71,7 +82,7 @@ impl Enforcer {
                 Snapshot::default()
             }
         };
-        Self { sender: watch::channel(Arc::new(snapshot)).0, path, metrics, health }
+        Self { sender: watch::channel(Arc::new(snapshot)).0, path, metrics, health, replaced }
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
@@ -127,6 +138,9 @@ impl Enforcer {
     }
 
     fn save(&self, snapshot: &Snapshot) -> anyhow::Result<()> {
+        if self.replaced.is_cancelled() {
+            return Ok(());
+        }
         let (upserts, _) = delta(&BTreeMap::new(), &snapshot.resources);
         let update = v1::StateUpdate {
             revision: snapshot.revision,
@@ -160,6 +174,7 @@ pub(crate) struct Subscription {
     pub(crate) control_plane: ControlPlane,
     pub(crate) metrics: AgentMetrics,
     pub(crate) records: RecordSink,
+    pub(crate) edges: Arc<Edges>,
     pub(crate) status: StatusBoard,
     /// Counts up with each node certificate: a new one needs a new connection.
     pub(crate) node_renewed: watch::Receiver<u64>,
@@ -213,6 +228,9 @@ impl Subscription {
         self.node_renewed.mark_unchanged();
         let mut denials = self.records.follow_denials();
         let mut status_due = tokio::time::interval(STATUS_PACE);
+        let mut edges_due = tokio::time::interval(EDGES_PACE);
+        // This replica may have forgotten what was told before, or be another.
+        let mut told = 0;
         loop {
             tokio::select! {
                 update = updates.message() => {
@@ -236,9 +254,16 @@ impl Subscription {
                         }
                     }
                 }
-                _ = self.node_renewed.changed() => return Ok(()),
-                _ = status_due.tick() => {
+                // Nobody renews it any more once another agent has replaced this one.
+                Ok(()) = self.node_renewed.changed() => return Ok(()),
+                // The agent that replaced this one speaks for the node.
+                _ = status_due.tick(), if !self.enforcer.replaced.is_cancelled() => {
                     reports.send(report(Kind::Status(self.status.report()))).await?;
+                }
+                _ = edges_due.tick() => {
+                    for news in self.edges.news(&mut told) {
+                        reports.send(report(Kind::Seen(news))).await?;
+                    }
                 }
                 denial = denials.recv() => {
                     let message = gather(denial, &mut denials);
@@ -310,7 +335,12 @@ mod tests {
     }
 
     fn open(folder: &Path) -> Enforcer {
-        Enforcer::open(folder, AgentMetrics::new().unwrap(), Health::new(&[POLICY_CHECK]))
+        Enforcer::open(
+            folder,
+            AgentMetrics::new().unwrap(),
+            Health::new(&[POLICY_CHECK]),
+            CancellationToken::new(),
+        )
     }
 
     /// As the control plane sends it: everything, or what leads from one state to the next.

@@ -14,7 +14,7 @@ use hauberk_tls::sha256;
 use tokio_stream::{Stream, StreamExt, wrappers::BroadcastStream};
 use tonic::{Request, Response, Status};
 
-use super::Shared;
+use super::{Shared, learn::learn};
 use crate::{attest::internal, policy::Published, store::Token};
 
 /// The longest life of a join token: it is a password while it lives.
@@ -106,6 +106,13 @@ impl operator_server::Operator for Operator {
             ))
         });
         Ok(Response::new(Box::pin(past.chain(coming))))
+    }
+
+    async fn learn(
+        &self,
+        _: Request<v1::LearnRequest>,
+    ) -> Result<Response<v1::LearnResponse>, Status> {
+        Ok(Response::new(learn(&self.0)))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use hauberk_core::identity::SpiffeId;
 use hauberk_proto::{
     state::delta,
     v1::{self, agent_report::Kind, state_server},
@@ -174,6 +175,15 @@ async fn read_reports(
                     denials.suppressed.saturating_add(u64::try_from(over).unwrap_or(u64::MAX));
                 shared.fleet.update(node, now, |_| {});
                 shared.fleet.add_denials(denials);
+            }
+            Some(Kind::Seen(seen)) => {
+                shared.fleet.update(node, now, |_| {});
+                let published = shared.publisher.current();
+                let runs_there = |id: &SpiffeId| {
+                    let mut workloads = published.workloads.iter();
+                    workloads.any(|known| known.node.as_str() == node && known.identity == *id)
+                };
+                shared.fleet.seen().take(node, seen, runs_there);
             }
             Some(Kind::Status(status)) => {
                 shared.fleet.update(node, now, |agent| agent.status = status);

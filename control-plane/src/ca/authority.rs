@@ -17,7 +17,7 @@ use rustls_pki_types::CertificateDer;
 use super::{
     brought::Brought,
     handover::Handover,
-    issuer::{self, Issued, Template},
+    issuer::{self, Holder, Issued, Template},
     own,
 };
 
@@ -127,7 +127,7 @@ impl Signer {
     ) -> Result<(), CaError> {
         let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
         let id = SpiffeId::control_plane(trust_domain);
-        let (leaf, _, _) = self.leaf(&id, &key, TRIAL_LIFETIME, now)?;
+        let (leaf, _, _) = self.leaf(Holder::Identity(&id), &key, TRIAL_LIFETIME, now)?;
         let bundle = TrustBundle::new(trust_domain.clone(), vec![self.root.clone()], now)?;
         for is_server in [true, false] {
             verify_chain(&leaf, &self.chain, &bundle, is_server, now).map_err(CaError::Trial)?;
@@ -137,19 +137,19 @@ impl Signer {
 
     fn sign(
         &self,
-        id: &SpiffeId,
+        holder: Holder<'_>,
         key: &impl PublicKeyData,
         lifetime: Duration,
         now: Timestamp,
     ) -> Result<Issued, CaError> {
-        let (leaf, serial, not_after) = self.leaf(id, key, lifetime, now)?;
+        let (leaf, serial, not_after) = self.leaf(holder, key, lifetime, now)?;
         let chain = std::iter::once(leaf).chain(self.chain.iter().cloned()).collect();
         Ok(Issued { chain, serial, not_after })
     }
 
     fn leaf(
         &self,
-        id: &SpiffeId,
+        holder: Holder<'_>,
         key: &impl PublicKeyData,
         lifetime: Duration,
         now: Timestamp,
@@ -157,7 +157,7 @@ impl Signer {
         if !self.is_good(now) {
             return Err(CaError::Ended(self.not_after));
         }
-        let template = Template { id, lifetime, now, at_most: self.not_after };
+        let template = Template { holder, lifetime, now, at_most: self.not_after };
         issuer::sign_leaf(&template, key, &self.issuer)
     }
 
@@ -269,6 +269,18 @@ impl Authority {
         now: Timestamp,
     ) -> Result<Issued, CaError> {
         let key = issuer::requested_key(request)?;
-        self.signer.load().sign(id, &key, lifetime, now)
+        self.signer.load().sign(Holder::Identity(id), &key, lifetime, now)
+    }
+
+    /// The same for a server that callers outside of the mesh know by its name in DNS.
+    pub(crate) fn issue_for_server(
+        &self,
+        name: &str,
+        request: &[u8],
+        lifetime: Duration,
+        now: Timestamp,
+    ) -> Result<Issued, CaError> {
+        let key = issuer::requested_key(request)?;
+        self.signer.load().sign(Holder::Server(name), &key, lifetime, now)
     }
 }

@@ -28,9 +28,18 @@ pub(crate) struct Issued {
     pub(crate) not_after: Timestamp,
 }
 
+/// Whose certificate it is.
+#[derive(Clone, Copy)]
+pub(super) enum Holder<'a> {
+    /// An identity of the mesh, which may be at either end of a connection.
+    Identity(&'a SpiffeId),
+    /// A server that callers outside of the mesh know by its name in DNS. In the mesh it is nobody.
+    Server(&'a str),
+}
+
 /// What a leaf is to say.
 pub(super) struct Template<'a> {
-    pub(super) id: &'a SpiffeId,
+    pub(super) holder: Holder<'a>,
     pub(super) lifetime: Duration,
     pub(super) now: Timestamp,
     /// The issuer's own end.
@@ -63,13 +72,21 @@ pub(super) fn sign_leaf(
 ) -> Result<(CertificateDer<'static>, String, Timestamp), CaError> {
     let serial = random_serial()?;
     let hex = hex::encode(serial.to_bytes());
+    let (name, usages) = match template.holder {
+        Holder::Identity(id) => (
+            SanType::URI(id.as_str().try_into()?),
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
+        ),
+        Holder::Server(name) => {
+            (SanType::DnsName(name.try_into()?), vec![ExtendedKeyUsagePurpose::ServerAuth])
+        }
+    };
     let mut parameters = CertificateParams::default();
     parameters.distinguished_name = DistinguishedName::new();
-    parameters.subject_alt_names = vec![SanType::URI(template.id.as_str().try_into()?)];
+    parameters.subject_alt_names = vec![name];
     parameters.is_ca = IsCa::ExplicitNoCa;
     parameters.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    parameters.extended_key_usages =
-        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    parameters.extended_key_usages = usages;
     parameters.serial_number = Some(serial);
     parameters.use_authority_key_identifier_extension = true;
     let (start, end) = validity(template.now, template.lifetime, Some(template.at_most))?;

@@ -1,7 +1,7 @@
 //! The state that agents enforce, as revisions. The sole writer of it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
@@ -41,6 +41,8 @@ pub(crate) struct Published {
     pub(crate) workloads: Vec<MeshWorkload>,
     pub(crate) machines: Vec<String>,
     pub(crate) warnings: Vec<String>,
+    /// Each as `namespace/name`, those that bind to nothing included.
+    pub(crate) policy_names: BTreeSet<String>,
     pub(crate) policies: usize,
     pub(crate) guardrails: usize,
 }
@@ -133,6 +135,7 @@ impl Publisher {
             workloads: Vec::new(),
             machines: Vec::new(),
             warnings: Vec::new(),
+            policy_names: BTreeSet::new(),
             policies: 0,
             guardrails: 0,
         };
@@ -349,6 +352,7 @@ impl Publisher {
         self.sender.send_replace(Arc::new(Published {
             revision,
             made_at: hauberk_tls::now(),
+            policy_names: policy_names(&resolved),
             resources,
             state_hash: hash,
             table: DecisionTable::build(resolved.policies, resolved.guardrails, postures),
@@ -359,6 +363,12 @@ impl Publisher {
             guardrails: counts.guardrails,
         }));
     }
+}
+
+fn policy_names(resolved: &Resolved) -> BTreeSet<String> {
+    let bound = resolved.policies.iter().map(|policy| &policy.policy);
+    let unbound = resolved.unresolved.iter().map(|unresolved| &unresolved.policy);
+    bound.chain(unbound).map(ToString::to_string).collect()
 }
 
 fn resources(

@@ -23,6 +23,8 @@ pub(crate) struct ObjectState {
     pub(crate) object: ManifestObject,
     /// Why it is not accepted; empty if it is.
     pub(crate) errors: Vec<String>,
+    /// If it is not accepted: whether a version that was accepted before is in force in its place.
+    pub(crate) falls_back: bool,
     /// What it names that is not there.
     pub(crate) unresolved: Vec<String>,
     /// The revision in which it is in force as it is now.
@@ -89,7 +91,11 @@ impl StatusWriter {
     }
 }
 
-fn tell(state: &ObjectState, agents: &Enforced) -> (Vec<Told>, Option<i64>, Option<Agents>) {
+/// The conditions of an object, how many workloads it is about, and how many agents enforce it.
+pub(super) fn tell(
+    state: &ObjectState,
+    agents: &Enforced,
+) -> (Vec<Told>, Option<i64>, Option<Agents>) {
     let said = |kind, holds, reason, message: String| Told { kind, holds, reason, message };
     let accepted = match state.errors.as_slice() {
         [] => said("Accepted", true, "Accepted", "it was read whole".to_owned()),
@@ -109,8 +115,7 @@ fn tell(state: &ObjectState, agents: &Enforced) -> (Vec<Told>, Option<i64>, Opti
         }
     }
     if !state.errors.is_empty() {
-        let message = "it was not accepted; what was accepted before is in force, if there is any";
-        let programmed = said("Programmed", false, "NotAccepted", message.to_owned());
+        let programmed = said("Programmed", false, "NotAccepted", instead(state).to_owned());
         return (vec![accepted, resolved, programmed], None, None);
     }
     let in_force = match (nodes.is_empty(), waiting.as_slice()) {
@@ -130,6 +135,17 @@ fn tell(state: &ObjectState, agents: &Enforced) -> (Vec<Told>, Option<i64>, Opti
     let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
     let counted = Agents { desired: count(nodes.len()), programmed };
     (vec![accepted, resolved, in_force], Some(count(*workloads)), Some(counted))
+}
+
+/// What holds in place of a policy that is not accepted.
+fn instead(state: &ObjectState) -> &'static str {
+    match (state.falls_back, state.object.kind) {
+        (true, _) => "it was not accepted; the version that was accepted before stays in force",
+        (false, "Guardrail") => {
+            "it was not accepted, nor was any version before: nothing new takes effect until it is mended"
+        }
+        (false, _) => "it was not accepted, nor was any version before: it allows nothing",
+    }
 }
 
 /// The workloads of each policy and guardrail, and their nodes.

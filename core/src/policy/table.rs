@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use super::{
-    Allowed, Denial, GuardrailPorts, Mode, NearestMiss, Reason, Verdict,
+    Allowed, Denial, GuardrailPorts, Mode, NearestMiss, PolicyRef, Reason, Verdict,
     resolve::{PeerMatch, ResolvedGuardrail, ResolvedPeers, ResolvedPolicy, ResolvedRule},
     verdict::{Difference, as_peer_yaml, strictest},
 };
@@ -87,6 +87,19 @@ impl DecisionTable {
             Mode::Enforce => Verdict::Deny(denial),
             Mode::Audit => Verdict::WouldDeny(denial),
         }
+    }
+
+    /// The guardrail that denies it, whatever policies allow.
+    #[must_use]
+    pub fn guardrail_for(&self, request: Request<'_>) -> Option<&PolicyRef> {
+        self.guardrails.denying(request).map(|guardrail| &guardrail.policy)
+    }
+
+    /// The rule that covers it, whether or not its caller is registered now: for callers that come and
+    /// go. No decision: only [`decide`](Self::decide) lets anything through.
+    #[must_use]
+    pub fn rule_for(&self, request: Request<'_>) -> Option<Allowed> {
+        self.destinations.get(request.destination)?.allowing(request)
     }
 
     /// A name in a rule is a reference, and an unknown reference denies: who was taken out of the

@@ -126,7 +126,7 @@ fn owner_message(owner: &Owner) -> v1::Owner {
     }
 }
 
-fn owner(field: &str, message: Option<v1::Owner>) -> Result<Owner, ConvertError> {
+pub(super) fn owner(field: &str, message: Option<v1::Owner>) -> Result<Owner, ConvertError> {
     let message = message.ok_or(ConvertError::missing(field))?;
     Ok(Owner {
         team: message.team,

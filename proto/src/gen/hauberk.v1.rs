@@ -1015,7 +1015,7 @@ pub mod guardrail {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AgentReport {
-    #[prost(oneof = "agent_report::Kind", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "agent_report::Kind", tags = "1, 2, 3, 4, 5, 6")]
     pub kind: ::core::option::Option<agent_report::Kind>,
 }
 /// Nested message and enum types in `AgentReport`.
@@ -1037,6 +1037,9 @@ pub mod agent_report {
         /// How its certificates and captures stand.
         #[prost(message, tag = "5")]
         Status(super::AgentStatus),
+        /// Connections that no policy allows, for policies to be learned from.
+        #[prost(message, tag = "6")]
+        Seen(super::Seen),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1071,6 +1074,54 @@ pub struct Denials {
     /// How many more there were that are not among them.
     #[prost(uint64, tag = "2")]
     pub suppressed: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Seen {
+    /// When the agent started, in milliseconds since the Unix epoch: all its counts begin anew with it.
+    #[prost(int64, tag = "1")]
+    pub since_unix_ms: i64,
+    /// Those that are new or have changed, each with its whole count. On a new stream, all.
+    #[prost(message, repeated, tag = "2")]
+    pub edges: ::prost::alloc::vec::Vec<SeenEdge>,
+    /// How many connections were of edges for which it has no room.
+    #[prost(uint64, tag = "3")]
+    pub missed: u64,
+}
+/// Who connects to whom on which port, and no policy allows it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SeenEdge {
+    /// At least one of the ends has an identity.
+    #[prost(message, optional, tag = "1")]
+    pub source: ::core::option::Option<End>,
+    #[prost(message, optional, tag = "2")]
+    pub destination: ::core::option::Option<End>,
+    #[prost(uint32, tag = "3")]
+    pub port: u32,
+    #[prost(enumeration = "Outcome", tag = "4")]
+    pub outcome: i32,
+    #[prost(uint64, tag = "5")]
+    pub count: u64,
+    /// When the first and the last of the connections were opened.
+    #[prost(int64, tag = "6")]
+    pub first_unix_ms: i64,
+    #[prost(int64, tag = "7")]
+    pub last_unix_ms: i64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct End {
+    #[prost(oneof = "end::Kind", tags = "1, 2")]
+    pub kind: ::core::option::Option<end::Kind>,
+}
+/// Nested message and enum types in `End`.
+pub mod end {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Kind {
+        #[prost(string, tag = "1")]
+        SpiffeId(::prost::alloc::string::String),
+        /// An IP address, as text: outside of the mesh.
+        #[prost(string, tag = "2")]
+        Address(::prost::alloc::string::String),
+    }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AgentStatus {
@@ -1124,6 +1175,37 @@ impl Mode {
             "MODE_UNSPECIFIED" => Some(Self::Unspecified),
             "MODE_ENFORCE" => Some(Self::Enforce),
             "MODE_AUDIT" => Some(Self::Audit),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Outcome {
+    Unspecified = 0,
+    /// They passed, only because somebody is audited and not enforced.
+    WouldDeny = 1,
+    /// They were refused for want of a rule.
+    Denied = 2,
+}
+impl Outcome {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "OUTCOME_UNSPECIFIED",
+            Self::WouldDeny => "OUTCOME_WOULD_DENY",
+            Self::Denied => "OUTCOME_DENIED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "OUTCOME_UNSPECIFIED" => Some(Self::Unspecified),
+            "OUTCOME_WOULD_DENY" => Some(Self::WouldDeny),
+            "OUTCOME_DENIED" => Some(Self::Denied),
             _ => None,
         }
     }
@@ -1573,6 +1655,105 @@ pub struct DeniedEvent {
     #[prost(uint64, tag = "2")]
     pub suppressed: u64,
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LearnRequest {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LearnResponse {
+    /// The state that the rest is about.
+    #[prost(uint64, tag = "1")]
+    pub revision: u64,
+    #[prost(message, repeated, tag = "2")]
+    pub edges: ::prost::alloc::vec::Vec<LearnedEdge>,
+    /// The nodes of which not everything is known.
+    #[prost(message, repeated, tag = "3")]
+    pub gaps: ::prost::alloc::vec::Vec<LearnedGap>,
+    /// The edges' destinations that have policies.
+    #[prost(message, repeated, tag = "4")]
+    pub destinations: ::prost::alloc::vec::Vec<LearnedDestination>,
+    /// Every AccessPolicy, as "namespace/name".
+    #[prost(string, repeated, tag = "5")]
+    pub policies: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LearnedEdge {
+    /// Whose agent told of it.
+    #[prost(string, tag = "1")]
+    pub node: ::prost::alloc::string::String,
+    /// The count is of all starts of that agent that this replica knows of.
+    #[prost(message, optional, tag = "2")]
+    pub seen: ::core::option::Option<SeenEdge>,
+    #[prost(enumeration = "Standing", tag = "3")]
+    pub standing: i32,
+    /// The policy or guardrail that the standing is about, if there is one.
+    #[prost(string, tag = "4")]
+    pub policy: ::prost::alloc::string::String,
+    /// Whether the end that the agent speaks for was a workload of its node when it told of it, or since.
+    #[prost(bool, tag = "5")]
+    pub vouched: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LearnedGap {
+    #[prost(string, tag = "1")]
+    pub node: ::prost::alloc::string::String,
+    /// Connections of edges for which the agent had no room.
+    #[prost(uint64, tag = "2")]
+    pub missed: u64,
+    /// The control plane had no room for all of its edges.
+    #[prost(bool, tag = "3")]
+    pub full: bool,
+    /// It told of something that cannot be read.
+    #[prost(bool, tag = "4")]
+    pub unread: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LearnedDestination {
+    #[prost(string, tag = "1")]
+    pub spiffe_id: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "2")]
+    pub owner: ::core::option::Option<Owner>,
+    /// The strictest of its policies.
+    #[prost(enumeration = "Mode", tag = "3")]
+    pub mode: i32,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Standing {
+    Unspecified = 0,
+    /// No rule covers it.
+    Open = 1,
+    /// A rule covers it by now.
+    Allowed = 2,
+    /// A guardrail denies it, whatever policies say.
+    Guarded = 3,
+    /// No workload has the destination's identity now.
+    Gone = 4,
+}
+impl Standing {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "STANDING_UNSPECIFIED",
+            Self::Open => "STANDING_OPEN",
+            Self::Allowed => "STANDING_ALLOWED",
+            Self::Guarded => "STANDING_GUARDED",
+            Self::Gone => "STANDING_GONE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "STANDING_UNSPECIFIED" => Some(Self::Unspecified),
+            "STANDING_OPEN" => Some(Self::Open),
+            "STANDING_ALLOWED" => Some(Self::Allowed),
+            "STANDING_GUARDED" => Some(Self::Guarded),
+            "STANDING_GONE" => Some(Self::Gone),
+            _ => None,
+        }
+    }
+}
 /// Generated client implementations.
 pub mod operator_client {
     #![allow(
@@ -1746,6 +1927,27 @@ pub mod operator_client {
                 .insert(GrpcMethod::new("hauberk.v1.Operator", "Denied"));
             self.inner.server_streaming(req, path, codec).await
         }
+        /// Connections that no policy allowed, as agents have told this replica of them.
+        pub async fn learn(
+            &mut self,
+            request: impl tonic::IntoRequest<super::LearnRequest>,
+        ) -> std::result::Result<tonic::Response<super::LearnResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/hauberk.v1.Operator/Learn",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("hauberk.v1.Operator", "Learn"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1791,6 +1993,11 @@ pub mod operator_server {
             &self,
             request: tonic::Request<super::DeniedRequest>,
         ) -> std::result::Result<tonic::Response<Self::DeniedStream>, tonic::Status>;
+        /// Connections that no policy allowed, as agents have told this replica of them.
+        async fn learn(
+            &self,
+            request: tonic::Request<super::LearnRequest>,
+        ) -> std::result::Result<tonic::Response<super::LearnResponse>, tonic::Status>;
     }
     /// What people ask the control plane, over its local socket.
     #[derive(Debug)]
@@ -2044,6 +2251,49 @@ pub mod operator_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/hauberk.v1.Operator/Learn" => {
+                    #[allow(non_camel_case_types)]
+                    struct LearnSvc<T: Operator>(pub Arc<T>);
+                    impl<T: Operator> tonic::server::UnaryService<super::LearnRequest>
+                    for LearnSvc<T> {
+                        type Response = super::LearnResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::LearnRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Operator>::learn(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = LearnSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

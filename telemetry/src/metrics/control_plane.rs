@@ -6,6 +6,34 @@ use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 
 use super::{Maker, MetricsError, Outcome, saturating, unix_seconds};
 
+/// What became of a question of the Kubernetes API server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Review {
+    /// There was nothing to warn of.
+    Quiet,
+    /// The author was warned.
+    Warned,
+    /// Too little was known of the cluster yet to say anything.
+    NotReady,
+    /// It was no question, or too long.
+    Refused,
+}
+
+impl Review {
+    const ALL: [Self; 4] = [Self::Quiet, Self::Warned, Self::NotReady, Self::Refused];
+
+    /// The word used in labels.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Quiet => "quiet",
+            Self::Warned => "warned",
+            Self::NotReady => "not_ready",
+            Self::Refused => "refused",
+        }
+    }
+}
+
 /// Everything a control plane counts. Clones share the metrics.
 #[derive(Clone, Debug)]
 pub struct ControlPlaneMetrics {
@@ -18,6 +46,7 @@ pub struct ControlPlaneMetrics {
     join_attempts: IntCounterVec,
     nodes_locked: IntCounter,
     ca_expiry: IntGaugeVec,
+    reviews: IntCounterVec,
 }
 
 impl ControlPlaneMetrics {
@@ -66,8 +95,17 @@ impl ControlPlaneMetrics {
                 "Unix time at which a certificate of the authority ends, by which one it is.",
                 &["ca"],
             )?,
+            reviews: make.counters(
+                "hauberk_admission_reviews_total",
+                "Questions of the Kubernetes API server about objects that are applied, by whether \
+                 their authors were warned. No object is refused by them.",
+                &["result"],
+            )?,
             registry,
         };
+        for review in Review::ALL {
+            metrics.reviews.with_label_values(&[review.as_str()]);
+        }
         for outcome in [Outcome::Success, Outcome::Failure] {
             metrics.join_attempts.with_label_values(&[outcome.as_str()]);
         }
@@ -111,6 +149,11 @@ impl ControlPlaneMetrics {
     /// Counts a node that was locked because its credential was cloned.
     pub fn node_locked(&self) {
         self.nodes_locked.inc();
+    }
+
+    /// Counts a question of the Kubernetes API server.
+    pub fn admission_review(&self, review: Review) {
+        self.reviews.with_label_values(&[review.as_str()]).inc();
     }
 
     /// Sets when a certificate of the authority ends; `ca` says which, such as `root`.

@@ -163,8 +163,11 @@ impl Cluster {
         self.wait_until(node, patience, |cluster| cluster.check_node(node))
     }
 
-    /// Fails unless a node is ready and takes pods.
-    pub(crate) fn check_node(&self, name: &str) -> anyhow::Result<()> {
+    /// Looks once whether a node is ready and takes pods.
+    ///
+    /// # Errors
+    /// If it is not, or does not; with what is known of it.
+    pub fn check_node(&self, name: &str) -> anyhow::Result<()> {
         let node = self.kubectl_json(&["get", "node", name])?;
         if !is_ready(&node) || node.pointer("/spec/taints").is_some() {
             bail!("{name} is not ready: {node:#}");

@@ -14,17 +14,16 @@ use anyhow::{Context, bail, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use hauberk_core::{identity::SpiffeId, session::ALPN};
 use hauberk_proto::v1::{
-    IssueRequest, JoinRequest, NodeCredential, RenewNodeRequest,
-    enrollment_client::EnrollmentClient, workload_identity_client::WorkloadIdentityClient,
+    IssueRequest, JoinRequest, enrollment_client::EnrollmentClient,
+    workload_identity_client::WorkloadIdentityClient,
 };
-use hauberk_tests::mesh::{Mesh, is};
-use hauberk_tls::{
-    Credential, CredentialSlot, PrivateKey, TrustBundle, TrustSlot, client_config, signing_request,
+use hauberk_tests::{
+    mesh::{Mesh, is},
+    stolen::Stolen,
 };
-use hyper_util::rt::TokioIo;
+use hauberk_tls::signing_request;
 use rcgen::{CertificateParams, Issuer, KeyPair};
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName};
-use tonic::transport::{Channel, Endpoint};
 
 crate::trials!(
     ten_renewals_under_load_cost_no_connection,
@@ -366,105 +365,44 @@ fn a_join_token_that_names_another_root_is_refused_and_stays_good() -> anyhow::R
     Ok(())
 }
 
-/// A channel to the control plane with the credential that an agent keeps on disk.
-struct Stolen {
-    channel: Channel,
-    runtime: tokio::runtime::Runtime,
+/// A connection to the control plane's port for agents, from a machine of the mesh.
+fn control_plane(mesh: &Mesh) -> anyhow::Result<TcpStream> {
+    let address = SocketAddr::new(hauberk_cli::lab::ipv4(hauberk_cli::lab::CONTROL_PLANE), 8443);
+    mesh.connect("machine-a", address)
 }
 
-impl Stolen {
-    fn node(mesh: &Mesh, machine: &str) -> anyhow::Result<Self> {
-        let text = fs::read(mesh.folder().join(machine).join("node.json"))?;
-        Self::from_json(mesh, &text)
-    }
+/// Somebody with the credential that a machine's agent keeps.
+fn thief_of(mesh: &Mesh, machine: &str) -> anyhow::Result<Stolen> {
+    let kept = fs::read(mesh.folder().join(machine).join("node.json"))?;
+    Stolen::open(&kept, control_plane(mesh)?)
+}
 
-    fn from_json(mesh: &Mesh, text: &[u8]) -> anyhow::Result<Self> {
-        let kept: serde_json::Value = serde_json::from_slice(text)?;
-        let decode = |value: &serde_json::Value| -> anyhow::Result<Vec<u8>> {
-            Ok(STANDARD.decode(value.as_str().context("not text")?)?)
-        };
-        let list = |field: &str| -> anyhow::Result<Vec<CertificateDer<'static>>> {
-            let items = kept[field].as_array().context("not a list")?;
-            items.iter().map(|item| Ok(CertificateDer::from(decode(item)?))).collect()
-        };
-        let now = hauberk_tls::now();
-        let key = PrivateKey::from_pkcs8(decode(&kept["key"])?);
-        let credential = Credential::new(list("chain")?, &key, now)?;
-        let slot = CredentialSlot::new(credential.facts().id().clone());
-        slot.store(credential).ok().context("not its own identity")?;
-        let trust = TrustSlot::new(TrustBundle::new("example.org".parse()?, list("bundle")?, now)?);
-        let tls = Arc::new(client_config(slot, trust, b"h2")?);
-        Self::connect(mesh, tls)
-    }
-
-    fn connect(mesh: &Mesh, tls: Arc<rustls::ClientConfig>) -> anyhow::Result<Self> {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let address =
-            SocketAddr::new(hauberk_cli::lab::ipv4(hauberk_cli::lab::CONTROL_PLANE), 8443);
-        let stream = mesh.connect("machine-a", address)?;
-        stream.set_nonblocking(true)?;
-        stream.set_nodelay(true)?;
-        let name = SpiffeId::control_plane(&"example.org".parse()?).server_name();
-        let channel = runtime.block_on(async {
-            let stream = tokio::net::TcpStream::from_std(stream)?;
-            let connector = tokio_rustls::TlsConnector::from(tls);
-            let stream = connector.connect(ServerName::try_from(name)?, stream).await?;
-            let mut once = Some(TokioIo::new(stream));
-            let connector = tower::service_fn(move |_: tonic::transport::Uri| {
-                let stream = once.take().ok_or_else(|| std::io::Error::other("used"));
-                async move { stream }
-            });
-            anyhow::Ok(
-                Endpoint::from_static("https://control-plane")
-                    .connect_with_connector(connector)
-                    .await?,
-            )
-        })?;
-        Ok(Self { channel, runtime })
-    }
-
-    /// Many requests, 64 at once; after the first refusal no more are made. Those under way are waited
-    /// for: a client that gives up dozens of calls at once is cut off by HTTP/2 itself.
-    fn flood(&self, workload: &str, request: &[u8], count: usize) -> Option<tonic::Status> {
-        use futures_util::StreamExt;
-        let over = std::cell::Cell::new(false);
-        let calls = (0..count).map(|_| {
-            let mut client = WorkloadIdentityClient::new(self.channel.clone());
-            let request = IssueRequest {
-                workload: workload.to_owned(),
-                certificate_request: request.to_vec(),
-            };
-            let over = &over;
-            async move {
-                if over.get() {
-                    return None;
-                }
-                let refused = client.issue(request).await.err();
-                over.set(over.get() || refused.is_some());
-                refused
+/// Many requests, 64 at once; after the first refusal no more are made. Those under way are waited
+/// for: a client that gives up dozens of calls at once is cut off by HTTP/2 itself.
+fn flood(thief: &Stolen, workload: &str, request: &[u8], count: usize) -> Option<tonic::Status> {
+    use futures_util::StreamExt;
+    let over = std::cell::Cell::new(false);
+    let calls = (0..count).map(|_| {
+        let mut client = WorkloadIdentityClient::new(thief.channel());
+        let request =
+            IssueRequest { workload: workload.to_owned(), certificate_request: request.to_vec() };
+        let over = &over;
+        async move {
+            if over.get() {
+                return None;
             }
-        });
-        let all = futures_util::stream::iter(calls).buffer_unordered(64).collect::<Vec<_>>();
-        self.runtime.block_on(all).into_iter().flatten().next()
-    }
-
-    fn issue(&self, workload: &str, request: Vec<u8>) -> Result<Vec<Vec<u8>>, tonic::Status> {
-        let request = IssueRequest { workload: workload.to_owned(), certificate_request: request };
-        let mut client = WorkloadIdentityClient::new(self.channel.clone());
-        Ok(self.runtime.block_on(client.issue(request))?.into_inner().certificate_chain)
-    }
-
-    fn renew(&self, certificate_request: Vec<u8>) -> Result<NodeCredential, tonic::Status> {
-        let mut client = EnrollmentClient::new(self.channel.clone());
-        let request = RenewNodeRequest { certificate_request };
-        Ok(self.runtime.block_on(client.renew_node(request))?.into_inner())
-    }
+            let refused = client.issue(request).await.err();
+            over.set(over.get() || refused.is_some());
+            refused
+        }
+    });
+    let all = futures_util::stream::iter(calls).buffer_unordered(64).collect::<Vec<_>>();
+    thief.runtime().block_on(all).into_iter().flatten().next()
 }
 
 fn a_node_gets_no_certificate_of_another_nodes_workload() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
-    let stolen = Stolen::node(&mesh, "machine-a")?;
+    let stolen = thief_of(&mesh, "machine-a")?;
     let request = || Ok::<_, anyhow::Error>(signing_request()?.1);
     stolen.issue("shop/web", request()?).context("its own workload")?;
     for foreign in ["payments/ledger", "payments/nobody", "machine/machine-b"] {
@@ -482,7 +420,7 @@ type Wish = fn(&mut CertificateParams);
 
 fn a_request_cannot_name_its_identity_or_become_a_ca() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
-    let stolen = Stolen::node(&mesh, "machine-a")?;
+    let stolen = thief_of(&mesh, "machine-a")?;
     let cases: [(&str, Wish); 4] = [
         ("names of another", |wish| {
             wish.subject_alt_names.push(rcgen::SanType::URI(LEDGER.try_into().unwrap()));
@@ -522,7 +460,7 @@ fn a_request_cannot_name_its_identity_or_become_a_ca() -> anyhow::Result<()> {
 
 fn garbage_instead_of_a_request_is_refused_and_audited() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
-    let stolen = Stolen::node(&mesh, "machine-a")?;
+    let stolen = thief_of(&mesh, "machine-a")?;
     // As it should be, but for a bit of its signature.
     let mut unproven = signing_request()?.1;
     *unproven.last_mut().context("an empty request")? ^= 1;
@@ -545,7 +483,7 @@ fn a_cloned_node_credential_is_refused_and_locks_the_node() -> anyhow::Result<()
     let mesh = Mesh::start_with(&["--node-certificate-lifetime", "20s"])?;
     let before = fs::read(mesh.folder().join("machine-a/node.json"))?;
     // A copy renews, and uses what it got; the original's next call shows the copy.
-    let copy = Stolen::from_json(&mesh, &before)?;
+    let copy = Stolen::open(&before, control_plane(&mesh)?)?;
     let (key, request) = signing_request()?;
     let renewed = copy.renew(request).context("the copy renews first")?;
     let kept = serde_json::json!({
@@ -553,9 +491,9 @@ fn a_cloned_node_credential_is_refused_and_locks_the_node() -> anyhow::Result<()
         "chain": renewed.certificate_chain.iter().map(|c| STANDARD.encode(c)).collect::<Vec<_>>(),
         "bundle": renewed.trust_bundle.iter().map(|c| STANDARD.encode(c)).collect::<Vec<_>>(),
     });
-    let renewed = Stolen::from_json(&mesh, &serde_json::to_vec(&kept)?)?;
+    let renewed = Stolen::open(&serde_json::to_vec(&kept)?, control_plane(&mesh)?)?;
     renewed.issue("shop/web", signing_request()?.1).context("the renewed certificate")?;
-    let original = Stolen::from_json(&mesh, &before)?;
+    let original = Stolen::open(&before, control_plane(&mesh)?)?;
     let status = original.issue("shop/web", signing_request()?.1).expect_err("both are good");
     ensure!(status.message().contains("superseded"), "{status}");
     std::thread::sleep(std::time::Duration::from_secs(3));
@@ -598,11 +536,11 @@ fn a_cloned_node_credential_is_refused_and_locks_the_node() -> anyhow::Result<()
 
 fn a_flood_of_requests_for_certificates_slows_down_its_node_only() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
-    let flooder = Stolen::node(&mesh, "machine-a")?;
-    let other = Stolen::node(&mesh, "machine-b")?;
+    let flooder = thief_of(&mesh, "machine-a")?;
+    let other = thief_of(&mesh, "machine-b")?;
     let request = signing_request()?.1;
     // Bounded: more than the burst and all that is earned meanwhile.
-    let refused = flooder.flood("shop/web", &request, 4_000).context("none was refused")?;
+    let refused = flood(&flooder, "shop/web", &request, 4_000).context("none was refused")?;
     ensure!(refused.code() == tonic::Code::ResourceExhausted, "{refused}");
     other.issue("payments/ledger", request.clone()).context("another node")?;
     let log = fs::read_to_string(mesh.log("control-plane"))?;
@@ -618,13 +556,13 @@ fn a_call_without_certificate_is_refused() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let root = fs::read(mesh.folder().join("control-plane/ca/root.crt.der"))?;
     let tls = hauberk_tls::join_client_config(hauberk_tls::sha256(&root), b"h2")?;
-    let nobody = Stolen::connect(&mesh, Arc::new(tls))?;
+    let nobody = Stolen::connect(Arc::new(tls), &"example.org".parse()?, control_plane(&mesh)?)?;
     let status = nobody.issue("shop/web", signing_request()?.1).expect_err("anybody is served");
     ensure!(status.code() == tonic::Code::Unauthenticated, "{status}");
-    let mut client = EnrollmentClient::new(nobody.channel.clone());
+    let mut client = EnrollmentClient::new(nobody.channel());
     let guess =
         JoinRequest { token_secret: vec![7; 32], certificate_request: signing_request()?.1 };
-    let status = nobody.runtime.block_on(client.join(guess)).expect_err("a guess was good");
+    let status = nobody.runtime().block_on(client.join(guess)).expect_err("a guess was good");
     ensure!(status.code() == tonic::Code::PermissionDenied, "{status}");
     let refusal = ["a join token was refused: unknown or used before", "addr=\"10.77.0.2:"];
     ensure!(audited(&mesh, &refusal)? == 1, "the refusal was not audited");

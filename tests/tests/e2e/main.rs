@@ -12,8 +12,10 @@ mod attacks;
 mod command;
 mod control_plane;
 mod demo;
+mod handover;
 mod hosts;
 mod identity;
+mod learn;
 mod local_edges;
 mod policy;
 mod programs;
@@ -55,12 +57,14 @@ fn main() -> std::process::ExitCode {
         attacks::trials(),
         identity::trials(),
         restart::trials(),
+        handover::trials(),
         sessions::trials(),
         tls::trials(),
         local_edges::trials(),
         hosts::trials(),
         control_plane::trials(),
         command::trials(),
+        learn::trials(),
         demo::trials(),
         programs::trials(),
     ]

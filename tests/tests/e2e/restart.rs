@@ -36,7 +36,7 @@ crate::trials!(
     a_network_that_is_cut_and_comes_back_heals,
 );
 
-fn carries(mesh: &Mesh, listener: &TcpListener) -> anyhow::Result<()> {
+pub(crate) fn carries(mesh: &Mesh, listener: &TcpListener) -> anyhow::Result<()> {
     let mut client = mesh.connect("checkout", listener.local_addr()?)?;
     client.write_all(b"x")?;
     listener.set_nonblocking(true)?;

@@ -205,6 +205,27 @@ fn each_certificate_may_do_what_it_is_for_and_has_no_other_extension() {
 }
 
 #[test]
+fn a_servers_certificate_has_its_dns_name_and_is_nobodys_in_the_mesh() {
+    const NAME: &str = "hauberk-control-plane.hauberk-system.svc";
+    let (_folder, authority) = made();
+    let request = signing_request().unwrap().1;
+    let issued = authority.issue_for_server(NAME, &request, HOUR, start()).unwrap();
+    let leaf = parsed(&issued.chain[0]);
+    let names = leaf.subject_alternative_name().unwrap().unwrap().value;
+    assert_eq!(names.general_names, [GeneralName::DNSName(NAME)]);
+    let purposes = leaf.extended_key_usage().unwrap().unwrap().value;
+    assert!(purposes.server_auth && !purposes.client_auth && !purposes.any);
+    assert!(!leaf.basic_constraints().unwrap().unwrap().value.ca);
+    assert_eq!(validity(&leaf).1, start().saturating_add(HOUR));
+    let roots = vec![authority.root().clone()];
+    let bundle = TrustBundle::new(trust_domain(), roots, start()).unwrap();
+    let (leaf, intermediates) = issued.chain.split_first().unwrap();
+    for is_server in [true, false] {
+        assert!(verify_chain(leaf, intermediates, &bundle, is_server, start()).is_err());
+    }
+}
+
+#[test]
 fn a_serial_is_random_in_126_bits_and_told_as_it_stands_in_the_certificate() {
     let (_folder, authority) = made();
     let request = signing_request().unwrap().1;

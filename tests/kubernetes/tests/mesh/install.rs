@@ -12,6 +12,10 @@ pub(crate) const TESTS: &[(&str, Test)] = &[("helm_installs_the_mesh", helm_inst
 /// How long a pod may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long certificates of workloads live: not so short that a control plane must not be away for a minute,
+/// and not so long that no test would see one end.
+pub(crate) const WORKLOAD_LIFETIME: Duration = Duration::from_secs(240);
+
 pub(crate) const IMAGE: &str = "hauberk.test/hauberk:1";
 
 pub(crate) const CHARTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../charts");
@@ -35,6 +39,8 @@ pub(crate) fn start_with(values: &[&str]) -> anyhow::Result<Cluster> {
     ])?;
     let image = format!("image.reference={IMAGE}");
     let chart = chart("hauberk");
+    let lifetime = WORKLOAD_LIFETIME.as_secs();
+    let lifetime = format!("controlPlane.workloadCertificateLifetime={lifetime}s");
     let install = [
         "install",
         "hauberk",
@@ -43,6 +49,8 @@ pub(crate) fn start_with(values: &[&str]) -> anyhow::Result<Cluster> {
         "--set=trustDomain=test.example",
         "--set",
         &image,
+        "--set",
+        &lifetime,
         "--set=image.pullPolicy=Never",
         "--wait",
         "--timeout=90s",

@@ -6,14 +6,21 @@
     reason = "a test fails by panicking, with the place"
 )]
 
+mod admission;
+mod agents;
 mod authority;
+mod filters;
 mod install;
+mod learn;
+mod outage;
 mod pods;
 mod policy;
 mod replicas;
 mod services;
+mod stolen;
 mod trouble;
 mod uninstall;
+mod upgrade;
 
 use std::{
     ffi::OsString,
@@ -47,10 +54,16 @@ fn main() -> ExitCode {
     let tests = [
         install::TESTS,
         policy::TESTS,
+        admission::TESTS,
         services::TESTS,
+        learn::TESTS,
         replicas::TESTS,
         pods::TESTS,
+        upgrade::TESTS,
+        filters::TESTS,
+        stolen::TESTS,
         trouble::TESTS,
+        outage::TESTS,
         uninstall::TESTS,
     ]
     .concat();

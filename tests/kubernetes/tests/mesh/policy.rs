@@ -356,6 +356,7 @@ fn the_programs_may_no_more_than_is_written(cluster: &Cluster) -> anyhow::Result
         "serviceaccounts [] [] [get list watch]",
         "services [] [] [get list watch]",
         "tokenreviews.authentication.k8s.io [] [] [create]",
+        "validatingwebhookconfigurations.admissionregistration.k8s.io [] [hauberk-control-plane] [get patch]",
         "workloads.hauberk.dev [] [] [get list watch]",
         "workloads.hauberk.dev/status [] [] [patch]",
     ];

@@ -23,6 +23,18 @@ pub(crate) const TESTS: &[(&str, Test)] = &[
 const NAMESPACE: &str = "--namespace=hauberk-system";
 const CONTROL_PLANE: &str = "--selector=app.kubernetes.io/component=control-plane";
 
+/// The address of a replica that is ready.
+pub(crate) fn a_replica(cluster: &Cluster) -> anyhow::Result<String> {
+    let service = "--selector=kubernetes.io/service-name=hauberk-control-plane";
+    let found = cluster.kubectl_json(&["get", "endpointslices", NAMESPACE, service])?;
+    let slices = found["items"].as_array().into_iter().flatten();
+    let mut endpoints =
+        slices.flat_map(|slice| slice["endpoints"].as_array().into_iter().flatten());
+    let ready = endpoints.find(|endpoint| endpoint["conditions"]["ready"] == true);
+    let address = ready.and_then(|endpoint| endpoint["addresses"][0].as_str());
+    Ok(address.with_context(|| format!("no replica is ready: {found:#}"))?.to_owned())
+}
+
 /// The `hauberk` command, as somebody with a kubeconfig runs it.
 fn hauberk(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<std::process::Output> {
     let mut command = std::process::Command::new(std::env::current_exe()?);
@@ -60,14 +72,48 @@ fn the_command_asks_through_the_kubeconfig(cluster: &Cluster) -> anyhow::Result<
         ensure!(denied.contains("shop/web -> payments/ledger"), "{denied}");
         Ok(())
     })?;
-    let output = hauberk(cluster, &["check"])?;
-    let check = String::from_utf8(output.stdout)?;
-    ensure!(output.status.code().is_some_and(|code| code < 2), "{check}");
+    a_check_finds_what_is_wrong(cluster)?;
     // Another namespace has no control plane, and that is said.
     let output = hauberk(cluster, &["status", "--kube-namespace=default"])?;
     let text = String::from_utf8(output.stderr)?;
     ensure!(!output.status.success() && text.contains("--kube-namespace"), "{text}");
     Ok(())
+}
+
+/// What `hauberk check` exits with and says.
+fn checked(cluster: &Cluster) -> anyhow::Result<(Option<i32>, String)> {
+    let output = hauberk(cluster, &["check"])?;
+    let (out, err) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
+    let code = output.status.code();
+    ensure!(code.is_some_and(|code| code < 2), "{code:?}: {out}{err}");
+    Ok((code, out))
+}
+
+/// Nothing where nothing is wrong: agents tell how they stand every few seconds.
+fn a_check_finds_nothing(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.wait_until("nothing to be wrong", PATIENCE, |cluster| {
+        let (code, text) = checked(cluster)?;
+        ensure!(code == Some(0) && text == "nothing is wrong\n", "{code:?}: {text}");
+        Ok(())
+    })
+}
+
+fn a_check_finds_what_is_wrong(cluster: &Cluster) -> anyhow::Result<()> {
+    a_check_finds_nothing(cluster)?;
+    let misspelt = POLICY
+        .replace("name: ledger, namespace", "name: misspelt, namespace")
+        .replace("name: checkout}", "name: chekcout}");
+    let wanted = "✗ AccessPolicy payments/misspelt: rule checkout allows \
+                  spiffe://test.example/ns/shop/sa/chekcout, which no registered workload has\n    \
+                  hint: a name may be misspelt, or a Workload manifest missing\n";
+    cluster.apply(&misspelt)?;
+    cluster.wait_until("the finding", PATIENCE, |cluster| {
+        let (code, text) = checked(cluster)?;
+        ensure!(code == Some(1) && text.contains(wanted), "{code:?}: {text}");
+        Ok(())
+    })?;
+    cluster.delete(&misspelt)?;
+    a_check_finds_nothing(cluster)
 }
 
 fn replicas_are_killed_and_nobody_notices(cluster: &Cluster) -> anyhow::Result<()> {

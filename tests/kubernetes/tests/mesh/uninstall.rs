@@ -4,7 +4,7 @@ use anyhow::{Context, ensure};
 use hauberk_kubernetes_tests::Cluster;
 
 use crate::{
-    Test,
+    Test, admission,
     install::{CHARTS, PATIENCE, everything},
     policy::{POLICY, get},
 };
@@ -46,10 +46,12 @@ fn an_upgrade_and_a_rollback_keep_the_mesh(cluster: &Cluster) -> anyhow::Result<
         )
         .with_context(|| everything(cluster))?;
     holds(cluster)?;
+    admission::warns(cluster)?;
     cluster
         .helm(&["rollback", "hauberk", "1", NAMESPACE, "--wait", "--timeout=120s"])
         .with_context(|| everything(cluster))?;
     holds(cluster)?;
+    admission::warns(cluster)?;
     ensure!(root(cluster)? == before, "the CA was made anew");
     Ok(())
 }
@@ -95,6 +97,16 @@ spec:
         "--output=name",
     ])?;
     ensure!(left.trim() == "serviceaccount/default", "{left}");
+    let left = cluster.kubectl(&[
+        "get",
+        "clusterroles,clusterrolebindings,validatingwebhookconfigurations,\
+         validatingadmissionpolicies,validatingadmissionpolicybindings",
+        "--selector=app.kubernetes.io/name=hauberk",
+        "--output=name",
+    ])?;
+    ensure!(left.trim().is_empty(), "{left}");
+    let webhooks = cluster.kubectl(&["get", "validatingwebhookconfigurations", "--output=name"])?;
+    ensure!(!webhooks.contains("hauberk"), "{webhooks}");
     // What owners declared stays, and can be deleted without anybody's help.
     cluster.helm(&["uninstall", "hauberk-crds", NAMESPACE])?;
     cluster.kubectl(&["get", "accesspolicy", "--namespace=payments", "ledger"])?;
