@@ -14,7 +14,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long certificates of workloads live: not so short that a control plane must not be away for a minute,
 /// and not so long that no test would see one end.
-pub(crate) const WORKLOAD_LIFETIME: Duration = Duration::from_secs(240);
+pub(crate) const WORKLOAD_LIFETIME: Duration = Duration::from_secs(160);
 
 pub(crate) const IMAGE: &str = "hauberk.test/hauberk:1";
 
