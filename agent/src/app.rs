@@ -37,6 +37,10 @@ const RECORDS_GRACE: Duration = Duration::from_secs(2);
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
+/// How long an agent that is told to stop goes on taking connections for the next one, which has not taken up
+/// its workloads yet.
+const READY_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Wall-clock jumps are noticed at this pace.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 
@@ -218,7 +222,7 @@ pub async fn run(
             replaced.cancel();
             tending.abort();
             let captured = captures.await.context("stop capturing")?;
-            let successor = hand_over(successor, &captured, own).await.context(REPLACED)?;
+            let successor = hand_over(successor, &captured, own, &stop).await.context(REPLACED)?;
             tracing::info!(
                 open = context.open_connections(),
                 "replaced, draining open connections"
@@ -353,11 +357,13 @@ async fn wait(
     }
 }
 
-/// Passes on what the next agent needs, and waits until it has taken it up.
+/// Passes on what the next agent needs, and waits until it has taken it up: not for long if this one is to
+/// stop.
 async fn hand_over(
     mut successor: Successor,
     captured: &Captured,
     own: Lock,
+    stop: &CancellationToken,
 ) -> anyhow::Result<Successor> {
     let listeners = captured.listeners().context("share the listeners")?;
     tokio::task::block_in_place(|| {
@@ -365,7 +371,15 @@ async fn hand_over(
         drop(own);
         successor.end()
     })?;
-    successor.is_ready().await?;
+    let late = async {
+        stop.cancelled().await;
+        tokio::time::sleep(READY_PATIENCE).await;
+    };
+    tokio::select! {
+        biased;
+        ready = successor.is_ready() => ready?,
+        () = late => tracing::warn!("stopping before the next agent has taken up its workloads"),
+    }
     Ok(successor)
 }
 
