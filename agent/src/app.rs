@@ -33,9 +33,17 @@ const EVENT_INTERVAL: u32 = 8;
 /// How long closing records may take to be written.
 const RECORDS_GRACE: Duration = Duration::from_secs(2);
 
-/// How long the agent before may take to let go of the data folder, and how often that is tried.
-const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is tried whether the data folder is free.
 const LOCK_RETRY: Duration = Duration::from_millis(20);
+
+/// How long the next agent may take until it has an identity. After that this one answers probes itself again.
+const TAKE_PATIENCE: Duration = Duration::from_secs(120);
+
+/// How long listeners of the agent before are kept that nobody has taken up.
+const KEEP_UNCLAIMED: Duration = Duration::from_secs(60);
+
+/// How often a replaced agent looks for the node certificate that the next one has got.
+const FOLLOW: Duration = Duration::from_secs(1);
 
 /// How long an agent that is told to stop goes on taking connections for the next one, which has not taken up
 /// its workloads yet.
@@ -99,7 +107,13 @@ pub async fn run(
         predecessor = tokio::task::block_in_place(|| Predecessor::find(&args.data))
             .context("take over from the agent that runs")?;
     }
-    let own = if predecessor.is_none() { Some(lock(&args.data)?) } else { None };
+    let mut own = None;
+    if predecessor.is_none() {
+        own = lock_folder(&args, &stop).await?;
+        if own.is_none() {
+            return Ok(());
+        }
+    }
     let metrics = AgentMetrics::new().context("set up metrics")?;
     let registries = vec![
         metrics.registry().clone(),
@@ -120,10 +134,25 @@ pub async fn run(
     // gave it wants to hear how it went.
     let tries_again = matches!(attestation, Attestation::Pod(_));
     let opening = open_node(&args.data, attestation, args.control_plane.as_deref());
-    let node = tokio::select! {
+    let mut node = tokio::select! {
         node = opening => node?,
         () = stop.cancelled(), if tries_again => return Ok(()),
     };
+    // Whoever is to stop takes nobody's place.
+    if stop.is_cancelled() {
+        return Ok(());
+    }
+    let (own, inherited, taken) = match own {
+        Some(own) => (own, Inherited::default(), Taken::default()),
+        None => {
+            let (inherited, taken) = take_place(predecessor);
+            let Some(own) = lock_folder(&args, &stop).await? else { return Ok(()) };
+            // The agent before may have renewed it since.
+            node.reload().context("the node's identity")?;
+            (own, inherited, taken)
+        }
+    };
+    let mut successors = Successors::listen(&args.data)?;
     let replaced = CancellationToken::new();
     let enforcer =
         Arc::new(Enforcer::open(&args.data, metrics.clone(), health.clone(), replaced.clone()));
@@ -147,6 +176,7 @@ pub async fn run(
                 board: board.clone(),
                 starting: starting.clone(),
                 snapshots: enforcer.subscribe(),
+                replaced: replaced.clone(),
             };
             let installation = Installation {
                 plugin: plugin.clone(),
@@ -158,8 +188,6 @@ pub async fn run(
             (Some((server, cni::listen(&args.cni_socket)?)), Some(installation))
         }
     };
-    let (own, inherited, taken) = take_place(&args.data, own, predecessor).await?;
-    let mut successors = Successors::listen(&args.data)?;
     let identities = Identities::new(
         &args.data,
         node.control_plane.clone(),
@@ -176,9 +204,10 @@ pub async fn run(
         installation,
         board: board.clone(),
         snapshots: enforcer.subscribe(),
-        inherited,
+        inherited: inherited.clone(),
         replaced: replaced.clone(),
         health: health.clone(),
+        since: None,
     };
     let (renewed, node_renewed) = watch::channel(0);
     let subscription = Subscription {
@@ -200,59 +229,70 @@ pub async fn run(
     let captures = tokio::spawn(captures.run());
     let plugin_server = plugin_server.map(|(server, listener)| tokio::spawn(server.run(listener)));
     let subscription = tokio::spawn(subscription.run());
-    let tending = tokio::spawn(tend_node(node, health.clone(), metrics, renewed));
-    let taken = tokio::spawn(tell_when_ready(taken, health));
+    let tending =
+        tokio::spawn(tend_or_follow(node, health.clone(), metrics, renewed, replaced.clone()));
+    let taken = tokio::spawn(tell_when_ready(taken, inherited.clone(), health.clone()));
     let successor = wait(&stop, &mut successors, &mut pages).await;
+    // The one before, if it is still there, has to go on without this one.
+    taken.abort();
+    drop(successors);
+    let text = "the agent is stopping, or another one takes its place";
+    health.set(CAPTURE_CHECK, HealthState::NotReady(text.to_owned()));
 
     // Pods that start from now on wait for the next agent.
     if let Some(server) = plugin_server {
         server.abort();
     }
-    let (captured, successor) = match successor {
+    let (mut captured, outcome, patience) = match successor {
         None => {
             tracing::info!(
                 open = context.open_connections(),
                 "stopping, draining open connections"
             );
             context.stopping.cancel();
-            (captures.await.context("stop capturing")?, None)
+            (captures.await.context("stop capturing")?, Ok(None), args.drain)
         }
         Some(successor) => {
             tracing::info!("another agent takes this one's place");
             replaced.cancel();
-            tending.abort();
             let captured = captures.await.context("stop capturing")?;
-            let successor = hand_over(successor, &captured, own, &stop).await.context(REPLACED)?;
+            let handed = hand_over(successor, &captured, &inherited, own, &stop).await;
+            // Without the next one the node is closed until this one is started anew, which comes first.
+            let patience = if handed.is_ok() { args.drain } else { Duration::ZERO };
             tracing::info!(
                 open = context.open_connections(),
                 "replaced, draining open connections"
             );
             context.stopping.cancel();
-            (captured, Some(successor))
+            (captured, handed.map(Some), patience)
         }
     };
-    captured.retire_pools();
-    drain(&context, args.drain).await;
+    captured.close();
+    drain(&context, patience).await;
     context.cut.cancel();
     // A moment for the resets to leave.
     drain(&context, Duration::from_secs(1)).await;
-    let ended = match successor {
-        None => {
+    subscription.abort();
+    let ended = match outcome {
+        Ok(None) => {
             if args.remove_rules_on_stop {
                 remove_rules(&captured, &args);
             }
             Ok(())
         }
-        // Whoever started this one decides when it ends: one that ended by itself would be started again.
-        Some(mut successor) => tokio::select! {
-            biased;
-            () = stop.cancelled() => Ok(()),
-            () = successor.gone() => Err(anyhow::anyhow!(REPLACED)),
-        },
+        // Whoever started this one decides when it ends: one that ended by itself would be started again. It
+        // asks for no certificates meanwhile.
+        Ok(Some(mut successor)) => {
+            drop(captured);
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => Ok(()),
+                () = successor.gone() => Err(anyhow::anyhow!(REPLACED)),
+            }
+        }
+        Err(error) => Err(error.context(REPLACED)),
     };
-    subscription.abort();
     tending.abort();
-    taken.abort();
     pages.close();
     let flushed = tokio::task::spawn_blocking(move || records.shutdown(RECORDS_GRACE)).await;
     if let Ok(Err(error)) = flushed {
@@ -286,40 +326,44 @@ fn attestation(args: &Args) -> Attestation {
     }
 }
 
-/// The data folder is this agent's now, and so are the listeners of the one before, if there was one.
-async fn take_place(
-    data: &Path,
-    own: Option<Lock>,
-    predecessor: Option<Predecessor>,
-) -> anyhow::Result<(Lock, Inherited, Taken)> {
-    let (inherited, taken) = match predecessor {
-        None => <(Inherited, Taken)>::default(),
-        Some(predecessor) => match tokio::task::block_in_place(|| predecessor.take()) {
-            Ok(taken) => taken,
-            Err(error) => {
-                let error = format!("{error:#}");
-                tracing::warn!(error, "the agent before ended by itself");
-                Default::default()
-            }
-        },
-    };
-    if let Some(own) = own {
-        return Ok((own, inherited, taken));
-    }
-    let until = tokio::time::Instant::now() + LOCK_PATIENCE;
+/// The listeners of the agent before, if it is still there.
+fn take_place(predecessor: Option<Predecessor>) -> (Inherited, Taken) {
+    let Some(predecessor) = predecessor else { return Default::default() };
+    tokio::task::block_in_place(|| predecessor.take()).unwrap_or_else(|error| {
+        let error = format!("{error:#}");
+        tracing::warn!(error, "the agent before ended by itself");
+        Default::default()
+    })
+}
+
+/// Waits until the data folder is free, if this agent is to take the place of the one that has it; nothing if
+/// it is to stop.
+async fn lock_folder(args: &Args, stop: &CancellationToken) -> anyhow::Result<Option<Lock>> {
+    let mut told = false;
     loop {
-        match lock(data) {
-            Ok(own) => return Ok((own, inherited, taken)),
-            Err(error) if tokio::time::Instant::now() >= until => return Err(error),
-            Err(_) => tokio::time::sleep(LOCK_RETRY).await,
+        match lock(&args.data) {
+            Ok(own) => return Ok(Some(own)),
+            Err(error) if !args.take_over => return Err(error),
+            Err(error) if !told => {
+                told = true;
+                tracing::info!(error = format!("{error:#}"), "waiting for the agent before to end");
+            }
+            Err(_) => {}
+        }
+        tokio::select! {
+            () = stop.cancelled() => return Ok(None),
+            () = tokio::time::sleep(LOCK_RETRY) => {}
         }
     }
 }
 
-/// Tells the agent before when the workloads are taken up, and holds the link for as long as this one runs.
-async fn tell_when_ready(taken: Taken, health: Health) {
+/// Tells the agent before when the workloads are taken up, and holds the link for as long as this one runs. What
+/// nobody has taken up is kept for a while: a workload may come yet.
+async fn tell_when_ready(taken: Taken, inherited: Inherited, health: Health) {
     health.ready().await;
     taken.ready();
+    tokio::time::sleep(KEEP_UNCLAIMED).await;
+    drop(inherited.rest());
     std::future::pending().await
 }
 
@@ -341,6 +385,9 @@ async fn wait(
                 biased;
                 taking = successor.wants_to_take() => taking,
                 () = stop.cancelled() => return None,
+                () = tokio::time::sleep(TAKE_PATIENCE) => {
+                    Err(anyhow::anyhow!("it has said nothing for {TAKE_PATIENCE:?}"))
+                }
             },
             Err(error) => Err(error),
         };
@@ -362,10 +409,12 @@ async fn wait(
 async fn hand_over(
     mut successor: Successor,
     captured: &Captured,
+    inherited: &Inherited,
     own: Lock,
     stop: &CancellationToken,
 ) -> anyhow::Result<Successor> {
-    let listeners = captured.listeners().context("share the listeners")?;
+    let mut listeners = captured.listeners().context("share the listeners")?;
+    listeners.extend(inherited.rest());
     tokio::task::block_in_place(|| {
         successor.pass_listeners(&listeners)?;
         drop(own);
@@ -427,12 +476,37 @@ fn lock(data: &Path) -> anyhow::Result<Lock> {
 /// Between two tries to attest a node whose certificate has ended.
 const ATTEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// Keeps the node certificate young.
-async fn tend_node(
+/// Keeps the node certificate young, until another agent does so: from then on it uses that one's. Two that each
+/// renewed their own would pass for a node and a stolen copy of it.
+async fn tend_or_follow(
     mut node: Node,
     health: Health,
     metrics: AgentMetrics,
     renewed: watch::Sender<u64>,
+    replaced: CancellationToken,
+) {
+    tokio::select! {
+        () = tend_node(&mut node, &health, &metrics, &renewed) => {}
+        () = replaced.cancelled() => {}
+    }
+    loop {
+        match node.reload() {
+            Ok(false) => {}
+            Ok(true) => renewed.send_modify(|count| *count += 1),
+            Err(error) => {
+                tracing::debug!(error = format!("{error:#}"), "the next agent's node certificate");
+            }
+        }
+        tokio::time::sleep(FOLLOW).await;
+    }
+}
+
+/// Keeps the node certificate young.
+async fn tend_node(
+    node: &mut Node,
+    health: &Health,
+    metrics: &AgentMetrics,
+    renewed: &watch::Sender<u64>,
 ) {
     let mut jitter = draw_jitter();
     let mut failure: Option<Failure> = None;
@@ -453,7 +527,7 @@ async fn tend_node(
                     NODE_CHECK,
                     HealthState::NotReady("the node certificate has expired".to_owned()),
                 );
-                match renew_node(&mut node).await {
+                match renew_node(node).await {
                     Ok(()) => {
                         failure = None;
                         renewed.send_modify(|count| *count += 1);
@@ -476,7 +550,7 @@ async fn tend_node(
                 health.set(NODE_CHECK, HealthState::NotReady(text.to_owned()));
                 tokio::time::sleep(LONGEST_SLEEP).await;
             }
-            Step::RenewNow => match renew_node(&mut node).await {
+            Step::RenewNow => match renew_node(node).await {
                 Ok(()) => {
                     failure = None;
                     jitter = draw_jitter();

@@ -47,7 +47,12 @@ const CGROUP_LOOK: Duration = Duration::from_millis(50);
 /// cut at once.
 const LEAVING: Duration = Duration::from_secs(2);
 
-/// The health check of what is captured: whether it was looked at once.
+/// How long an agent waits, before it says that it is ready, for workloads that the one before had captured: a
+/// container runtime may be slow to say where they are.
+const TAKE_UP: Duration = Duration::from_secs(30);
+
+/// The health check of what is captured: that it was looked at, and that what the agent before listened for is
+/// taken up.
 pub(crate) const CAPTURE_CHECK: &str = "captures";
 
 /// Reconciles until the agent stops.
@@ -66,6 +71,8 @@ pub(crate) struct Captures {
     /// Another agent looks after the rules.
     pub(crate) replaced: CancellationToken,
     pub(crate) health: Health,
+    /// When it was looked for the first time what is to be captured.
+    pub(crate) since: Option<Instant>,
 }
 
 /// What is captured now.
@@ -93,9 +100,14 @@ impl Captured {
         namespaces.chain(host).map(Accepting::share).collect()
     }
 
-    /// Closes the sessions that carry nothing.
-    pub(crate) fn retire_pools(&self) {
+    /// Takes no more connections, and closes the sessions that carry nothing.
+    pub(crate) fn close(&mut self) {
         self.locals().for_each(Locals::retire_pools);
+        let leaving = self.leaving.values_mut().map(|(capture, _)| capture);
+        self.namespaces.values_mut().chain(leaving).for_each(NamespaceCapture::close);
+        if let Some(host) = &mut self.host {
+            host.close_listeners();
+        }
     }
 
     /// Gives the workloads their plain network back.
@@ -185,7 +197,7 @@ impl Captures {
                     self.reconcile(&snapshot, &sandboxes, &mut current, known);
                 });
                 known = true;
-                self.health.set(CAPTURE_CHECK, HealthState::Ready);
+                self.note_ready();
                 self.look_after_plugin();
                 for (namespace, name) in departed.look(&snapshot, Instant::now()) {
                     self.context.metrics.forget(&namespace, &name);
@@ -199,6 +211,19 @@ impl Captures {
                 () = next_reconcile(&current) => {}
             }
         }
+    }
+
+    /// What the agent before listened for is taken up, or has had its time.
+    fn note_ready(&mut self) {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        let state = match self.inherited.left() {
+            left if left > 0 && since.elapsed() < TAKE_UP => {
+                let text = format!("{left} listeners of the agent before are not taken up yet");
+                HealthState::NotReady(text)
+            }
+            _ => HealthState::Ready,
+        };
+        self.health.set(CAPTURE_CHECK, state);
     }
 
     fn reconcile(

@@ -21,6 +21,7 @@ use tokio::{
     net::{UnixListener, UnixStream},
     sync::{Notify, watch},
 };
+use tokio_util::sync::CancellationToken;
 
 pub(crate) use install::{Installation, uninstall};
 
@@ -89,6 +90,8 @@ pub(crate) struct Server {
     pub(crate) board: StatusBoard,
     pub(crate) starting: Starting,
     pub(crate) snapshots: watch::Receiver<Arc<Snapshot>>,
+    /// Another agent captures from then on.
+    pub(crate) replaced: CancellationToken,
 }
 
 /// Listens where only root may connect.
@@ -171,6 +174,10 @@ impl Server {
                 Ok(answer) => return answer,
                 Err(problem) => problem,
             };
+            if self.replaced.is_cancelled() {
+                let reason = "another agent takes this one's place; ask again".to_owned();
+                return Answer::Refused { reason };
+            }
             if tokio::time::Instant::now() >= deadline {
                 return Answer::Refused { reason: problem };
             }

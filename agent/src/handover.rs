@@ -1,7 +1,7 @@
 //! One agent takes the place of another on the same data folder, and no connection fails for it.
 //!
 //! The next agent connects to the socket in the data folder of the one that runs, its predecessor, and gets
-//! the metrics' listener at once, so that probes ask the one that starts. When it has an identity and a state it says
+//! the metrics' listener at once, so that probes ask the one that starts. When it has an identity it says
 //! [`TAKE`]: the predecessor stops changing rules and files, passes its listeners on, lets go of the
 //! folder, and says [`END`]. Both take connections from the same listeners then, until the next one has taken up its
 //! workloads and says [`READY`]: from there on the predecessor only carries what it has, for as long as its drain
@@ -29,12 +29,18 @@ use tokio::sync::mpsc;
 /// The socket's name in the data folder.
 const SOCKET: &str = "handover.sock";
 
+/// What is said may change with it. Two that do not understand each other do not try.
+const VERSION: u32 = 1;
+
 /// The next one's words.
 const TAKE: &str = "take";
 const READY: &str = "ready";
 
 /// The predecessor's last word.
 const END: &str = "end";
+
+/// The pause after a failed accept, so that being out of descriptors does not spin.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// How long the predecessor may take to stop what it does and pass its listeners on.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -54,7 +60,7 @@ pub(crate) struct Seat {
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 enum Passed {
-    Metrics,
+    Metrics { version: u32 },
     Listener(Seat),
 }
 
@@ -68,10 +74,15 @@ impl Inherited {
         self.lock().remove(seat)
     }
 
-    /// Closes what nobody wanted. Returns how many these were.
-    fn clear(&self) -> usize {
-        let left = std::mem::take(&mut *self.lock());
-        left.len()
+    /// How many nobody has claimed.
+    pub(crate) fn left(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Those that nobody has claimed.
+    pub(crate) fn rest(&self) -> Vec<(Seat, OwnedFd)> {
+        let rest = std::mem::take(&mut *self.lock());
+        rest.into_iter().map(|(seat, listener)| (seat, listener.into())).collect()
     }
 
     /// Plain data: a panic elsewhere leaves nothing half-changed in it.
@@ -110,12 +121,12 @@ impl Predecessor {
         stream.set_read_timeout(Some(PATIENCE)).context("limit the wait for the other agent")?;
         let mut link = Receiver::new(stream);
         let metrics = match link.line() {
-            Ok(Some(line)) if matches!(serde_json::from_str(&line), Ok(Passed::Metrics)) => {
-                link.file().map(TcpListener::from)
-            }
+            Ok(Some(line)) if is_hello(&line) => link.file().map(TcpListener::from),
             // It stops at this moment: then there is nobody.
             Ok(None) => return Ok(None),
-            Ok(Some(line)) => bail!("the agent that runs there says {line:?}; stop it first"),
+            Ok(Some(line)) => bail!(
+                "the agent that runs there says {line:?}, which this one does not understand; stop it first"
+            ),
             Err(error) => {
                 return Err(error)
                     .context("the agent that runs there does not answer; stop it first");
@@ -150,8 +161,7 @@ impl Predecessor {
             let file = self.link.file().with_context(|| format!("no listener came with {line}"))?;
             inherited.lock().insert(seat, TcpListener::from(file));
         }
-        let taken = Taken { link: Some(self.link), inherited: inherited.clone() };
-        Ok((inherited, taken))
+        Ok((inherited, Taken { link: Some(self.link) }))
     }
 }
 
@@ -159,16 +169,14 @@ impl Predecessor {
 #[derive(Default)]
 pub(crate) struct Taken {
     link: Option<Receiver>,
-    inherited: Inherited,
 }
 
 impl Taken {
     /// This agent has taken up its workloads. The link stays: the predecessor comes back when it breaks.
     pub(crate) fn ready(&self) {
         let Some(link) = &self.link else { return };
-        let unclaimed = self.inherited.clear();
         match pass::send(link.stream(), READY, None) {
-            Ok(()) => tracing::info!(unclaimed, "took the place of the agent before"),
+            Ok(()) => tracing::info!("took the place of the agent before"),
             Err(error) => tracing::info!(%error, "the agent before is gone already"),
         }
     }
@@ -222,9 +230,18 @@ impl Successors {
         std::thread::Builder::new()
             .name("handover".to_owned())
             .spawn(move || {
-                while let Ok((stream, _)) = listener.accept() {
-                    if sender.blocking_send(stream).is_err() {
-                        return;
+                loop {
+                    match listener.accept() {
+                        Ok((stream, _)) => {
+                            // Nobody is let in any more: whoever comes sees the end.
+                            if sender.blocking_send(stream).is_err() {
+                                return;
+                            }
+                        }
+                        Err(error) => {
+                            tracing::warn!(%error, "another agent was not let in");
+                            std::thread::sleep(ACCEPT_RETRY);
+                        }
                     }
                 }
             })
@@ -236,7 +253,7 @@ impl Successors {
     pub(crate) async fn next(&mut self) -> Successor {
         match self.arrivals.recv().await {
             Some(stream) => Successor::new(stream),
-            // Accepting failed: nobody will come.
+            // There is no thread: nobody will come.
             None => std::future::pending().await,
         }
     }
@@ -271,7 +288,9 @@ impl Successor {
     /// # Errors
     /// If it is gone.
     pub(crate) fn pass_metrics(&self, listener: &TcpListener) -> anyhow::Result<()> {
-        let line = serde_json::to_string(&Passed::Metrics)?;
+        // One that stops reading must not hold this one up.
+        self.stream.set_write_timeout(Some(PATIENCE))?;
+        let line = serde_json::to_string(&Passed::Metrics { version: VERSION })?;
         Ok(pass::send(&self.stream, &line, Some(listener.as_fd()))?)
     }
 
@@ -325,6 +344,10 @@ impl Successor {
     pub(crate) fn end(&self) -> anyhow::Result<()> {
         Ok(pass::send(&self.stream, END, None)?)
     }
+}
+
+fn is_hello(line: &str) -> bool {
+    matches!(serde_json::from_str(line), Ok(Passed::Metrics { version: VERSION }))
 }
 
 /// Does something with the socket's path, by way of the open folder: a socket's path may be 107 bytes long,

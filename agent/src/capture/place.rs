@@ -207,6 +207,12 @@ impl NamespaceCapture {
         self.outbound.iter().chain(&self.inbound)
     }
 
+    /// New connections are refused from here on, unless another agent has the listeners.
+    pub(super) fn close(&mut self) {
+        self.outbound.clear();
+        self.inbound.clear();
+    }
+
     pub(super) fn remove_rules(&self) {
         let removed = self.worker.call(capture::remove).and_then(|result| result);
         if let Err(error) = removed {
@@ -388,6 +394,12 @@ impl HostCapture {
 
     pub(super) fn locals(&self) -> &Locals {
         &self.locals
+    }
+
+    /// As [`NamespaceCapture::close`].
+    pub(super) fn close_listeners(&mut self) {
+        self.outbound.clear();
+        self.inbound.clear();
     }
 
     pub(super) fn listeners(&self) -> impl Iterator<Item = &Accepting> {

@@ -35,6 +35,26 @@ pub(crate) struct Node {
 }
 
 impl Node {
+    /// Takes up what another agent has kept in the data folder meanwhile. Returns whether there was anything new.
+    ///
+    /// # Errors
+    /// If it cannot be used.
+    pub(crate) fn reload(&mut self) -> anyhow::Result<bool> {
+        let Some(kept) = Kept::load(&self.path)? else { return Ok(false) };
+        let kept = from_kept(&kept, &self.path, None)?;
+        let credential = kept.slot.load().context("the kept certificate is missing")?;
+        let serial = |credential: &Credential| credential.facts().serial();
+        if self.slot.load().is_some_and(|own| serial(&own) == serial(&credential)) {
+            return Ok(false);
+        }
+        if self.slot.store(Credential::clone(&credential)).is_err() {
+            bail!("{}: the certificate is of another node", self.path.display());
+        }
+        self.trust.store(TrustBundle::clone(&kept.trust.load()));
+        self.validity = kept.validity;
+        Ok(true)
+    }
+
     /// Whether it needs no certificate to get one.
     pub(crate) fn attests_itself(&self) -> bool {
         self.pod.is_some()

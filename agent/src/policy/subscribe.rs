@@ -239,6 +239,8 @@ impl Subscription {
                     };
                     let revision = update.revision;
                     match self.enforcer.apply(update) {
+                        // The agent that replaced this one speaks for the node.
+                        outcome if self.enforcer.replaced.is_cancelled() => drop(outcome?),
                         Ok(applied) => {
                             let enforced = v1::Enforced {
                                 revision: applied.revision,
