@@ -328,12 +328,22 @@ impl Custody {
         for root in &needed {
             roots.need(root, now, self.pace.reach());
         }
-        if let Some(active) = active.filter(|_| roots.is_changing(now))
+        // A control plane that is alone hands over to itself: it may be started with another CA, and no other
+        // goes on with this one meanwhile.
+        let alone = matches!(self.keep, Keep::File(_));
+        if let Some(active) = active
             && let Some(handover) = active.hand_over()
         {
-            roots.offer(active.root(), handover);
+            if alone {
+                roots.replace(active.root(), handover);
+            } else if roots.is_changing(now) {
+                roots.offer(active.root(), handover);
+            }
         }
         roots.retire(&needed, now);
+        if !alone && !roots.is_changing(now) {
+            roots.withdraw();
+        }
     }
 
     /// What issues from now on, if another one may, or has to.
@@ -347,6 +357,10 @@ impl Custody {
             let known = self.roots.known_from(wanted.root()).is_some_and(|from| from <= now);
             if known && (active.is_none() || wanted.settled_from() <= now) {
                 let signer = wanted.signer(&self.trust_domain, now)?;
+                // One that has ended meanwhile takes no other's place.
+                if !signer.is_good(now) {
+                    return Err(ca::CaError::Ended(signer.not_after()).into());
+                }
                 wanted.issues = true;
                 tracing::info!(root = hex::encode(sha256(signer.root())), "the CA issues");
                 return Ok(Some(signer));

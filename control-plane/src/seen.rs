@@ -19,6 +19,9 @@ use hauberk_proto::{convert, v1};
 /// Edges of all nodes together: some 20 MiB of them.
 const MAX_EDGES: usize = 50_000;
 
+/// Edges of one report; agents send half of that. The rest of a longer one is not read.
+const MAX_A_REPORT: usize = 1_000;
+
 /// Edges of one node: as many as its agent remembers. One that lies fills no more.
 const MAX_OF_NODE: usize = 12_000;
 
@@ -95,20 +98,24 @@ impl Memory {
         report: v1::Seen,
         runs_there: impl Fn(&SpiffeId) -> bool,
     ) {
+        let since = report.since_unix_ms;
+        // All that costs something before the lock, for which every agent's reports wait.
+        let (mut read, mut bad) = (Vec::new(), report.edges.len() > MAX_A_REPORT);
+        for message in report.edges.into_iter().take(MAX_A_REPORT) {
+            match convert::seen(message) {
+                Ok(edge) => read.push(edge),
+                Err(error) => {
+                    tracing::debug!(node, %error, "what an agent saw cannot be read");
+                    bad = true;
+                }
+            }
+        }
         let mut guard = self.lock();
         let Inner { nodes, held } = &mut *guard;
         let Told { edges, missed, full, unread } = nodes.entry(node.to_owned()).or_default();
-        let since = report.since_unix_ms;
         missed.told(since, report.missed);
-        for message in report.edges {
-            let (edge, seen) = match convert::seen(message) {
-                Ok(read) => read,
-                Err(error) => {
-                    tracing::debug!(node, %error, "what an agent saw cannot be read");
-                    *unread = true;
-                    continue;
-                }
-            };
+        *unread |= bad;
+        for (edge, seen) in read {
             let room = edges.len() < MAX_OF_NODE && *held < MAX_EDGES;
             match edges.entry(edge) {
                 Entry::Occupied(mut known) => {
@@ -290,15 +297,25 @@ mod tests {
         let many =
             (1..=u16::try_from(MAX_OF_NODE).unwrap() + 1).map(|p| (edge("web", "ledger", p), 1));
         let many: Vec<(Edge, u64)> = many.collect();
-        memory.take("b", report(1, &many), is_ledger);
+        let in_parts = |node: &str| {
+            for part in many.chunks(MAX_A_REPORT) {
+                memory.take(node, report(1, part), is_ledger);
+            }
+        };
+        in_parts("b");
         assert_eq!(memory.sightings().len(), MAX_OF_NODE);
         assert!(memory.gaps().iter().any(|gap| gap.node == "b" && gap.full));
         // Those that are known are counted on.
         memory.take("b", report(2, &many[..1]), is_ledger);
         assert_eq!(counts(&memory).first(), Some(&("b".to_owned(), 1, 2)));
         for node in ["c", "d", "e", "f"] {
-            memory.take(node, report(1, &many), is_ledger);
+            in_parts(node);
         }
         assert_eq!(memory.sightings().len(), MAX_EDGES);
+        // A longer report than agents send is read as far as they go, and that is told.
+        let memory = Memory::default();
+        memory.take("g", report(1, &many), is_ledger);
+        assert_eq!(memory.sightings().len(), MAX_A_REPORT);
+        assert!(memory.gaps().iter().any(|gap| gap.node == "g" && gap.unread));
     }
 }

@@ -8,7 +8,7 @@ use std::{
 use arc_swap::ArcSwap;
 use hauberk_core::{
     identity::TrustDomain,
-    svid::{self, VerifiedSvid},
+    svid::{self, SvidError, VerifiedSvid},
     time::Timestamp,
 };
 use rustls_pki_types::{CertificateDer, TrustAnchor};
@@ -77,6 +77,28 @@ impl TrustBundle {
         }
         let verified = Arc::default();
         Ok(Self { trust_domain, roots, anchors, first_expiry, verified })
+    }
+
+    /// The same without the roots that are good at another time only: one that this machine's clock does not
+    /// believe yet, or any more, takes nothing from the others.
+    ///
+    /// # Errors
+    /// If none is left, or one is unreadable or unfit.
+    pub fn of_now(
+        trust_domain: TrustDomain,
+        mut roots: Vec<CertificateDer<'static>>,
+        now: Timestamp,
+    ) -> Result<Self, TrustError> {
+        let in_time = |root: &CertificateDer<'_>| {
+            !matches!(
+                svid::check_root(root, now),
+                Err(SvidError::Expired { .. } | SvidError::NotYetValid { .. })
+            )
+        };
+        if roots.iter().any(in_time) {
+            roots.retain(in_time);
+        }
+        Self::new(trust_domain, roots, now)
     }
 
     /// Whose roots they are.

@@ -294,7 +294,7 @@ fn from_kept(kept: &Kept, path: &Path, address: Option<&str>) -> anyhow::Result<
         .trust_domain
         .parse()
         .with_context(|| format!("{}: trust domain {:?}", path.display(), kept.trust_domain))?;
-    let bundle = TrustBundle::new(trust_domain.clone(), kept.bundle(path)?, now)?;
+    let bundle = TrustBundle::of_now(trust_domain.clone(), kept.bundle(path)?, now)?;
     let credential = Credential::new(kept.chain(path)?, &kept.key(path)?, now)
         .with_context(|| format!("the node certificate in {}", path.display()))?;
     let id = hauberk_core::identity::SpiffeId::node(&trust_domain, &kept.node)

@@ -225,7 +225,7 @@ impl Rotation {
         let certificates = |list: &[Vec<u8>]| {
             list.iter().map(|der| rustls_pki_types::CertificateDer::from(der.clone())).collect()
         };
-        let bundle = TrustBundle::new(
+        let bundle = TrustBundle::of_now(
             self.trust.load().trust_domain().clone(),
             certificates(&answer.trust_bundle),
             now,

@@ -1,6 +1,10 @@
 //! One stream an agent: what it is to enforce, and what it does enforce.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use hauberk_core::identity::SpiffeId;
 use hauberk_proto::{
@@ -179,11 +183,12 @@ async fn read_reports(
             Some(Kind::Seen(seen)) => {
                 shared.fleet.update(node, now, |_| {});
                 let published = shared.publisher.current();
-                let runs_there = |id: &SpiffeId| {
-                    let mut workloads = published.workloads.iter();
-                    workloads.any(|known| known.node.as_str() == node && known.identity == *id)
-                };
-                shared.fleet.seen().take(node, seen, runs_there);
+                let workloads = published.workloads.iter();
+                let there: HashSet<&SpiffeId> = workloads
+                    .filter(|known| known.node.as_str() == node)
+                    .map(|known| &known.identity)
+                    .collect();
+                shared.fleet.seen().take(node, seen, |id| there.contains(id));
             }
             Some(Kind::Status(status)) => {
                 shared.fleet.update(node, now, |agent| agent.status = status);

@@ -92,6 +92,11 @@ impl Signer {
         &self.root
     }
 
+    /// When it can issue no more.
+    pub(crate) fn not_after(&self) -> Timestamp {
+        self.not_after
+    }
+
     /// Whether it can issue.
     pub(crate) fn is_good(&self, now: Timestamp) -> bool {
         now < self.not_after

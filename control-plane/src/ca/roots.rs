@@ -90,16 +90,25 @@ impl Roots {
         }
     }
 
-    /// Forgets roots that nobody needs any more, but those of `kept`; and what was handed over, once every
-    /// root is known.
+    /// Keeps this one in place of another.
+    pub(crate) fn replace(&mut self, root: &CertificateDer<'_>, handover: Handover) {
+        let certificate = STANDARD.encode(root);
+        if let Some(known) = self.roots.iter_mut().find(|known| known.certificate == certificate) {
+            known.handover = Some(handover);
+        }
+    }
+
+    /// Forgets what was handed over.
+    pub(crate) fn withdraw(&mut self) {
+        for known in &mut self.roots {
+            known.handover = None;
+        }
+    }
+
+    /// Forgets roots that nobody needs any more, but those of `kept`.
     pub(crate) fn retire(&mut self, kept: &[&CertificateDer<'_>], now: Timestamp) {
         let kept: Vec<String> = kept.iter().map(|root| STANDARD.encode(root)).collect();
         self.roots.retain(|known| known.needed_until >= now || kept.contains(&known.certificate));
-        if !self.is_changing(now) {
-            for known in &mut self.roots {
-                known.handover = None;
-            }
-        }
     }
 
     /// Whether there is a root that not every agent knows yet.
@@ -222,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_handed_over_is_there_while_a_root_is_new_and_gone_after_that() {
+    fn what_was_handed_over_is_there_until_it_is_replaced_or_withdrawn() {
         let mut roots = Roots::default();
         roots.need(&root(1), at(1000), REACH);
         roots.need(&root(2), at(1010), REACH);
@@ -231,9 +240,14 @@ mod tests {
         roots.retire(&kept, at(1020));
         let handed: Vec<_> = roots.handed_over(at(1020)).map(|(root, _)| root).collect();
         assert_eq!(handed, [root(1)]);
-        let from = roots.known_from(&root(2)).unwrap();
-        roots.retire(&kept, from);
-        assert_eq!(roots.handed_over(from).count(), 0);
+        let other: Handover =
+            serde_json::from_str(r#"{"chain": ["BBBB"], "key": "AAAA"}"#).unwrap();
+        roots.offer(&root(1), other.clone());
+        assert!(roots.handed_over(at(1020)).all(|(_, kept)| *kept == handover()));
+        roots.replace(&root(1), other.clone());
+        assert!(roots.handed_over(at(1020)).all(|(_, kept)| *kept == other));
+        roots.withdraw();
+        assert_eq!(roots.handed_over(at(1020)).count(), 0);
     }
 
     #[test]
