@@ -350,7 +350,10 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
         );
     }
     for warning in &status.warnings {
-        find(warning.clone(), "a name may be misspelt, or a Workload manifest missing");
+        find(
+            warning.clone(),
+            "a name may be misspelt, a Workload manifest missing, or a pod not fit for the mesh",
+        );
     }
     for note in &status.ca_notes {
         find(

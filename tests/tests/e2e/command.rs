@@ -366,7 +366,8 @@ fn probes_and_scrapers_are_answered() -> anyhow::Result<()> {
     let control_plane = SocketAddr::from(([127, 0, 0, 1], 9464));
     for machine in ["machine-a", "machine-b"] {
         let ready = mesh.get(machine, agent, "/readyz")?;
-        ensure!(ready == "node_certificate: ready\npolicy: ready\n", "{machine}: {ready}");
+        let wanted = "captures: ready\nnode_certificate: ready\npolicy: ready\n";
+        ensure!(ready == wanted, "{machine}: {ready}");
     }
     let ready = mesh.get("control", control_plane, "/readyz")?;
     ensure!(ready == "certificate_authority: ready\nstore: ready\n", "{ready}");

@@ -81,7 +81,7 @@ fn the_command_asks_through_the_kubeconfig(cluster: &Cluster) -> anyhow::Result<
 }
 
 /// What `hauberk check` exits with and says.
-fn checked(cluster: &Cluster) -> anyhow::Result<(Option<i32>, String)> {
+pub(crate) fn checked(cluster: &Cluster) -> anyhow::Result<(Option<i32>, String)> {
     let output = hauberk(cluster, &["check"])?;
     let (out, err) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
     let code = output.status.code();
@@ -105,7 +105,8 @@ fn a_check_finds_what_is_wrong(cluster: &Cluster) -> anyhow::Result<()> {
         .replace("name: checkout}", "name: chekcout}");
     let wanted = "✗ AccessPolicy payments/misspelt: rule checkout allows \
                   spiffe://test.example/ns/shop/sa/chekcout, which no registered workload has\n    \
-                  hint: a name may be misspelt, or a Workload manifest missing\n";
+                  hint: a name may be misspelt, a Workload manifest missing, or a pod not fit for \
+                  the mesh\n";
     cluster.apply(&misspelt)?;
     cluster.wait_until("the finding", PATIENCE, |cluster| {
         let (code, text) = checked(cluster)?;

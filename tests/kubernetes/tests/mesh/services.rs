@@ -11,7 +11,7 @@ use crate::{
     install::{PATIENCE, everything},
     pods::address,
     policy::{POLICY, get},
-    replicas::told,
+    replicas::{checked, told},
 };
 
 pub(crate) const TESTS: &[(&str, Test)] = &[
@@ -156,6 +156,9 @@ spec:
         ensure!(status.contains("pod shop/on-host uses its node's network"), "{status}");
         Ok(())
     })?;
+    let (code, text) = checked(cluster)?;
+    ensure!(code == Some(1), "nothing is wrong, says check: {text}");
+    ensure!(text.contains("pod shop/on-host uses its node's network"), "{text}");
     // It has its service account's name, and none of its rights.
     let url = format!("http://{}:8080/", address(cluster, "payments", "ledger")?);
     ensure!(get(cluster, "on-host", &url).is_err(), "it was taken for its service account");

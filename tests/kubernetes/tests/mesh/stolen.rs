@@ -14,6 +14,7 @@ use tonic::Code;
 use crate::{
     Test, agents,
     install::{PATIENCE, everything},
+    pods::{hasty, server},
     replicas::a_replica,
     trouble::allowed,
 };
@@ -94,7 +95,7 @@ fn stolen_tokens_attest_nothing(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 /// Somebody outside of the cluster with all that the agent of `node-a` keeps on its node.
-fn thief(cluster: &Cluster) -> anyhow::Result<Stolen> {
+pub(crate) fn thief(cluster: &Cluster) -> anyhow::Result<Stolen> {
     let kept = fs::read(cluster.node("node-a")?.disk("/var/lib/hauberk/agent/node.json"))?;
     let address = SocketAddr::new(a_replica(cluster)?.parse()?, 8443);
     let connect = || TcpStream::connect_timeout(&address, PATIENCE);
@@ -103,17 +104,31 @@ fn thief(cluster: &Cluster) -> anyhow::Result<Stolen> {
 }
 
 /// What the mesh knows a pod by.
-fn key(cluster: &Cluster, namespace: &str, pod: &str) -> anyhow::Result<String> {
+pub(crate) fn key(cluster: &Cluster, namespace: &str, pod: &str) -> anyhow::Result<String> {
     Ok(format!("{namespace}/{pod}@{}", agents::uid(cluster, namespace, pod)?))
 }
 
 /// Asks for a pod's certificate and demands that it is refused, for this reason.
-fn is_refused(thief: &Stolen, workload: &str, reason: &str) -> anyhow::Result<()> {
+pub(crate) fn is_refused(thief: &Stolen, workload: &str, reason: &str) -> anyhow::Result<()> {
     let refused = thief.issue(workload, signing_request()?.1).err();
     let status = refused.with_context(|| format!("the identity of {workload} was issued"))?;
     ensure!(status.code() == Code::PermissionDenied, "{workload}: {status}");
     ensure!(status.message().contains(reason), "{workload}: {status}");
     Ok(())
+}
+
+fn a_pod_that_is_gone_is_refused(cluster: &Cluster, thief: &Stolen) -> anyhow::Result<()> {
+    let outside = server(cluster)?;
+    let pod = hasty("gone", "node-a", outside, &format!("http://{outside}/"));
+    cluster.apply(&pod)?;
+    let gone = cluster.wait_until("its certificate", PATIENCE, |cluster| {
+        let gone = key(cluster, "shop", "gone")?;
+        thief.issue(&gone, signing_request()?.1).context("the pod lives")?;
+        Ok(gone)
+    })?;
+    cluster.delete(&pod)?;
+    cluster
+        .wait_until("the refusal", PATIENCE, |_| is_refused(thief, &gone, "is not a live workload"))
 }
 
 fn a_stolen_node_certificate_gets_no_other_nodes_pods(cluster: &Cluster) -> anyhow::Result<()> {
@@ -143,6 +158,8 @@ fn a_stolen_node_certificate_gets_no_other_nodes_pods(cluster: &Cluster) -> anyh
     let told = ["\"an identity was refused\"", foreign.as_str(), "\"node-a\""];
     let audited = |line: &str| told.iter().all(|part| line.contains(part));
     ensure!(log.lines().any(audited), "the refusal was not audited:\n{log}");
+
+    a_pod_that_is_gone_is_refused(cluster, &thief)?;
 
     // It lives no longer than the certificate.
     let refused = thief.renew(signing_request()?.1).err().context("it was renewed")?;

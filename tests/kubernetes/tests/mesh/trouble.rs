@@ -1,6 +1,10 @@
 //! What happens to the cluster, and what must hold all the same.
 
-use std::{net::IpAddr, thread, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, bail, ensure};
 use hauberk_kubernetes_tests::Cluster;
@@ -8,8 +12,10 @@ use hauberk_kubernetes_tests::Cluster;
 use crate::{
     Test, agents,
     install::{PATIENCE, everything},
+    outage::{Live, network_of},
     pods::{address, callers, eager, server, tries},
     policy::{POLICY, get},
+    stolen,
 };
 
 pub(crate) const TESTS: &[(&str, Test)] = &[
@@ -125,8 +131,26 @@ pub(crate) fn allowed(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 fn a_pod_without_its_service_account_is_nobody(cluster: &Cluster) -> anyhow::Result<()> {
-    allowed(cluster)?;
+    cluster.apply(&POLICY.replace("[8080]", "[8080, 9000]"))?;
+    let (ledger, caller) =
+        (address(cluster, "payments", "ledger")?, address(cluster, "shop", "checkout")?);
+    let network = network_of(cluster, "node-a", caller.parse()?)?;
+    let echo = SocketAddr::new(ledger.parse()?, 9000);
+    let mut live = cluster.wait_until("the live connection", PATIENCE, |_| {
+        let mut live = Live::open(&network, echo)?;
+        live.echo()?;
+        Ok(live)
+    })?;
+    let (thief, own) = (stolen::thief(cluster)?, stolen::key(cluster, "shop", "checkout")?);
     cluster.kubectl(&["delete", "serviceaccount", "--namespace=shop", "checkout"])?;
+    let deleted = Instant::now();
+    cluster.wait_until("the end of the live connection", PATIENCE, |_| match live.echo() {
+        Ok(()) => bail!("it goes on"),
+        Err(error) => {
+            eprintln!("cut after {:?}: {error:#}", deleted.elapsed());
+            Ok(())
+        }
+    })?;
     let why = cluster.wait_until("the refusal", PATIENCE, |cluster| {
         match get(cluster, "checkout", LEDGER) {
             Ok(text) => bail!("still answered: {text}"),
@@ -134,6 +158,8 @@ fn a_pod_without_its_service_account_is_nobody(cluster: &Cluster) -> anyhow::Res
         }
     })?;
     eprintln!("{why:#}");
+    // As the agent itself would ask.
+    stolen::is_refused(&thief, &own, "is not a live workload")?;
     // It stays captured: nothing goes out in clear either.
     thread::sleep(Duration::from_secs(4));
     ensure!(get(cluster, "checkout", LEDGER).is_err(), "it talks without an identity");
