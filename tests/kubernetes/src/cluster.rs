@@ -281,14 +281,29 @@ impl Cluster {
         self.start_kubelet(node)
     }
 
+    /// Stops a node's container runtime; its pods run on, and no other one starts.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn stop_containerd(&self, node: &str) -> anyhow::Result<()> {
+        self.node(node)?.stop("containerd")
+    }
+
+    /// Starts a node's container runtime, which must have been stopped.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_containerd(&self, node: &str) -> anyhow::Result<()> {
+        node::start_containerd(self.node(node)?)
+    }
+
     /// Stops a node's container runtime and starts it again; its pods run on.
     ///
     /// # Errors
     /// If it does not run or does not start.
     pub fn restart_containerd(&self, node: &str) -> anyhow::Result<()> {
-        let machine = self.node(node)?;
-        machine.stop("containerd")?;
-        node::start_containerd(machine)
+        self.stop_containerd(node)?;
+        self.start_containerd(node)
     }
 
     /// Takes a node's power away and gives it back: nothing but its disk is left of it. Does not wait
@@ -319,6 +334,45 @@ impl Cluster {
         node::start_containerd(machine)?;
         node::start_kubelet(machine)?;
         node::start_proxy(machine)
+    }
+
+    /// Starts an engine of NetworkPolicies (kube-router) on both nodes; without one, nobody enforces them.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_network_policies(&self) -> anyhow::Result<()> {
+        self.apply(node::ENGINE_RIGHTS)?;
+        self.on_both(node::start_engine)
+    }
+
+    /// Stops it, and takes away what it has set up.
+    ///
+    /// # Errors
+    /// If it does not run, or something of it stays.
+    pub fn stop_network_policies(&self) -> anyhow::Result<()> {
+        self.on_both(node::stop_engine)
+    }
+
+    /// Starts cert-manager, with its custom resources.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_cert_manager(&self) -> anyhow::Result<()> {
+        let resources = self.programs.path("cert-manager-crds.yaml");
+        let file = format!("--filename={}", resources.display());
+        // They are too long for what a client's own apply notes down.
+        self.kubectl(&["apply", "--server-side", &file])?;
+        self.kubectl(&["wait", "--for=condition=Established", "--timeout=30s", &file])?;
+        self.apply(control::CERT_MANAGER_RIGHTS)?;
+        control::start_cert_manager(&self.control)
+    }
+
+    /// Stops it; what it has made stays.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn stop_cert_manager(&self) -> anyhow::Result<()> {
+        self.control.stop(control::CERT_MANAGER)
     }
 
     /// Stops the API server.

@@ -13,6 +13,9 @@ const PKI: &str = "/etc/kubernetes/pki";
 /// Who issues the service accounts' tokens, and their audience unless another is asked for.
 pub(crate) const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 
+/// What makes certificates: the program, and its user.
+pub(crate) const CERT_MANAGER: &str = "cert-manager";
+
 /// What the machine answers to, whoever asks.
 pub(crate) fn server() -> String {
     format!("https://{}:6443", ipv4(CONTROL))
@@ -52,6 +55,7 @@ pub(crate) fn prepare(
         ("controllers", "system:kube-controller-manager", ""),
         ("scheduler", "system:kube-scheduler", ""),
         ("dns", "system:coredns", ""),
+        (CERT_MANAGER, CERT_MANAGER, ""),
     ];
     for (file, user, group) in clients {
         authority.issue(&pki.join(file), Subject::client(user, group))?;
@@ -218,6 +222,36 @@ ports:
 ",
         ipv4(CONTROL)
     )
+}
+
+/// What cert-manager may, of what its own chart lets it.
+pub(crate) const CERT_MANAGER_RIGHTS: &str = "
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: cert-manager}
+rules:
+- apiGroups: [cert-manager.io]
+  resources: ['*']
+  verbs: [get, list, watch, create, update, patch, delete]
+- apiGroups: ['']
+  resources: [secrets]
+  verbs: [get, list, watch, create, update, patch, delete]
+- apiGroups: ['']
+  resources: [events]
+  verbs: [create, patch]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: cert-manager}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: cert-manager}
+subjects:
+- {apiGroup: rbac.authorization.k8s.io, kind: User, name: cert-manager}
+";
+
+/// Starts cert-manager, whose resources the API server must know.
+pub(crate) fn start_cert_manager(control: &Machine) -> anyhow::Result<()> {
+    let kubeconfig = format!("--kubeconfig=/etc/kubernetes/{CERT_MANAGER}.conf");
+    control.start(CERT_MANAGER, &[CERT_MANAGER.to_owned(), kubeconfig])
 }
 
 fn words(words: &[&str]) -> Vec<String> {

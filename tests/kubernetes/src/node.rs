@@ -1,4 +1,4 @@
-//! A node's machine: containerd, kubelet and kube-proxy.
+//! A node's machine: containerd, kubelet and kube-proxy, and an engine of NetworkPolicies for who wants one.
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ use crate::{
     control::server,
     images::PAUSE,
     machine::Machine,
-    wire::{DNS_SERVICE, POD_NETWORKS, ipv4, ipv6, pod_networks},
+    wire::{DNS_SERVICE, POD_NETWORKS, SERVICE_NETWORKS, ipv4, ipv6, pod_networks},
 };
 
 const PKI: &str = "/etc/kubernetes/pki";
@@ -27,6 +27,9 @@ pub(crate) const CNI_PLUGINS: &str = "/usr/lib/cni";
 /// How long kubelet may take to answer.
 const KUBELET_PATIENCE: Duration = Duration::from_secs(30);
 
+/// The engine of NetworkPolicies: the program, and its user.
+const ENGINE: &str = "kube-router";
+
 /// Those that a node has.
 pub(crate) const CNI_NAMES: [&str; 4] = ["host-local", "loopback", "portmap", "ptp"];
 
@@ -36,8 +39,11 @@ pub(crate) fn prepare(node: &Machine, authority: &Authority) -> anyhow::Result<(
     fs::copy(authority.certificate(), pki.join("ca.crt"))?;
     let name = node.name();
     let user = format!("system:node:{name}");
-    let clients =
-        [("kubelet", user.as_str(), "system:nodes"), ("kube-proxy", "system:kube-proxy", "")];
+    let clients = [
+        ("kubelet", user.as_str(), "system:nodes"),
+        ("kube-proxy", "system:kube-proxy", ""),
+        (ENGINE, ENGINE, ""),
+    ];
     for (file, user, group) in clients {
         authority.issue(&pki.join(file), Subject::client(user, group))?;
         let text = kubeconfig(
@@ -217,4 +223,56 @@ pub(crate) fn start_proxy(node: &Machine) -> anyhow::Result<()> {
         "--oom-score-adj=0".to_owned(),
     ];
     node.start("kube-proxy", &arguments)
+}
+
+/// What the engine of NetworkPolicies may read.
+pub(crate) const ENGINE_RIGHTS: &str = "
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: kube-router}
+rules:
+- apiGroups: ['']
+  resources: [namespaces, pods, services, nodes, endpoints]
+  verbs: [get, list, watch]
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
+  verbs: [get, list, watch]
+- apiGroups: [discovery.k8s.io]
+  resources: [endpointslices]
+  verbs: [get, list, watch]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: kube-router}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: kube-router}
+subjects:
+- {apiGroup: rbac.authorization.k8s.io, kind: User, name: kube-router}
+";
+
+/// Starts what enforces NetworkPolicies, and nothing else of it.
+pub(crate) fn start_engine(node: &Machine) -> anyhow::Result<()> {
+    let arguments = [
+        ENGINE.to_owned(),
+        format!("--kubeconfig=/etc/kubernetes/{ENGINE}.conf"),
+        format!("--hostname-override={}", node.name()),
+        "--run-firewall=true".to_owned(),
+        "--run-router=false".to_owned(),
+        "--run-service-proxy=false".to_owned(),
+        "--enable-cni=false".to_owned(),
+        "--enable-ipv6=true".to_owned(),
+        format!("--service-cluster-ip-range={SERVICE_NETWORKS}"),
+        "--health-port=0".to_owned(),
+    ];
+    node.start(ENGINE, &arguments)
+}
+
+/// Stops it and takes its rules away; nobody else has any of iptables.
+pub(crate) fn stop_engine(node: &Machine) -> anyhow::Result<()> {
+    node.stop(ENGINE)?;
+    for program in ["iptables", "ip6tables"] {
+        for step in ["-F", "-X"] {
+            node.text(&[program, "-w", step])?;
+        }
+    }
+    node.text(&["ipset", "destroy"]).map(drop)
 }

@@ -11,25 +11,29 @@ use anyhow::{Context, bail};
 use crate::{cgroups, images::BUSYBOX, machine::succeeded, node};
 
 /// The programs that `build-programs` makes.
-const BUILT: [&str; 8] = [
+const BUILT: [&str; 10] = [
+    "cert-manager",
     "coredns",
     "helm",
     "kube-apiserver",
     "kube-controller-manager",
     "kube-proxy",
+    "kube-router",
     "kube-scheduler",
     "kubectl",
     "kubelet",
 ];
 
 /// What the host must have in its path.
-const INSTALLED: [&str; 14] = [
+const INSTALLED: [&str; 16] = [
     "awk",
     "containerd",
     "containerd-shim-runc-v2",
     "ctr",
     "etcd",
     "ip",
+    "ipset",
+    "iptables",
     "mount",
     "nft",
     "openssl",

@@ -1,9 +1,10 @@
-//! A CA that somebody brings: it takes the place of the own one, and another one takes its place, while pods
-//! talk. In clusters of their own, whose certificates live for seconds: a root waits for as long as they live.
+//! A CA that cert-manager makes: it takes the place of the own one, is renewed, and another one takes its place,
+//! while pods talk. In a cluster of its own, whose certificates live for seconds: a root waits for as long as they
+//! live.
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
@@ -13,7 +14,6 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use hauberk_kubernetes_tests::Cluster;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 use crate::{
     Test,
@@ -22,8 +22,10 @@ use crate::{
     replicas::told,
 };
 
-pub(crate) const TESTS: &[(&str, Test)] =
-    &[("a_brought_ca_comes_and_goes_and_nobody_notices", a_brought_ca_comes_and_goes)];
+pub(crate) const TESTS: &[(&str, Test)] = &[(
+    "a_ca_of_cert_manager_comes_and_changes_and_nobody_notices",
+    a_ca_of_cert_manager_comes_and_changes,
+)];
 
 const NAMESPACE: &str = "--namespace=hauberk-system";
 const CONTROL_PLANE: &str = "--selector=app.kubernetes.io/component=control-plane";
@@ -43,79 +45,64 @@ pub(crate) fn start() -> anyhow::Result<Cluster> {
     Ok(cluster)
 }
 
-/// CAs in a folder, made with `openssl`.
-struct Authorities(TempDir);
-
-impl Authorities {
-    fn file(&self, name: &str, end: &str) -> PathBuf {
-        self.0.path().join(format!("{name}.{end}"))
-    }
-
-    fn text(&self, name: &str, end: &str) -> anyhow::Result<String> {
-        let path = self.file(name, end);
-        fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
-    }
-
-    /// Makes `<name>.crt` and `<name>.key`, a root or below another one, as cert-manager does by default: RSA, its
-    /// key in PKCS#1.
-    fn make(&self, name: &str, upper: Option<&str>) -> anyhow::Result<()> {
-        let (key, certificate) = (self.file(name, "key"), self.file(name, "crt"));
-        run(Command::new("openssl")
-            .args(["genrsa", "-traditional", "-out"])
-            .arg(&key)
-            .arg("2048"))?;
-        let configuration = self.file(name, "cnf");
-        let text = format!(
-            "[req]\nprompt = no\ndistinguished_name = subject\nx509_extensions = extensions\n\
-             [subject]\nCN = {name}\n[extensions]\n\
-             basicConstraints = critical, CA:TRUE\n\
-             keyUsage = critical, digitalSignature, keyEncipherment, keyCertSign\n\
-             subjectKeyIdentifier = hash\n"
-        );
-        fs::write(&configuration, text)?;
-        let mut command = Command::new("openssl");
-        command.args(["req", "-x509", "-new", "-days", "3", "-config"]).arg(&configuration);
-        command.arg("-key").arg(&key).arg("-out").arg(&certificate);
-        if let Some(upper) = upper {
-            command.arg("-CA").arg(self.file(upper, "crt"));
-            command.arg("-CAkey").arg(self.file(upper, "key"));
-        }
-        run(&mut command).map(|_| ())
-    }
-
-    /// The Secret that cert-manager would write, with the key of `key`.
-    fn secret(&self, name: &str, key: &str, root: &str) -> anyhow::Result<String> {
-        let secret = json!({
-            "apiVersion": "v1",
-            "kind": "Secret",
-            "type": "kubernetes.io/tls",
-            "metadata": {"name": "mesh-ca", "namespace": "hauberk-system"},
-            "stringData": {
-                "tls.crt": self.text(name, "crt")?,
-                "tls.key": self.text(key, "key")?,
-                "ca.crt": self.text(root, "crt")?,
-            },
-        });
-        Ok(secret.to_string())
-    }
-
-    /// Fails unless the certificate that a pod shows leads to this root and to no other.
-    fn leads_to(&self, root: &str, chain: &[String]) -> anyhow::Result<()> {
-        let (leaf, rest) = chain.split_first().context("no certificate")?;
-        fs::write(self.file("leaf", "pem"), leaf)?;
-        fs::write(self.file("rest", "pem"), rest.concat())?;
-        let mut command = Command::new("openssl");
-        command.args(["verify", "-no-CApath", "-no-CAstore", "-CAfile"]);
-        command.arg(self.file(root, "crt")).arg("-untrusted").arg(self.file("rest", "pem"));
-        run(command.arg(self.file("leaf", "pem"))).map(|_| ())
-    }
+/// Where the certificate that the chart's README shows gets its roots from: cert-manager's own documentation makes
+/// one so.
+fn root(name: &str) -> String {
+    format!(
+        "
+apiVersion: cert-manager.io/v1
+kind: Issuer
+metadata: {{name: self-signed, namespace: hauberk-system}}
+spec: {{selfSigned: {{}}}}
+---
+apiVersion: cert-manager.io/v1
+kind: Certificate
+metadata: {{name: {name}, namespace: hauberk-system}}
+spec:
+  isCA: true
+  commonName: {name}.test.example
+  secretName: {name}
+  privateKey: {{algorithm: ECDSA, size: 256}}
+  issuerRef: {{name: self-signed, kind: Issuer}}
+---
+apiVersion: cert-manager.io/v1
+kind: Issuer
+metadata: {{name: {name}, namespace: hauberk-system}}
+spec: {{ca: {{secretName: {name}}}}}
+"
+    )
 }
 
-fn run(command: &mut Command) -> anyhow::Result<String> {
-    let output = command.output().with_context(|| format!("run {command:?}"))?;
-    let (out, err) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
-    ensure!(output.status.success(), "{command:?}: {}: {out}{err}", output.status);
-    Ok(out)
+/// The certificate of the chart's README, word for word.
+fn certificate() -> anyhow::Result<String> {
+    let readme = fs::read_to_string(format!("{CHARTS}/hauberk/README.md"))?;
+    let mut blocks = readme.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let block = blocks.find(|block| block.contains("kind: Certificate"));
+    Ok(block.context("the chart's README shows no certificate")?.to_owned())
+}
+
+/// An entry of a Secret of Hauberk's namespace, as text.
+fn entry(cluster: &Cluster, secret: &str, name: &str) -> anyhow::Result<String> {
+    let path = format!("--output=go-template={{{{index .data \"{name}\" | base64decode}}}}");
+    cluster.kubectl(&["get", "secret", NAMESPACE, secret, &path])
+}
+
+/// Fails unless a chain, leaf first, leads to this root and to no other.
+fn leads_to(root: &str, chain: &[String]) -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (leaf, rest) = chain.split_first().context("no certificate")?;
+    let files = [("root", root), ("leaf", leaf), ("rest", &rest.concat())];
+    for (name, text) in files {
+        fs::write(folder.path().join(name), text)?;
+    }
+    let output = Command::new("openssl")
+        .args(["verify", "-no-CApath", "-no-CAstore", "-CAfile", "root", "-untrusted", "rest"])
+        .arg("leaf")
+        .current_dir(folder.path())
+        .output()?;
+    let told = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{told}");
+    Ok(())
 }
 
 /// The chain that a node has for a pod, PEM, leaf first.
@@ -159,28 +146,27 @@ fn one_line(pem: &str) -> String {
     lines.flat_map(str::split_whitespace).collect()
 }
 
+/// The ends of the connection that goes on all the time.
+const ENDS: [(&str, &str); 2] = [("node-a", "shop/checkout"), ("node-b", "payments/ledger")];
+
 /// That both ends of the connection are under this root.
-fn wait_root(cluster: &Cluster, authorities: &Authorities, root: &str) -> anyhow::Result<()> {
-    cluster.wait_until(&format!("the pods' certificates under {root}"), ROTATION, |cluster| {
-        for (node, pod) in [("node-a", "shop/checkout"), ("node-b", "payments/ledger")] {
-            let chain = chain_of(cluster, node, pod)?;
-            authorities.leads_to(root, &chain).with_context(|| pod.to_owned())?;
+fn wait_root(cluster: &Cluster, root: &str) -> anyhow::Result<()> {
+    cluster.wait_until("the pods' certificates under the root", ROTATION, |cluster| {
+        for (node, pod) in ENDS {
+            leads_to(root, &chain_of(cluster, node, pod)?).with_context(|| pod.to_owned())?;
         }
         Ok(())
     })
 }
 
-fn a_brought_ca_comes_and_goes(cluster: &Cluster) -> anyhow::Result<()> {
+fn a_ca_of_cert_manager_comes_and_changes(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply(POLICY)?;
     cluster.wait_until("the allowed connection", PATIENCE, |cluster| {
         let text = get(cluster, "checkout", "http://ledger.payments/")?;
         ensure!(text == "the ledger\n", "{text}");
         Ok(())
     })?;
-    let authorities = Authorities(tempfile::tempdir()?);
-    authorities.make("first-root", None)?;
-    authorities.make("first-mesh", Some("first-root"))?;
-    authorities.make("second-root", None)?;
+    cluster.start_cert_manager()?;
 
     let (over, failed, tried) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     thread::scope(|scope| {
@@ -193,11 +179,11 @@ fn a_brought_ca_comes_and_goes(cluster: &Cluster) -> anyhow::Result<()> {
                 }
             }
         });
-        let outcome = bring(cluster, &authorities).and_then(|()| change(cluster, &authorities));
+        let outcome = bring(cluster).and_then(|()| renew(cluster)).and_then(|()| change(cluster));
         over.store(true, Ordering::Relaxed);
         outcome
     })
-    .with_context(|| everything(cluster))?;
+    .with_context(|| format!("{}\n{}", everything(cluster), cluster.log_ends()))?;
     let (failed, tried) = (failed.into_inner(), tried.into_inner());
     eprintln!("{failed} of {tried} connections failed");
     ensure!(failed == 0 && tried > 100, "{failed} of {tried} connections failed");
@@ -206,10 +192,16 @@ fn a_brought_ca_comes_and_goes(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 /// From the own root to an intermediate below another one.
-fn bring(cluster: &Cluster, authorities: &Authorities) -> anyhow::Result<()> {
+fn bring(cluster: &Cluster) -> anyhow::Result<()> {
     let own = published(cluster)?;
     ensure!(own.len() == 1, "{own:?}");
-    cluster.apply(&authorities.secret("first-mesh", "first-mesh", "first-root")?)?;
+    cluster.apply(&root("root-of-the-mesh"))?;
+    cluster.apply(&certificate()?)?;
+    let first = cluster.wait_until("the Secret of cert-manager", PATIENCE, |cluster| {
+        ensure!(!entry(cluster, "mesh-ca", "tls.key")?.is_empty(), "no key");
+        entry(cluster, "mesh-ca", "ca.crt")
+    })?;
+    ensure!(first == entry(cluster, "root-of-the-mesh", "tls.crt")?, "another root: {first}");
     let chart = format!("{CHARTS}/hauberk");
     cluster.helm(&[
         "upgrade",
@@ -223,31 +215,78 @@ fn bring(cluster: &Cluster, authorities: &Authorities) -> anyhow::Result<()> {
     ])?;
     // Both are told of before the new one issues.
     let both = published(cluster)?;
-    let first = one_line(&authorities.text("first-root", "crt")?);
-    ensure!(both.contains(&own[0]) && both.contains(&first), "{both:?}");
+    ensure!(both.contains(&own[0]) && both.contains(&one_line(&first)), "{both:?}");
     for (verb, may) in [("get", true), ("update", false), ("patch", false), ("delete", false)] {
         let account = "--as=system:serviceaccount:hauberk-system:hauberk-control-plane";
         let answer =
             cluster.kubectl(&["auth", "can-i", verb, "secret/mesh-ca", NAMESPACE, account]);
         ensure!(answer.is_ok() == may, "{verb}: {answer:?}");
     }
-    wait_root(cluster, authorities, "first-root")
+    wait_root(cluster, &first)
 }
 
-/// Renewed with a mistake, then with another root, while one replica of two is lost.
-fn change(cluster: &Cluster, authorities: &Authorities) -> anyhow::Result<()> {
-    cluster.apply(&authorities.secret("second-root", "first-mesh", "second-root")?)?;
+/// The same root signs another intermediate with another key, as before the end of the one before.
+fn renew(cluster: &Cluster) -> anyhow::Result<()> {
+    let before = entry(cluster, "mesh-ca", "tls.crt")?;
+    // What somebody does who wants it at once: `cmctl renew`.
+    let renewal = json!({"status": {"conditions": [
+        {"type": "Issuing", "status": "True", "reason": "ManuallyTriggered", "message": "by hand"},
+    ]}});
+    cluster.kubectl(&[
+        "patch",
+        "certificate.cert-manager.io",
+        NAMESPACE,
+        "hauberk-ca-certificate",
+        "--subresource=status",
+        "--type=merge",
+        &format!("--patch={renewal}"),
+    ])?;
+    let renewed = cluster.wait_until("the renewal", PATIENCE, |cluster| {
+        let text = entry(cluster, "mesh-ca", "tls.crt")?;
+        ensure!(text != before, "still the one before");
+        Ok(one_line(&text))
+    })?;
+    cluster.wait_until("certificates under what was renewed", ROTATION, |cluster| {
+        for (node, pod) in ENDS {
+            let chain = chain_of(cluster, node, pod)?;
+            let under = chain.iter().any(|certificate| one_line(certificate) == renewed);
+            ensure!(under, "{pod}: {} certificates, none of them it", chain.len());
+        }
+        Ok(())
+    })
+}
+
+/// A key that is not the certificate's; then another root, while one replica of two is lost.
+fn change(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.stop_cert_manager()?;
+    let other = cluster.kubectl(&[
+        "get",
+        "secret",
+        NAMESPACE,
+        "root-of-the-mesh",
+        "--output=jsonpath={.data.tls\\.key}",
+    ])?;
+    let mistake = json!({"data": {"tls.key": other}});
+    let mistake = format!("--patch={mistake}");
+    cluster.kubectl(&["patch", "secret", NAMESPACE, "mesh-ca", "--type=merge", &mistake])?;
     cluster.wait_until("what is wrong", PATIENCE, |cluster| {
         let status = told(cluster, &["status"])?;
         let wanted = "tls.key is not the key of the first certificate of tls.crt";
         ensure!(status.contains(wanted) && status.contains("mesh-ca"), "{status}");
         Ok(())
     })?;
-    cluster.apply(&authorities.secret("second-root", "second-root", "second-root")?)?;
-    let second = one_line(&authorities.text("second-root", "crt")?);
+
+    cluster.apply(&root("second-root"))?;
+    cluster.apply(&certificate()?.replace("{name: root-of-the-mesh,", "{name: second-root,"))?;
+    cluster.start_cert_manager()?;
+    let second = cluster.wait_until("the Secret under the next root", PATIENCE, |cluster| {
+        let root = entry(cluster, "second-root", "tls.crt")?;
+        ensure!(entry(cluster, "mesh-ca", "ca.crt")? == root, "still the one before");
+        Ok(root)
+    })?;
     cluster.wait_until("the next root in the bundle", PATIENCE, |cluster| {
         let roots = published(cluster)?;
-        ensure!(roots.contains(&second) && roots.len() > 1, "{roots:?}");
+        ensure!(roots.contains(&one_line(&second)) && roots.len() > 1, "{roots:?}");
         Ok(())
     })?;
     let names = cluster.kubectl(&[
@@ -267,10 +306,10 @@ fn change(cluster: &Cluster, authorities: &Authorities) -> anyhow::Result<()> {
         "--timeout=60s",
         "deployment/hauberk-control-plane",
     ])?;
-    wait_root(cluster, authorities, "second-root")?;
+    wait_root(cluster, &second)?;
     cluster.wait_until("the old roots to go", ROTATION, |cluster| {
         let roots = published(cluster)?;
-        ensure!(roots == [second.clone()], "{} roots", roots.len());
+        ensure!(roots == [one_line(&second)], "{} roots", roots.len());
         Ok(())
     })
 }

@@ -9,9 +9,9 @@
 mod admission;
 mod agents;
 mod authority;
-mod filters;
 mod install;
 mod learn;
+mod network_policies;
 mod outage;
 mod pods;
 mod policy;
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
         replicas::TESTS,
         pods::TESTS,
         upgrade::TESTS,
-        filters::TESTS,
+        network_policies::TESTS,
         stolen::TESTS,
         trouble::TESTS,
         outage::TESTS,

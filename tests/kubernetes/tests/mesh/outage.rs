@@ -20,7 +20,7 @@ use serde_json::Value;
 use crate::{
     Test, agents,
     install::{PATIENCE, WORKLOAD_LIFETIME, everything},
-    pods::{address, callers, hasty, server, tries},
+    pods::{address, callers, eager, hasty, server, tries},
     policy::{POLICY, condition, get},
     replicas::a_replica,
     trouble::{LEDGER, allowed, in_pod},
@@ -75,8 +75,9 @@ fn without_the_api_server_what_was_decided_holds(cluster: &Cluster) -> anyhow::R
     let mut outage = Outage::prepare(cluster)?;
     let server = outage.server;
     let capture = cluster.wire().capture("node-b")?;
+    let late = outage.late()?;
     cluster.stop_apiserver()?;
-    let held = outage.endure();
+    let held = outage.endure(&late);
     // Before everybody asks the API server for everything at once; and the connection through the outage ends
     // with the policy below.
     let captured = capture.stop();
@@ -88,8 +89,9 @@ fn without_the_api_server_what_was_decided_holds(cluster: &Cluster) -> anyhow::R
     ensure!(callers == node, "not only the node called in clear: {callers:?}");
 
     all_is_as_before(cluster, &before)?;
+    the_static_pod_starts(cluster)?;
     what_comes_after_is_taken_up(cluster, server)?;
-    cluster.kubectl(&["delete", "pod", "--namespace=shop", "again", "anew"])?;
+    cluster.kubectl(&["delete", "pod", "--namespace=shop", "again", "anew", "late"])?;
     allowed(cluster)
 }
 
@@ -134,6 +136,21 @@ fn all_is_as_before(cluster: &Cluster, before: &BTreeSet<String>) -> anyhow::Res
     Ok(())
 }
 
+/// A pod of a file on its node, which nobody but the node knew of.
+const STATIC: &str = "/etc/kubernetes/manifests/fixed.yaml";
+
+/// The API server knows it now, and so it starts; as nobody, as ever.
+fn the_static_pod_starts(cluster: &Cluster) -> anyhow::Result<()> {
+    let log = tries(cluster, "shop", "fixed-node-a")?;
+    ensure!(!log.contains("LEAKED"), "the static pod is not in the mesh: {log}");
+    fs::remove_file(cluster.node("node-a")?.disk(STATIC))?;
+    cluster.wait_until("the static pod's end", PATIENCE, |cluster| {
+        let pods = cluster.kubectl(&["get", "pods", "--namespace=shop", "--output=name"])?;
+        ensure!(!pods.contains("fixed"), "{pods}");
+        Ok(())
+    })
+}
+
 /// Pods that start, on both nodes, and an edited policy.
 fn what_comes_after_is_taken_up(cluster: &Cluster, server: SocketAddr) -> anyhow::Result<()> {
     for node in ["node-a", "node-b"] {
@@ -158,8 +175,8 @@ struct Outage<'a> {
     /// The addresses of the pod that may reach the ledger, and of one that may not.
     caller: String,
     other: String,
-    /// Asks the ledger.
-    wget: String,
+    /// The ledger.
+    url: String,
     live: Live,
     control_plane: String,
     /// The containers of control plane and agents, with their nodes.
@@ -193,7 +210,7 @@ impl<'a> Outage<'a> {
             server,
             caller,
             other: address(cluster, "shop", "web")?,
-            wget: format!("timeout 5 busybox wget -q -O - {url}"),
+            url,
             live,
             control_plane: a_replica(cluster)?,
             programs: programs(cluster)?,
@@ -203,9 +220,28 @@ impl<'a> Outage<'a> {
         })
     }
 
-    fn endure(&mut self) -> anyhow::Result<()> {
+    /// A pod that its node has been given and has not started yet: it starts while the API server is away. Its UID.
+    fn late(&self) -> anyhow::Result<String> {
+        let cluster = self.cluster;
+        cluster.stop_containerd("node-a")?;
+        // A token of a service account is the API server's to make: a pod that wants one waits for it.
+        let pod = hasty("late", "node-a", self.server, &self.url);
+        cluster.apply(&pod.replace("spec:\n", "spec:\n  automountServiceAccountToken: false\n"))?;
+        cluster.wait_until("the node's first try", PATIENCE, |cluster| {
+            let of_it = "--field-selector=involvedObject.name=late,reason=FailedCreatePodSandBox";
+            let events = cluster.kubectl(&["get", "events", "--namespace=shop", of_it])?;
+            ensure!(events.contains("late"), "{events}");
+            Ok(())
+        })?;
+        agents::uid(cluster, "shop", "late")
+    }
+
+    fn endure(&mut self, late: &str) -> anyhow::Result<()> {
         let (began, time) = (Instant::now(), how_long()?);
         self.api_server_is_away()?;
+        self.cluster.start_containerd("node-a")?;
+        has_tried(self.cluster, "late", late, 0)?;
+        self.a_static_pod_waits()?;
         self.look()?;
         // What the kernel does for want of memory: the node starts both again, without being told to.
         self.again.dies(self.cluster, &self.again.container)?;
@@ -223,6 +259,22 @@ impl<'a> Outage<'a> {
         Ok(())
     }
 
+    /// The node starts it, and the mesh has never heard of it.
+    fn a_static_pod_waits(&self) -> anyhow::Result<()> {
+        let manifest = eager("shop", "fixed", self.server);
+        let node = self.cluster.node("node-a")?;
+        // Whole at once: the node looks there whenever something changes.
+        fs::write(node.disk("/etc/kubernetes/fixed.yaml"), manifest)?;
+        fs::rename(node.disk("/etc/kubernetes/fixed.yaml"), node.disk(STATIC))?;
+        self.cluster.wait_until("the refusal of the static pod", PATIENCE, |cluster| {
+            let lines = agents::lines(cluster, "node-a")?;
+            let refused = "the control plane has not told it of this pod yet";
+            let is_it = |line: &String| line.contains("fixed-node-a") && line.contains(refused);
+            ensure!(lines.iter().any(is_it), "no refusal among {} lines", lines.len());
+            Ok(())
+        })
+    }
+
     fn api_server_is_away(&self) -> anyhow::Result<()> {
         let asked = self.cluster.kubectl(&["get", "--raw", "/livez"]);
         ensure!(asked.is_err(), "it answers: {asked:?}");
@@ -232,9 +284,10 @@ impl<'a> Outage<'a> {
     /// Everything that must hold, once.
     fn look(&mut self) -> anyhow::Result<()> {
         let cluster = self.cluster;
-        let text = in_pod(cluster, "node-a", &self.caller, &self.wget)?;
+        let wget = format!("timeout 5 busybox wget -q -O - {}", self.url);
+        let text = in_pod(cluster, "node-a", &self.caller, &wget)?;
         ensure!(text == "the ledger\n", "{text}");
-        match in_pod(cluster, "node-a", &self.other, &self.wget) {
+        match in_pod(cluster, "node-a", &self.other, &wget) {
             Ok(text) => bail!("somebody else was let in: {text}"),
             Err(error) => ensure!(format!("{error:#}").contains("reset by peer"), "{error:#}"),
         }
@@ -325,18 +378,23 @@ impl Mortal {
     /// Kills a process of the pod, and waits until it has tried everything again.
     fn dies(&self, cluster: &Cluster, process: &str) -> anyhow::Result<()> {
         ctr(cluster, "node-a", &["tasks", "kill", "--signal=SIGKILL", process])?;
-        let folder = format!("/var/log/pods/shop_{}_{}/it", self.name, self.uid);
-        // The log of its second container.
-        let log = cluster.node("node-a")?.disk(&folder).join("1.log");
-        let text = cluster.wait_until(&format!("{} to run again", self.name), PATIENCE, |_| {
-            let text = fs::read_to_string(&log).with_context(|| log.display().to_string())?;
-            let over = |word: &str| text.lines().any(|line| line.ends_with(word));
-            ensure!(over(" done") && over(" the ledger"), "{text}");
-            Ok(text)
-        })?;
-        ensure!(!text.contains("LEAKED"), "{} runs again without the mesh: {text}", self.name);
-        Ok(())
+        has_tried(cluster, &self.name, &self.uid, 1)
     }
+}
+
+/// Waits until a pod of [`hasty`] on `node-a` has tried everything, and fails unless it is in the mesh. Reads the
+/// log of its container that was started so many times before.
+fn has_tried(cluster: &Cluster, name: &str, uid: &str, starts: u32) -> anyhow::Result<()> {
+    let log = format!("/var/log/pods/shop_{name}_{uid}/it/{starts}.log");
+    let log = cluster.node("node-a")?.disk(&log);
+    let text = cluster.wait_until(&format!("{name} to run"), PATIENCE, |_| {
+        let text = fs::read_to_string(&log).with_context(|| log.display().to_string())?;
+        let over = |word: &str| text.lines().any(|line| line.ends_with(word));
+        ensure!(over(" done") && over(" the ledger"), "{text}");
+        Ok(text)
+    })?;
+    ensure!(!text.contains("LEAKED"), "{name} runs without the mesh: {text}");
+    Ok(())
 }
 
 /// The network of the pod of a node that has this address.
