@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    Test,
+    Test, admission,
     install::{self, CHARTS, PATIENCE, everything},
     policy::{self, POLICY, get},
     replicas::told,
@@ -272,5 +272,7 @@ fn change(cluster: &Cluster, authorities: &Authorities) -> anyhow::Result<()> {
         let roots = published(cluster)?;
         ensure!(roots == [second.clone()], "{} roots", roots.len());
         Ok(())
-    })
+    })?;
+    // Whoever has only the new root takes the webhook's certificate, too.
+    admission::warns(cluster).context("the roots have changed")
 }
