@@ -2,29 +2,28 @@
 //! without a refused connection. Certificates are issued under a root only when every agent knows it, and it
 //! is trusted until the last of them has ended; see [`Roots`]. What is wrong stops nothing that works.
 
+mod agree;
+mod keep;
+
 use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use hauberk_core::{identity::TrustDomain, time::Timestamp};
-use hauberk_kubernetes::KeptRoots;
 use hauberk_telemetry::{Health, State as HealthState};
-use hauberk_tls::{
-    files::{read_private, write_private},
-    sha256,
-};
+use hauberk_tls::{files::read_private, sha256};
 use rustls_pki_types::CertificateDer;
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroize;
 
-use crate::{
-    ca::{self, Authority, Brought, Roots, Signer, open_own, own_exists},
-    kubernetes::pem,
-};
+use crate::ca::{self, Authority, Brought, Roots, Signer, open_own, own_exists};
+
+pub(crate) use keep::Keep;
+use keep::in_time;
 
 /// The name of the health check.
 pub(crate) const HEALTH_CHECK: &str = "certificate_authority";
@@ -32,12 +31,8 @@ pub(crate) const HEALTH_CHECK: &str = "certificate_authority";
 /// What is known of the roots, in the data folder.
 const ROOTS_FILE: &str = "roots.json";
 
-/// How often one tries to agree while other replicas write, too.
-const ATTEMPTS: usize = 8;
-
-/// An API server that does not answer within this is away, and the intermediate and the own certificate have to
-/// be renewed all the same.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How far clocks may be apart in any case: an answer takes some seconds, and tells whole ones.
+const LEAST_TOLERANCE: Duration = Duration::from_secs(10);
 
 /// Between two looks of a replica that cannot issue yet.
 const WAITING_PACE: Duration = Duration::from_secs(2);
@@ -50,16 +45,6 @@ pub(crate) enum Source {
     Folder(PathBuf),
     /// Somebody brings it, in a Secret of this name.
     Secret(hauberk_kubernetes::Shared, String),
-}
-
-/// Where it is kept what is known of the roots.
-pub(crate) enum Keep {
-    /// There is only one, for as long as this program runs.
-    Nowhere,
-    /// In a private file.
-    File(PathBuf),
-    /// Where all replicas find it.
-    Cluster(hauberk_kubernetes::Shared),
 }
 
 /// How long certificates live, and how often one looks.
@@ -77,6 +62,11 @@ impl Pace {
     fn reach(self) -> Duration {
         self.lifetime.saturating_add(self.look.saturating_mul(4))
     }
+
+    /// How far a clock may be from the API server's. A look is within what certificates reach further.
+    fn tolerance(self) -> Duration {
+        self.look.max(LEAST_TOLERANCE)
+    }
 }
 
 /// Whoever has this decides what issues.
@@ -89,6 +79,12 @@ pub(crate) struct Custody {
     wanted: Option<Wanted>,
     /// The SHA-256 of what was brought and taken up last.
     taken: Option<[u8; 32]>,
+    /// Roots that were wanted until something else was brought; the other replicas do not know yet.
+    dropped: Vec<CertificateDer<'static>>,
+    /// How far this clock was ahead of the API server's, where that was too far.
+    ahead: Duration,
+    /// When it was first seen that nobody remembers the roots.
+    lost_since: Option<Timestamp>,
     published: Vec<CertificateDer<'static>>,
     told: Vec<String>,
 }
@@ -170,6 +166,9 @@ impl Custody {
             roots: Roots::default(),
             wanted: None,
             taken: None,
+            dropped: Vec::new(),
+            ahead: Duration::ZERO,
+            lost_since: None,
             published: Vec::new(),
             told: Vec::new(),
         }
@@ -232,12 +231,13 @@ impl Custody {
     /// Looks at what was brought and at what the other replicas say, and decides what issues, given what
     /// does so now.
     pub(crate) async fn look(&mut self, active: Option<&Signer>, now: Timestamp) -> Look {
+        let began = Instant::now();
         let mut problems = Vec::new();
         if let Err(error) = self.refresh(now).await {
             let what = self.described();
             problems.push(error.context(format!("{what} is not taken up")));
         }
-        if let Err(error) = self.agree(active, now).await {
+        if let Err(error) = self.agree(active, now, began).await {
             problems.push(error.context("agree on the roots that agents trust"));
         }
         let signer = self.choose(active, now).unwrap_or_else(|error| {
@@ -245,9 +245,6 @@ impl Custody {
             None
         });
         let roots = self.roots.certificates(now);
-        if let Err(error) = self.publish(&roots).await {
-            problems.push(error);
-        }
         let issues = signer.is_some() || active.is_some_and(|active| active.is_good(now));
         Look { roots, signer, problems, waiting: self.waiting(issues) }
     }
@@ -295,55 +292,10 @@ impl Custody {
         files.values_mut().for_each(Zeroize::zeroize);
         if let Some(brought) = brought.transpose()? {
             self.taken = Some(digest);
-            self.wanted = Some(Wanted::new(Ca::Brought(brought)));
+            let before = self.wanted.replace(Wanted::new(Ca::Brought(brought)));
+            self.dropped.extend(before.map(|before| before.root().clone()));
         }
         Ok(())
-    }
-
-    /// Tells the other replicas what this one needs, and hears what they need.
-    async fn agree(&mut self, active: Option<&Signer>, now: Timestamp) -> anyhow::Result<()> {
-        for _ in 0..ATTEMPTS {
-            let kept = self.kept().await?;
-            let mut roots = match &kept {
-                Some(kept) => Roots::read(&kept.bytes).context(
-                    "delete the Secret hauberk-roots, or the file roots.json: it is written anew from what \
-                     this replica knows",
-                )?,
-                None => self.roots.clone(),
-            };
-            let before = kept.is_some().then(|| roots.clone());
-            self.settle(&mut roots, active, now);
-            if before.as_ref() == Some(&roots) || self.write(&roots, kept).await? {
-                self.roots = roots;
-                return Ok(());
-            }
-        }
-        bail!("other replicas write at the same time, again and again; it is tried again");
-    }
-
-    fn settle(&self, roots: &mut Roots, active: Option<&Signer>, now: Timestamp) {
-        let wanted = self.wanted.as_ref().map(Wanted::root);
-        // What issues comes first: if nothing is known, it is what agents know.
-        let needed: Vec<_> = active.map(Signer::root).into_iter().chain(wanted).collect();
-        for root in &needed {
-            roots.need(root, now, self.pace.reach());
-        }
-        // A control plane that is alone hands over to itself: it may be started with another CA, and no other
-        // goes on with this one meanwhile.
-        let alone = matches!(self.keep, Keep::File(_));
-        if let Some(active) = active
-            && let Some(handover) = active.hand_over()
-        {
-            if alone {
-                roots.replace(active.root(), handover);
-            } else if roots.is_changing(now) {
-                roots.offer(active.root(), handover);
-            }
-        }
-        roots.retire(&needed, now);
-        if !alone && !roots.is_changing(now) {
-            roots.withdraw();
-        }
     }
 
     /// What issues from now on, if another one may, or has to.
@@ -353,9 +305,11 @@ impl Custody {
         now: Timestamp,
     ) -> anyhow::Result<Option<Signer>> {
         let active = active.filter(|active| active.is_good(now));
+        // What is over by one clock alone may not be.
+        let surely = now.saturating_sub(self.ahead);
         if let Some(wanted) = self.wanted.as_mut().filter(|wanted| !wanted.issues) {
-            let known = self.roots.known_from(wanted.root()).is_some_and(|from| from <= now);
-            if known && (active.is_none() || wanted.settled_from() <= now) {
+            let known = self.roots.known_from(wanted.root()).is_some_and(|from| from <= surely);
+            if known && (active.is_none() || wanted.settled_from() <= surely) {
                 let signer = wanted.signer(&self.trust_domain, now)?;
                 // One that has ended meanwhile takes no other's place.
                 if !signer.is_good(now) {
@@ -369,7 +323,7 @@ impl Custody {
         if active.is_some() {
             return Ok(None);
         }
-        for (root, handover) in self.roots.handed_over(now) {
+        for (root, handover) in self.roots.handed_over(surely) {
             match handover.signer(&root, &self.trust_domain, now) {
                 Ok(signer) => return Ok(Some(signer)),
                 Err(error) => tracing::warn!(
@@ -394,49 +348,6 @@ impl Custody {
         Some(format!(
             "{what} issues from {from} on, when every agent takes what it issues; until then {meanwhile}"
         ))
-    }
-
-    async fn kept(&self) -> anyhow::Result<Option<KeptRoots>> {
-        Ok(match &self.keep {
-            Keep::Nowhere => None,
-            Keep::File(path) => read_private(path)?.map(|bytes| KeptRoots { bytes, version: None }),
-            Keep::Cluster(shared) => in_time(shared.roots()).await?,
-        })
-    }
-
-    /// Returns whether nobody else has written meanwhile.
-    async fn write(&self, roots: &Roots, kept: Option<KeptRoots>) -> anyhow::Result<bool> {
-        let bytes = Zeroizing::new(roots.write()?);
-        Ok(match &self.keep {
-            Keep::Nowhere => true,
-            Keep::File(path) => {
-                write_private(path, &bytes)?;
-                true
-            }
-            Keep::Cluster(shared) => in_time(shared.keep_roots(&bytes, kept.as_ref())).await?,
-        })
-    }
-
-    /// Tells agents that have no identity yet which roots the control plane may have.
-    async fn publish(&mut self, roots: &[CertificateDer<'static>]) -> anyhow::Result<()> {
-        if let Keep::Cluster(shared) = &self.keep
-            && !roots.is_empty()
-            && roots != self.published
-        {
-            let text: String = roots.iter().map(|root| pem(root)).collect();
-            in_time(shared.publish_trust_bundle(&text)).await?;
-            self.published = roots.to_vec();
-        }
-        Ok(())
-    }
-}
-
-async fn in_time<T>(
-    asked: impl Future<Output = Result<T, hauberk_kubernetes::SharedError>>,
-) -> anyhow::Result<T> {
-    match tokio::time::timeout(PATIENCE, asked).await {
-        Ok(answer) => Ok(answer?),
-        Err(_) => bail!("the Kubernetes API did not answer within {} s", PATIENCE.as_secs()),
     }
 }
 

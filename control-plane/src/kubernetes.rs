@@ -48,9 +48,8 @@ pub(crate) async fn connect(
     // A pod's host name is its name, unless it says otherwise.
     let replica = nix::unistd::gethostname().context("ask for the pod's name")?;
     let replica = replica.to_string_lossy().into_owned();
-    match brought {
-        Some(secret) => demand_memory(&shared, secret).await?,
-        None => bring_ca(&shared, ca, trust_domain).await.context("bring the CA of the cluster")?,
+    if brought.is_none() {
+        bring_ca(&shared, ca, trust_domain).await.context("bring the CA of the cluster")?;
     }
     Ok(Connection { client, namespace, shared, cluster, replica })
 }
@@ -64,7 +63,7 @@ async fn bring_ca(
     if let Some(files) = shared.ca().await? {
         return Ok(keep_root(folder, &files)?);
     }
-    if shared.has_trust_bundle().await? {
+    if shared.published_roots().await?.is_some() {
         bail!(
             "agents trust a CA already (ConfigMap hauberk-trust-bundle), and the Secret hauberk-ca with its key \
              is gone; restore it, or set ca.existingSecret if it was from there, or delete that ConfigMap, too, to \
@@ -79,19 +78,6 @@ async fn bring_ca(
     }
     let files = shared.ca().await?.context("the Secret hauberk-ca was there and is gone")?;
     Ok(keep_root(folder, &files)?)
-}
-
-/// Agents that trust a root are told of another one before it is used, which takes knowing the one they trust.
-async fn demand_memory(shared: &Shared, secret: &str) -> anyhow::Result<()> {
-    if shared.roots().await?.is_none() && shared.has_trust_bundle().await? {
-        bail!(
-            "agents trust a CA already (ConfigMap hauberk-trust-bundle), and the Secret hauberk-roots, which says \
-             for how long it is needed, is gone; restore it, or start without ca.existingSecret ({secret}) once, or \
-             delete that ConfigMap, too, to begin with the root of {secret}: agents that trust another one are \
-             refused until their certificates are renewed"
-        );
-    }
-    Ok(())
 }
 
 impl Connection {

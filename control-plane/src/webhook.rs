@@ -4,7 +4,12 @@
 //! without. Its port is open to the whole cluster, and a warning says who is registered: so only the API server
 //! is answered, which alone is told the path ([`Registrar`]); everybody else finds nothing.
 
-use std::{convert::Infallible, io, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use hauberk_core::identity::TrustDomain;
@@ -30,7 +35,12 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use crate::{api::Shared, ca::Authority, kubernetes::pem, policy::warnings};
+use crate::{
+    api::Shared,
+    ca::{Authority, Signer},
+    kubernetes::pem,
+    policy::warnings,
+};
 
 /// The Service that the API server asks; its name is in the certificate.
 const SERVICE: &str = "hauberk-control-plane";
@@ -38,7 +48,7 @@ const SERVICE: &str = "hauberk-control-plane";
 /// HTTP over TLS: the one version that API servers speak to webhooks.
 const ALPN_HTTP: &[u8] = b"http/1.1";
 
-/// How long the webhook's certificate lives, and how often there is a new one: two may fail.
+/// How long the webhook's certificate lives, and when there is a new one at the latest: two may fail.
 const CERTIFICATE_LIFETIME: Duration = Duration::from_secs(3600);
 const CERTIFICATE_RENEWAL: Duration = Duration::from_secs(1200);
 
@@ -63,7 +73,7 @@ const PATH: &str = "/warnings/";
 /// The length of that part: 128 bits as hex.
 const SECRET: usize = 32;
 
-/// How often it is looked whether the API server knows what it must.
+/// How often it is looked whether the API server knows what it must, and whether the certificate is of who issues.
 const LOOK: Duration = Duration::from_secs(5);
 
 /// What the webhook is made of.
@@ -81,9 +91,8 @@ impl Webhook {
         leads: watch::Receiver<bool>,
         shared: Arc<Shared>,
     ) -> anyhow::Result<()> {
-        let certificate =
-            Certificate { name: format!("{SERVICE}.{}.svc", self.namespace), slot: Arc::default() };
-        certificate.renew(&shared.authority).context("issue the webhook's certificate")?;
+        let mut certificate = Certificate::new(format!("{SERVICE}.{}.svc", self.namespace));
+        certificate.look(&shared.authority).context("issue the webhook's certificate")?;
         let tls = named_server_config(certificate.slot.clone(), ALPN_HTTP)
             .context("set up the webhook's TLS")?;
         let (path, known) = watch::channel(None);
@@ -116,25 +125,47 @@ fn judge(cluster: Arc<Cluster>, trust_domain: TrustDomain) -> Judge {
 struct Certificate {
     name: String,
     slot: Arc<NamedSlot>,
+    /// What issued it, and when.
+    issued: Option<(Arc<Signer>, Instant)>,
 }
 
 impl Certificate {
-    fn renew(&self, authority: &Authority) -> anyhow::Result<()> {
+    fn new(name: String) -> Self {
+        Self { name, slot: Arc::default(), issued: None }
+    }
+
+    /// Renews it if that is due, and if another signer issues by now: the API server is told of a root for as
+    /// long as agents are, which may be shorter than this lives. Returns whether it did.
+    fn look(&mut self, authority: &Authority) -> anyhow::Result<bool> {
+        let signer = authority.signer();
+        let is_good = self.issued.as_ref().is_some_and(|(issuer, at)| {
+            Arc::ptr_eq(issuer, &signer) && at.elapsed() < CERTIFICATE_RENEWAL
+        });
+        if is_good {
+            return Ok(false);
+        }
         let (key, request) = signing_request()?;
         let now = hauberk_tls::now();
         let issued = authority.issue_for_server(&self.name, &request, CERTIFICATE_LIFETIME, now)?;
-        Ok(self.slot.store(issued.chain, &key)?)
+        self.slot.store(issued.chain, &key)?;
+        self.issued = Some((signer, Instant::now()));
+        Ok(true)
     }
 
-    async fn tend(self, shared: Arc<Shared>) {
+    async fn tend(mut self, shared: Arc<Shared>) {
+        let mut is_told = false;
         loop {
-            tokio::time::sleep(CERTIFICATE_RENEWAL).await;
-            if let Err(error) = self.renew(&shared.authority) {
+            tokio::time::sleep(LOOK).await;
+            let looked = self.look(&shared.authority);
+            if let Err(error) = &looked
+                && !is_told
+            {
                 tracing::error!(
                     error = format!("{error:#}"),
                     "the webhook's certificate could not be renewed"
                 );
             }
+            is_told = looked.is_err();
         }
     }
 }
@@ -360,9 +391,11 @@ fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
 mod tests {
     use serde_json::{Value, json};
+    use tempfile::TempDir;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+    use crate::ca::open_own;
 
     const SECRET_PATH: &str = "/warnings/0123456789abcdef0123456789abcdef";
 
@@ -491,6 +524,25 @@ mod tests {
         );
         let (status, _) = ask(known(), chunked.as_bytes()).await;
         assert_eq!(status, "413");
+    }
+
+    #[test]
+    fn the_certificate_is_renewed_as_soon_as_another_signer_issues() {
+        let trust_domain: TrustDomain = "prod.example".parse().unwrap();
+        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let signer = |folder: &TempDir| {
+            open_own(&folder.path().join("ca"), &trust_domain, hauberk_tls::now()).unwrap()
+        };
+        let authority = Authority::new(trust_domain.clone(), signer(&folders[0]));
+        let mut certificate = Certificate::new("it.hauberk-system.svc".to_owned());
+        assert!(certificate.look(&authority).unwrap(), "there was none");
+        assert!(!certificate.look(&authority).unwrap(), "there is nothing new");
+        // Under another root.
+        authority.put(signer(&folders[1]));
+        assert!(certificate.look(&authority).unwrap(), "it is of a signer that issues no more");
+        assert!(!certificate.look(&authority).unwrap(), "there is nothing new");
+        let (issuer, _) = certificate.issued.unwrap();
+        assert_eq!(*issuer.root(), authority.root());
     }
 
     #[test]

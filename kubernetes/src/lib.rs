@@ -27,7 +27,7 @@ pub use leader::election;
 pub use objects::ManifestObject;
 pub use replicas::{Enforced, Report};
 pub use retire::{RetireError, retire};
-pub use shared::{Agreement, KeptRoots, Shared, SharedError};
+pub use shared::{Agreement, KeptRoots, PublishedRoots, Shared, SharedError};
 pub use status::{Told, status_of, write_status};
 pub use webhook::{Registration, register, registration};
 

@@ -4,12 +4,19 @@
 
 use std::{collections::BTreeMap, fmt};
 
+use hauberk_core::time::Timestamp;
 use k8s_openapi::{
     ByteString,
     api::core::v1::{ConfigMap, Secret},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
+    jiff::fmt::rfc2822::DateTimeParser,
 };
-use kube::{Api, Client, api::PostParams};
+use kube::{
+    Api, Client,
+    api::{GetParams, PostParams},
+    client::Body,
+    core::Request,
+};
 use serde::{Deserialize, Serialize};
 
 /// The Secret with the CA's root.
@@ -24,6 +31,9 @@ const ROOTS_KEY: &str = "roots.json";
 
 /// The ConfigMap with the roots that agents trust.
 const TRUST_BUNDLE: &str = "hauberk-trust-bundle";
+
+/// The key in it.
+const TRUST_BUNDLE_KEY: &str = "roots.pem";
 
 /// The ConfigMap with the number of the state in force.
 const STATE: &str = "hauberk-state";
@@ -54,6 +64,19 @@ impl fmt::Debug for KeptRoots {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // There may be a key in the bytes.
         f.debug_struct("KeptRoots").field("version", &self.version).finish_non_exhaustive()
+    }
+}
+
+/// The roots that agents are told of, as they are published.
+#[derive(Debug)]
+pub struct PublishedRoots(ConfigMap);
+
+impl PublishedRoots {
+    /// They themselves; empty if there are none.
+    #[must_use]
+    pub fn pem(&self) -> &str {
+        let data = self.0.data.as_ref();
+        data.and_then(|data| data.get(TRUST_BUNDLE_KEY)).map_or("", String::as_str)
     }
 }
 
@@ -114,6 +137,22 @@ impl Shared {
     #[must_use]
     pub fn new(client: Client, namespace: String) -> Self {
         Self { client, namespace }
+    }
+
+    /// What time it is at the API server, in whole seconds; nothing if it does not tell.
+    ///
+    /// # Errors
+    /// If it cannot be asked.
+    pub async fn time(&self) -> Result<Option<Timestamp>, SharedError> {
+        let failed = self.failed("ask the API server for its time");
+        let request = Request::new("").get("version", &GetParams::default());
+        let request = request.map_err(|error| failed(kube::Error::BuildRequest(error)))?;
+        // Every answer has it, that it is forbidden, too.
+        let answer = self.client.send(request.map(Body::from)).await.map_err(failed)?;
+        let date = answer.headers().get("date").and_then(|date| read_date(date.as_bytes()));
+        // Read to its end, so that the next question finds the connection open.
+        drop(answer.into_body().collect_bytes().await);
+        Ok(date)
     }
 
     /// The CA's files, if another replica, or this one in an earlier life, has made them.
@@ -193,14 +232,14 @@ impl Shared {
         }
     }
 
-    /// Whether agents have been told of a CA.
+    /// The roots that agents are told of, if they have been told of any.
     ///
     /// # Errors
     /// If the ConfigMap cannot be read.
-    pub async fn has_trust_bundle(&self) -> Result<bool, SharedError> {
+    pub async fn published_roots(&self) -> Result<Option<PublishedRoots>, SharedError> {
         let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
         let failed = self.failed("read ConfigMap hauberk-trust-bundle");
-        Ok(maps.get_opt(TRUST_BUNDLE).await.map_err(failed)?.is_some())
+        Ok(maps.get_opt(TRUST_BUNDLE).await.map_err(failed)?.map(PublishedRoots))
     }
 
     /// Keeps the CA's files, unless another replica was first. Returns whether these are kept.
@@ -224,13 +263,38 @@ impl Shared {
         }
     }
 
-    /// Writes what agents trust, as `roots.pem`.
+    /// Writes the roots that agents are told of in place of what was read. Returns whether they are published:
+    /// nobody else has written meanwhile.
     ///
     /// # Errors
     /// If the ConfigMap cannot be written.
-    pub async fn publish_trust_bundle(&self, pem: &str) -> Result<(), SharedError> {
-        let data = BTreeMap::from([("roots.pem".to_owned(), pem.to_owned())]);
-        self.write_config_map(TRUST_BUNDLE, data).await
+    pub async fn publish_roots(
+        &self,
+        pem: &str,
+        read: Option<PublishedRoots>,
+    ) -> Result<bool, SharedError> {
+        let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
+        let data = BTreeMap::from([(TRUST_BUNDLE_KEY.to_owned(), pem.to_owned())]);
+        let written = match read {
+            // It has the version that was read.
+            Some(PublishedRoots(map)) => {
+                let map = ConfigMap { data: Some(data), ..map };
+                maps.replace(TRUST_BUNDLE, &PostParams::default(), &map).await
+            }
+            None => {
+                let map = ConfigMap {
+                    metadata: self.named(TRUST_BUNDLE),
+                    data: Some(data),
+                    ..ConfigMap::default()
+                };
+                maps.create(&PostParams::default(), &map).await
+            }
+        };
+        match written {
+            Ok(_) => Ok(true),
+            Err(error) if is_conflict(&error) || is_gone(&error) => Ok(false),
+            Err(error) => Err(self.failed("write ConfigMap hauberk-trust-bundle")(error)),
+        }
     }
 
     /// Which number a state has: the one it has already, or the next, if this replica has seen all that
@@ -297,37 +361,6 @@ impl Shared {
         serde_json::from_str(text).map_err(|error| damaged(error.to_string()))
     }
 
-    async fn write_config_map(
-        &self,
-        name: &'static str,
-        data: BTreeMap<String, String>,
-    ) -> Result<(), SharedError> {
-        let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
-        let failed = self.failed("write ConfigMap hauberk-trust-bundle");
-        let found = maps.get_opt(name).await.map_err(&failed)?;
-        let written = match found {
-            Some(map) if map.data.as_ref() == Some(&data) => return Ok(()),
-            Some(mut map) => {
-                map.data = Some(data);
-                maps.replace(name, &PostParams::default(), &map).await
-            }
-            None => {
-                let map = ConfigMap {
-                    metadata: self.named(name),
-                    data: Some(data),
-                    ..ConfigMap::default()
-                };
-                maps.create(&PostParams::default(), &map).await
-            }
-        };
-        match written {
-            Ok(_) => Ok(()),
-            // Another replica writes the same.
-            Err(error) if is_conflict(&error) => Ok(()),
-            Err(error) => Err(failed(error)),
-        }
-    }
-
     fn named(&self, name: &str) -> ObjectMeta {
         let labels = [
             ("app.kubernetes.io/name", "hauberk"),
@@ -351,6 +384,12 @@ impl Shared {
             source: Box::new(error),
         }
     }
+}
+
+/// The date of an answer: RFC 9110, section 5.6.7.
+fn read_date(text: &[u8]) -> Option<Timestamp> {
+    let date = DateTimeParser::new().parse_timestamp(text).ok()?;
+    Some(Timestamp::from_unix_seconds(date.as_second()))
 }
 
 fn is_conflict(error: &kube::Error) -> bool {
@@ -383,5 +422,15 @@ mod tests {
             assert_eq!(kept.missing_in(&seen), missing, "{seen:?}");
         }
         assert!(Kept::default().missing_in(&eyes(&[])).is_empty());
+    }
+
+    #[test]
+    fn the_date_of_an_answer_is_read_or_there_is_none() {
+        let wanted: Option<Timestamp> = "2026-07-01T12:00:09Z".parse().ok();
+        assert!(wanted.is_some());
+        assert_eq!(read_date(b"Wed, 01 Jul 2026 12:00:09 GMT"), wanted);
+        for text in ["", "now", "2026-07-01T12:00:09Z", "Wed, 01 Jul 2026"] {
+            assert_eq!(read_date(text.as_bytes()), None, "{text}");
+        }
     }
 }

@@ -16,6 +16,11 @@ use rustls_pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 
 use super::handover::Handover;
+use crate::config::MAX_LIFETIME;
+
+/// Nothing of now is needed for longer: no certificate lives longer than [`MAX_LIFETIME`], and a need is written
+/// for a quarter more. The rest is for a clock that is behind by a time zone: it shortens nothing.
+const FARTHEST: Duration = MAX_LIFETIME.saturating_mul(2);
 
 /// What is known of the roots cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +87,43 @@ impl Roots {
         }
     }
 
+    /// Trusts a root of which nobody remembers whether agents know it, nor what else they know: it issues when
+    /// everything has ended that may be in use now.
+    pub(crate) fn start_over(
+        &mut self,
+        root: &CertificateDer<'_>,
+        now: Timestamp,
+        reaches: Duration,
+    ) {
+        let known_from = now.saturating_add(reaches);
+        let needed_until = known_from.saturating_add(reaches);
+        let certificate = STANDARD.encode(root);
+        self.roots.push(Trusted { certificate, known_from, needed_until, handover: None });
+    }
+
+    /// Takes back times that only a clock that was far ahead can have written: else one root would wait for
+    /// them, and so would each that comes later.
+    pub(crate) fn bound(&mut self, now: Timestamp) {
+        let mut last = now.saturating_add(FARTHEST);
+        for known in &mut self.roots {
+            known.known_from = known.known_from.min(last);
+            let needed = known.known_from.max(now).saturating_add(FARTHEST);
+            known.needed_until = known.needed_until.min(needed);
+            last = last.max(known.needed_until);
+        }
+    }
+
+    /// Forgets a root that nobody wants any more, if nothing was issued under it: it was not to issue until
+    /// `surely`, and agents know another one. Without another it is one that was started over with, and may
+    /// have issued.
+    pub(crate) fn forget(&mut self, root: &CertificateDer<'_>, surely: Timestamp) {
+        let certificate = STANDARD.encode(root);
+        if self.roots.iter().any(|known| known.known_from <= surely) {
+            self.roots
+                .retain(|known| known.known_from <= surely || known.certificate != certificate);
+        }
+    }
+
     /// Keeps an intermediate under a root for others to go on with. There is one already: that stays.
     pub(crate) fn offer(&mut self, root: &CertificateDer<'_>, handover: Handover) {
         let certificate = STANDARD.encode(root);
@@ -109,6 +151,11 @@ impl Roots {
     pub(crate) fn retire(&mut self, kept: &[&CertificateDer<'_>], now: Timestamp) {
         let kept: Vec<String> = kept.iter().map(|root| STANDARD.encode(root)).collect();
         self.roots.retain(|known| known.needed_until >= now || kept.contains(&known.certificate));
+    }
+
+    /// Whether no root is known at all.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.roots.is_empty()
     }
 
     /// Whether there is a root that not every agent knows yet.
@@ -213,6 +260,78 @@ mod tests {
         assert!(roots.known_from(&root(2)).is_some());
         roots.retire(&[], at(9000));
         assert_eq!(roots, Roots::default());
+    }
+
+    #[test]
+    fn what_a_clock_far_ahead_has_written_is_taken_back() {
+        let year = Duration::from_secs(365 * 24 * 3600);
+        let mut roots = Roots::default();
+        roots.need(&root(1), at(1000), REACH);
+        // By a clock that is a year ahead, of the old root and of a new one.
+        roots.need(&root(1), at(1010).saturating_add(year), REACH);
+        roots.need(&root(2), at(1010).saturating_add(year), REACH);
+        roots.bound(at(1020));
+        let bound = at(1020).saturating_add(FARTHEST);
+        assert_eq!(roots.known_from(&root(2)), Some(bound));
+        roots.need(&root(3), at(1020), REACH);
+        assert_eq!(roots.known_from(&root(3)), Some(bound.saturating_add(FARTHEST)));
+        // Looked at later, nothing is put off.
+        let before = roots.clone();
+        roots.bound(at(5000));
+        assert_eq!(roots, before);
+    }
+
+    #[test]
+    fn a_time_that_may_be_right_is_never_shortened() {
+        let day = MAX_LIFETIME.as_secs();
+        for reach in [100, day / 24, day] {
+            let reach = Duration::from_secs(reach);
+            let mut roots = Roots::default();
+            // Each is new while the one before is, and the need of the first is written anew.
+            for number in 0..4 {
+                roots.need(&root(number), at(1_000_000 + i64::from(number)), reach);
+                let later = at(1_000_010).saturating_add(reach / 8);
+                roots.need(&root(0), later, reach);
+            }
+            let before = roots.clone();
+            for clock in [1_000_010, 1_000_010 - 14 * 3600, 2_000_000] {
+                roots.bound(at(clock));
+                assert_eq!(roots, before, "{reach:?}, looked at by {clock}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_root_that_was_never_to_issue_is_forgotten_at_once_and_no_other() {
+        let mut roots = Roots::default();
+        roots.need(&root(1), at(1000), REACH);
+        roots.need(&root(2), at(1010), REACH);
+        let both = roots.clone();
+        roots.forget(&root(1), at(1010));
+        roots.forget(&root(3), at(1010));
+        assert_eq!(roots, both);
+        let from = roots.known_from(&root(2)).unwrap();
+        roots.forget(&root(2), from);
+        assert_eq!(roots, both, "somebody may have issued under it");
+        roots.forget(&root(2), at(1010));
+        assert_eq!(roots.known_from(&root(2)), None);
+        assert!(!roots.is_changing(at(1010)));
+        // The next one does not wait for it.
+        roots.need(&root(3), at(1020), REACH);
+        assert_eq!(roots.known_from(&root(3)), Some(from));
+    }
+
+    #[test]
+    fn a_root_that_was_started_over_with_waits_and_is_not_forgotten() {
+        let mut roots = Roots::default();
+        roots.start_over(&root(1), at(1000), REACH);
+        roots.need(&root(1), at(1000), REACH);
+        assert_eq!(roots.known_from(&root(1)), Some(at(1000).saturating_add(REACH)));
+        // What was issued before everything was forgotten may have been issued under it.
+        roots.forget(&root(1), at(1010));
+        roots.need(&root(2), at(1010), REACH);
+        let from = roots.known_from(&root(2)).unwrap();
+        assert!(from >= at(1010).saturating_add(REACH), "{from}");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use hauberk_kubernetes_tests::Cluster;
 use serde_json::{Value, json};
 
 use crate::{
-    Test,
+    Test, admission,
     install::{self, CHARTS, PATIENCE, everything},
     policy::{self, POLICY, get},
     replicas::told,
@@ -311,5 +311,7 @@ fn change(cluster: &Cluster) -> anyhow::Result<()> {
         let roots = published(cluster)?;
         ensure!(roots == [one_line(&second)], "{} roots", roots.len());
         Ok(())
-    })
+    })?;
+    // Whoever has only the new root takes the webhook's certificate, too.
+    admission::warns(cluster).context("the roots have changed")
 }
