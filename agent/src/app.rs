@@ -3,7 +3,6 @@
 use std::{future::Future, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use hauberk_core::rotation::{self, Failure, Step};
 use hauberk_linux::{Netns, capture};
 use hauberk_telemetry::{
     Health, LogFormat as TelemetryFormat, LogOptions, RecordSink, State as HealthState,
@@ -18,10 +17,11 @@ use crate::{
     cni::{self, Installation, Server, Starting},
     config::{Args, LocalEdges, LogFormat},
     context::Context,
-    handover::{Inherited, Predecessor, Successor, Successors, Taken},
-    identity::{
-        Attestation, Identities, Node, PodToken, draw_jitter, open_node, renew_node, system_time,
+    handover::{
+        Inherited, Predecessor, Successors, Taken, hand_over, lock_folder, take_place,
+        tell_when_ready, wait,
     },
+    identity::{Attestation, Identities, NODE_CHECK, PodToken, open_node, tend_or_follow},
     pages::Pages,
     policy::{Enforcer, POLICY_CHECK, Subscription},
 };
@@ -32,27 +32,6 @@ const EVENT_INTERVAL: u32 = 8;
 
 /// How long closing records may take to be written.
 const RECORDS_GRACE: Duration = Duration::from_secs(2);
-
-/// How often it is tried whether the data folder is free.
-const LOCK_RETRY: Duration = Duration::from_millis(20);
-
-/// How long the next agent may take until it has an identity. After that this one answers probes itself again.
-const TAKE_PATIENCE: Duration = Duration::from_secs(120);
-
-/// How long listeners of the agent before are kept that nobody has taken up.
-const KEEP_UNCLAIMED: Duration = Duration::from_secs(60);
-
-/// How often a replaced agent looks for the node certificate that the next one has got.
-const FOLLOW: Duration = Duration::from_secs(1);
-
-/// How long an agent that is told to stop goes on taking connections for the next one, which has not taken up
-/// its workloads yet.
-const READY_PATIENCE: Duration = Duration::from_secs(5);
-
-/// Wall-clock jumps are noticed at this pace.
-const LONGEST_SLEEP: Duration = Duration::from_secs(30);
-
-const NODE_CHECK: &str = "node_certificate";
 
 /// Runs the agent as a program: logs, runtime, signals, exit code.
 #[must_use]
@@ -109,7 +88,7 @@ pub async fn run(
     }
     let mut own = None;
     if predecessor.is_none() {
-        own = lock_folder(&args, &stop).await?;
+        own = lock_folder(&args.data, args.take_over, &stop).await?;
         if own.is_none() {
             return Ok(());
         }
@@ -146,7 +125,9 @@ pub async fn run(
         Some(own) => (own, Inherited::default(), Taken::default()),
         None => {
             let (inherited, taken) = take_place(predecessor);
-            let Some(own) = lock_folder(&args, &stop).await? else { return Ok(()) };
+            let Some(own) = lock_folder(&args.data, args.take_over, &stop).await? else {
+                return Ok(());
+            };
             // The agent before may have renewed it since.
             node.reload().context("the node's identity")?;
             (own, inherited, taken)
@@ -326,112 +307,6 @@ fn attestation(args: &Args) -> Attestation {
     }
 }
 
-/// The listeners of the agent before, if it is still there.
-fn take_place(predecessor: Option<Predecessor>) -> (Inherited, Taken) {
-    let Some(predecessor) = predecessor else { return Default::default() };
-    tokio::task::block_in_place(|| predecessor.take()).unwrap_or_else(|error| {
-        let error = format!("{error:#}");
-        tracing::warn!(error, "the agent before ended by itself");
-        Default::default()
-    })
-}
-
-/// Waits until the data folder is free, if this agent is to take the place of the one that has it; nothing if
-/// it is to stop.
-async fn lock_folder(args: &Args, stop: &CancellationToken) -> anyhow::Result<Option<Lock>> {
-    let mut told = false;
-    loop {
-        match lock(&args.data) {
-            Ok(own) => return Ok(Some(own)),
-            Err(error) if !args.take_over => return Err(error),
-            Err(error) if !told => {
-                told = true;
-                tracing::info!(error = format!("{error:#}"), "waiting for the agent before to end");
-            }
-            Err(_) => {}
-        }
-        tokio::select! {
-            () = stop.cancelled() => return Ok(None),
-            () = tokio::time::sleep(LOCK_RETRY) => {}
-        }
-    }
-}
-
-/// Tells the agent before when the workloads are taken up, and holds the link for as long as this one runs. What
-/// nobody has taken up is kept for a while: a workload may come yet.
-async fn tell_when_ready(taken: Taken, inherited: Inherited, health: Health) {
-    health.ready().await;
-    taken.ready();
-    tokio::time::sleep(KEEP_UNCLAIMED).await;
-    drop(inherited.rest());
-    std::future::pending().await
-}
-
-/// Until it is to stop, or another agent is to take its place.
-async fn wait(
-    stop: &CancellationToken,
-    successors: &mut Successors,
-    pages: &mut Pages,
-) -> Option<Successor> {
-    loop {
-        let mut successor = tokio::select! {
-            biased;
-            () = stop.cancelled() => return None,
-            successor = successors.next() => successor,
-        };
-        pages.close();
-        let outcome = match successor.pass_metrics(pages.listener()) {
-            Ok(()) => tokio::select! {
-                biased;
-                taking = successor.wants_to_take() => taking,
-                () = stop.cancelled() => return None,
-                () = tokio::time::sleep(TAKE_PATIENCE) => {
-                    Err(anyhow::anyhow!("it has said nothing for {TAKE_PATIENCE:?}"))
-                }
-            },
-            Err(error) => Err(error),
-        };
-        match outcome {
-            Ok(()) => return Some(successor),
-            Err(error) => {
-                let error = format!("{error:#}");
-                tracing::info!(error, "an agent that was to take this one's place did not");
-                if let Err(error) = pages.open() {
-                    tracing::error!(error = format!("{error:#}"), "metrics are not served");
-                }
-            }
-        }
-    }
-}
-
-/// Passes on what the next agent needs, and waits until it has taken it up: not for long if this one is to
-/// stop.
-async fn hand_over(
-    mut successor: Successor,
-    captured: &Captured,
-    inherited: &Inherited,
-    own: Lock,
-    stop: &CancellationToken,
-) -> anyhow::Result<Successor> {
-    let mut listeners = captured.listeners().context("share the listeners")?;
-    listeners.extend(inherited.rest());
-    tokio::task::block_in_place(|| {
-        successor.pass_listeners(&listeners)?;
-        drop(own);
-        successor.end()
-    })?;
-    let late = async {
-        stop.cancelled().await;
-        tokio::time::sleep(READY_PATIENCE).await;
-    };
-    tokio::select! {
-        biased;
-        ready = successor.is_ready() => ready?,
-        () = late => tracing::warn!("stopping before the next agent has taken up its workloads"),
-    }
-    Ok(successor)
-}
-
 fn remove_rules(captured: &Captured, args: &Args) {
     captured.remove_rules();
     // Nobody would answer the plugin any more.
@@ -449,127 +324,6 @@ async fn drain(context: &Context, patience: Duration) {
         }
     };
     drop(tokio::time::timeout(patience, empty).await);
-}
-
-/// Whoever has it, has the data folder.
-type Lock = nix::fcntl::Flock<std::fs::File>;
-
-/// Two agents on one data folder would fight over rules and certificates.
-fn lock(data: &Path) -> anyhow::Result<Lock> {
-    let path = data.join("lock");
-    let file = std::fs::OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .with_context(|| format!("open {}", path.display()))?;
-    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(
-        |(_, error)| {
-            anyhow::anyhow!(
-                "another agent uses {} ({error}); stop it first, or give --take-over",
-                data.display()
-            )
-        },
-    )
-}
-
-/// Between two tries to attest a node whose certificate has ended.
-const ATTEST_PAUSE: Duration = Duration::from_secs(5);
-
-/// Keeps the node certificate young, until another agent does so: from then on it uses that one's. Two that each
-/// renewed their own would pass for a node and a stolen copy of it.
-async fn tend_or_follow(
-    mut node: Node,
-    health: Health,
-    metrics: AgentMetrics,
-    renewed: watch::Sender<u64>,
-    replaced: CancellationToken,
-) {
-    tokio::select! {
-        () = tend_node(&mut node, &health, &metrics, &renewed) => {}
-        () = replaced.cancelled() => {}
-    }
-    loop {
-        match node.reload() {
-            Ok(false) => {}
-            Ok(true) => renewed.send_modify(|count| *count += 1),
-            Err(error) => {
-                tracing::debug!(error = format!("{error:#}"), "the next agent's node certificate");
-            }
-        }
-        tokio::time::sleep(FOLLOW).await;
-    }
-}
-
-/// Keeps the node certificate young.
-async fn tend_node(
-    node: &mut Node,
-    health: &Health,
-    metrics: &AgentMetrics,
-    renewed: &watch::Sender<u64>,
-) {
-    let mut jitter = draw_jitter();
-    let mut failure: Option<Failure> = None;
-    health.set(NODE_CHECK, HealthState::Ready);
-    loop {
-        if let Some(end) = node.trust.load().first_expiry() {
-            metrics.set_trust_root_expiry(system_time(end));
-        }
-        let now = hauberk_tls::now();
-        match rotation::next(node.validity, now, jitter, failure) {
-            Step::Wait(until) | Step::RetryAt(until) => {
-                let pause = until.since(now).max(Duration::from_millis(20)).min(LONGEST_SLEEP);
-                tokio::time::sleep(pause).await;
-            }
-            // A pod's token needs no certificate to get one.
-            Step::Expired if node.attests_itself() => {
-                health.set(
-                    NODE_CHECK,
-                    HealthState::NotReady("the node certificate has expired".to_owned()),
-                );
-                match renew_node(node).await {
-                    Ok(()) => {
-                        failure = None;
-                        renewed.send_modify(|count| *count += 1);
-                        health.set(NODE_CHECK, HealthState::Ready);
-                        tracing::info!(node = node.name, "the node was attested anew");
-                    }
-                    Err(error) => {
-                        tracing::error!(
-                            error = format!("{error:#}"),
-                            "the node certificate has expired"
-                        );
-                        tokio::time::sleep(ATTEST_PAUSE).await;
-                    }
-                }
-            }
-            Step::Expired => {
-                let text = "the node certificate has expired: join anew with a new token \
-                            (`hauberk token create` on the control plane)";
-                tracing::error!("{text}");
-                health.set(NODE_CHECK, HealthState::NotReady(text.to_owned()));
-                tokio::time::sleep(LONGEST_SLEEP).await;
-            }
-            Step::RenewNow => match renew_node(node).await {
-                Ok(()) => {
-                    failure = None;
-                    jitter = draw_jitter();
-                    renewed.send_modify(|count| *count += 1);
-                    health.set(NODE_CHECK, HealthState::Ready);
-                    tracing::info!(node = node.name, "the node certificate was renewed");
-                }
-                Err(error) => {
-                    let attempts = failure.map_or(1, |f| f.attempts.saturating_add(1));
-                    failure = Some(Failure { at: hauberk_tls::now(), attempts });
-                    tracing::warn!(
-                        attempts,
-                        error = format!("{error:#}"),
-                        "the node certificate could not be renewed"
-                    );
-                }
-            },
-        }
-    }
 }
 
 /// Removes every capture rule: of the network namespace this runs in, and of the named ones.

@@ -265,14 +265,14 @@ impl Rotation {
     }
 }
 
-pub(crate) fn draw_jitter() -> Jitter {
+pub(super) fn draw_jitter() -> Jitter {
     let mut bytes = [0; 2];
     // Without random numbers no key can be made either: then jitter is the least of it.
     let drawn = if getrandom::fill(&mut bytes).is_ok() { u16::from_ne_bytes(bytes) } else { 0 };
     Jitter::new(drawn)
 }
 
-pub(crate) fn system_time(timestamp: Timestamp) -> SystemTime {
+pub(super) fn system_time(timestamp: Timestamp) -> SystemTime {
     let millis = u64::try_from(timestamp.unix_millis()).unwrap_or(0);
     SystemTime::UNIX_EPOCH + Duration::from_millis(millis)
 }

@@ -1,0 +1,122 @@
+//! The node certificate is kept young, by one agent of the node at a time.
+
+use std::time::Duration;
+
+use hauberk_core::rotation::{self, Failure, Step};
+use hauberk_telemetry::{Health, State as HealthState, metrics::AgentMetrics};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Node,
+    node::renew_node,
+    rotate::{draw_jitter, system_time},
+};
+
+/// The health check of the node certificate.
+pub(crate) const NODE_CHECK: &str = "node_certificate";
+
+/// How often a replaced agent looks for the node certificate that the next one has got.
+const FOLLOW: Duration = Duration::from_secs(1);
+
+/// Wall-clock jumps are noticed at this pace.
+const LONGEST_SLEEP: Duration = Duration::from_secs(30);
+
+/// Between two tries to attest a node whose certificate has ended.
+const ATTEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// Keeps the node certificate young, until another agent does so: from then on it uses that one's. Two that each
+/// renewed their own would pass for a node and a stolen copy of it.
+pub(crate) async fn tend_or_follow(
+    mut node: Node,
+    health: Health,
+    metrics: AgentMetrics,
+    renewed: watch::Sender<u64>,
+    replaced: CancellationToken,
+) {
+    tokio::select! {
+        () = tend_node(&mut node, &health, &metrics, &renewed) => {}
+        () = replaced.cancelled() => {}
+    }
+    loop {
+        match node.reload() {
+            Ok(false) => {}
+            Ok(true) => renewed.send_modify(|count| *count += 1),
+            Err(error) => {
+                tracing::debug!(error = format!("{error:#}"), "the next agent's node certificate");
+            }
+        }
+        tokio::time::sleep(FOLLOW).await;
+    }
+}
+
+/// Keeps the node certificate young.
+async fn tend_node(
+    node: &mut Node,
+    health: &Health,
+    metrics: &AgentMetrics,
+    renewed: &watch::Sender<u64>,
+) {
+    let mut jitter = draw_jitter();
+    let mut failure: Option<Failure> = None;
+    health.set(NODE_CHECK, HealthState::Ready);
+    loop {
+        if let Some(end) = node.trust.load().first_expiry() {
+            metrics.set_trust_root_expiry(system_time(end));
+        }
+        let now = hauberk_tls::now();
+        match rotation::next(node.validity, now, jitter, failure) {
+            Step::Wait(until) | Step::RetryAt(until) => {
+                let pause = until.since(now).max(Duration::from_millis(20)).min(LONGEST_SLEEP);
+                tokio::time::sleep(pause).await;
+            }
+            // A pod's token needs no certificate to get one.
+            Step::Expired if node.attests_itself() => {
+                health.set(
+                    NODE_CHECK,
+                    HealthState::NotReady("the node certificate has expired".to_owned()),
+                );
+                match renew_node(node).await {
+                    Ok(()) => {
+                        failure = None;
+                        renewed.send_modify(|count| *count += 1);
+                        health.set(NODE_CHECK, HealthState::Ready);
+                        tracing::info!(node = node.name, "the node was attested anew");
+                    }
+                    Err(error) => {
+                        tracing::error!(
+                            error = format!("{error:#}"),
+                            "the node certificate has expired"
+                        );
+                        tokio::time::sleep(ATTEST_PAUSE).await;
+                    }
+                }
+            }
+            Step::Expired => {
+                let text = "the node certificate has expired: join anew with a new token \
+                            (`hauberk token create` on the control plane)";
+                tracing::error!("{text}");
+                health.set(NODE_CHECK, HealthState::NotReady(text.to_owned()));
+                tokio::time::sleep(LONGEST_SLEEP).await;
+            }
+            Step::RenewNow => match renew_node(node).await {
+                Ok(()) => {
+                    failure = None;
+                    jitter = draw_jitter();
+                    renewed.send_modify(|count| *count += 1);
+                    health.set(NODE_CHECK, HealthState::Ready);
+                    tracing::info!(node = node.name, "the node certificate was renewed");
+                }
+                Err(error) => {
+                    let attempts = failure.map_or(1, |f| f.attempts.saturating_add(1));
+                    failure = Some(Failure { at: hauberk_tls::now(), attempts });
+                    tracing::warn!(
+                        attempts,
+                        error = format!("{error:#}"),
+                        "the node certificate could not be renewed"
+                    );
+                }
+            },
+        }
+    }
+}
