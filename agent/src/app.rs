@@ -5,22 +5,21 @@ use std::{future::Future, path::Path, process::ExitCode, sync::Arc, time::Durati
 use anyhow::Context as _;
 use hauberk_linux::{Netns, capture};
 use hauberk_telemetry::{
-    Health, LogFormat as TelemetryFormat, LogOptions, RecordSink, State as HealthState,
+    Health, LogFormat as TelemetryFormat, LogOptions, RecordSink,
     metrics::AgentMetrics,
     record::{Destination, RecordOptions},
 };
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::{Mutex, watch};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     capture::{CAPTURE_CHECK, Captured, Captures, StatusBoard},
     cni::{self, Installation, Server, Starting},
     config::{Args, LocalEdges, LogFormat},
     context::Context,
-    handover::{
-        Inherited, Predecessor, Successors, Taken, hand_over, lock_folder, take_place,
-        tell_when_ready, wait,
-    },
+    departed::Departed,
+    duties::{Means, OnDuty},
+    handover::{Before, End, Incumbent, Replaced, Successors, tell_when_ready},
     identity::{Attestation, Identities, NODE_CHECK, PodToken, open_node, tend_or_follow},
     pages::Pages,
     policy::{Enforcer, POLICY_CHECK, Subscription},
@@ -81,26 +80,16 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     hauberk_tls::files::private_folder(&args.data).context("open the data folder")?;
     let stop = token(stop);
-    let mut predecessor = None;
-    if args.take_over {
-        predecessor = tokio::task::block_in_place(|| Predecessor::find(&args.data))
-            .context("take over from the agent that runs")?;
-    }
-    let mut own = None;
-    if predecessor.is_none() {
-        own = lock_folder(&args.data, args.take_over, &stop).await?;
-        if own.is_none() {
-            return Ok(());
-        }
-    }
+    let Some(mut before) = Before::find(&args.data, args.take_over, &stop).await? else {
+        return Ok(());
+    };
     let metrics = AgentMetrics::new().context("set up metrics")?;
     let registries = vec![
         metrics.registry().clone(),
         hauberk_telemetry::metrics::process_registry().context("set up process metrics")?,
     ];
     let health = Health::new(&[NODE_CHECK, POLICY_CHECK, CAPTURE_CHECK]);
-    let before = predecessor.as_mut().and_then(Predecessor::metrics);
-    let mut pages = Pages::listen(args.metrics, before, registries, health.clone())?;
+    let mut pages = Pages::listen(args.metrics, before.metrics(), registries, health.clone())?;
     pages.open()?;
     let destination = if args.records == Path::new("-") {
         Destination::Stdout
@@ -121,20 +110,14 @@ pub async fn run(
     if stop.is_cancelled() {
         return Ok(());
     }
-    let (own, inherited, taken) = match own {
-        Some(own) => (own, Inherited::default(), Taken::default()),
-        None => {
-            let (inherited, taken) = take_place(predecessor);
-            let Some(own) = lock_folder(&args.data, args.take_over, &stop).await? else {
-                return Ok(());
-            };
-            // The agent before may have renewed it since.
-            node.reload().context("the node's identity")?;
-            (own, inherited, taken)
-        }
+    let Some((own, inherited, taken)) = before.take(&args.data, &stop).await? else {
+        return Ok(());
     };
-    let mut successors = Successors::listen(&args.data)?;
-    let replaced = CancellationToken::new();
+    let mut own = Some(own);
+    // The agent before may have renewed it since.
+    node.reload().context("the node's identity")?;
+    let successors = Successors::listen(&args.data)?;
+    let replaced = Replaced::default();
     let enforcer =
         Arc::new(Enforcer::open(&args.data, metrics.clone(), health.clone(), replaced.clone()));
     let context = Arc::new(Context::new(
@@ -148,7 +131,7 @@ pub async fn run(
     ));
     let board = StatusBoard::new(context.clone(), node.slot.clone());
     let starting = Starting::default();
-    let (plugin_server, installation) = match &args.cni_plugin {
+    let (server, installation) = match &args.cni_plugin {
         None => (None, None),
         Some(plugin) => {
             let server = Server {
@@ -166,7 +149,7 @@ pub async fn run(
                 socket: args.cni_socket.clone(),
                 exempt: args.cni_exempt_namespaces.clone(),
             };
-            (Some((server, cni::listen(&args.cni_socket)?)), Some(installation))
+            (Some((server, args.cni_socket.clone())), Some(installation))
         }
     };
     let identities = Identities::new(
@@ -189,10 +172,11 @@ pub async fn run(
         replaced: replaced.clone(),
         health: health.clone(),
         since: None,
+        departed: Departed::default(),
     };
     let (renewed, node_renewed) = watch::channel(0);
     let subscription = Subscription {
-        enforcer,
+        enforcer: enforcer.clone(),
         control_plane: node.control_plane.clone(),
         metrics: metrics.clone(),
         records: records.clone(),
@@ -207,71 +191,64 @@ pub async fn run(
     }
     tracing::info!(node = node.name, metrics = %args.metrics, control_plane = node.control_plane.address(), "ready");
 
-    let captures = tokio::spawn(captures.run());
-    let plugin_server = plugin_server.map(|(server, listener)| tokio::spawn(server.run(listener)));
-    let subscription = tokio::spawn(subscription.run());
-    let tending =
-        tokio::spawn(tend_or_follow(node, health.clone(), metrics, renewed, replaced.clone()));
-    let taken = tokio::spawn(tell_when_ready(taken, inherited.clone(), health.clone()));
-    let successor = wait(&stop, &mut successors, &mut pages).await;
-    // The one before, if it is still there, has to go on without this one.
-    taken.abort();
-    drop(successors);
-    let text = "the agent is stopping, or another one takes its place";
-    health.set(CAPTURE_CHECK, HealthState::NotReady(text.to_owned()));
-
-    // Pods that start from now on wait for the next agent.
-    if let Some(server) = plugin_server {
-        server.abort();
-    }
-    let (mut captured, outcome, patience) = match successor {
-        None => {
-            tracing::info!(
-                open = context.open_connections(),
-                "stopping, draining open connections"
-            );
-            context.stopping.cancel();
-            (captures.await.context("stop capturing")?, Ok(None), args.drain)
-        }
-        Some(successor) => {
-            tracing::info!("another agent takes this one's place");
-            replaced.cancel();
-            let captured = captures.await.context("stop capturing")?;
-            let handed = hand_over(successor, &captured, &inherited, own, &stop).await;
-            // Without the next one the node is closed until this one is started anew, which comes first.
-            let patience = if handed.is_ok() { args.drain } else { Duration::ZERO };
-            tracing::info!(
-                open = context.open_connections(),
-                "replaced, draining open connections"
-            );
-            context.stopping.cancel();
-            (captured, handed.map(Some), patience)
-        }
+    let node = Arc::new(Mutex::new(node));
+    let means = Means {
+        context: context.clone(),
+        health: health.clone(),
+        enforcer,
+        subscription,
+        node: node.clone(),
+        plugin: server,
+        replaced: replaced.clone(),
     };
-    captured.close();
+    let duties = OnDuty::begin(means, captures, Captured::default())?;
+    let tending = tokio::spawn(tend_or_follow(node, health.clone(), metrics, renewed, replaced));
+    let taken = tokio::spawn(tell_when_ready(taken, inherited.clone(), health));
+    let incumbent = Incumbent {
+        data: args.data.clone(),
+        successors,
+        duties,
+        inherited,
+        taken: AbortOnDropHandle::new(taken),
+        drain: args.drain,
+    };
+    let mut end = incumbent.run(&mut own, &mut pages, &stop).await?;
+
+    let open = context.open_connections();
+    let patience = match &end {
+        End::Stopped(_) => {
+            tracing::info!(open, "stopping, draining open connections");
+            args.drain
+        }
+        End::Replaced(..) => {
+            tracing::info!(open, "replaced, draining open connections");
+            args.drain
+        }
+        // The node is closed until this one is started anew, which comes first.
+        End::Lost(_) => Duration::ZERO,
+    };
+    context.stopping.cancel();
+    if let End::Stopped(off) | End::Replaced(off, _) = &mut end {
+        off.close();
+    }
     drain(&context, patience).await;
     context.cut.cancel();
     // A moment for the resets to leave.
     drain(&context, Duration::from_secs(1)).await;
-    subscription.abort();
-    let ended = match outcome {
-        Ok(None) => {
-            if args.remove_rules_on_stop {
-                remove_rules(&captured, &args);
+    let ended = match end {
+        End::Stopped(off) => {
+            // Whoever has the folder has the rules.
+            if args.remove_rules_on_stop && own.is_some() {
+                remove_rules(off.captured(), &args);
             }
             Ok(())
         }
-        // Whoever started this one decides when it ends: one that ended by itself would be started again. It
-        // asks for no certificates meanwhile.
-        Ok(Some(mut successor)) => {
-            drop(captured);
-            tokio::select! {
-                biased;
-                () = stop.cancelled() => Ok(()),
-                () = successor.gone() => Err(anyhow::anyhow!(REPLACED)),
-            }
+        End::Replaced(off, successor) => {
+            // It asks for no certificates while it waits.
+            drop(off);
+            successor.outlive(&stop).await
         }
-        Err(error) => Err(error.context(REPLACED)),
+        End::Lost(error) => Err(error),
     };
     tending.abort();
     pages.close();
@@ -281,9 +258,6 @@ pub async fn run(
     }
     ended
 }
-
-/// Why a replaced agent ends with an error: it has to be started anew.
-const REPLACED: &str = "the agent that took this one's place went away; start this one again";
 
 /// Cancelled when the future is done.
 fn token(done: impl Future<Output = ()> + Send + 'static) -> CancellationToken {

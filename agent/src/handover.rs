@@ -5,20 +5,25 @@
 //! [`protocol::TAKE`]: the predecessor stops changing rules and files, passes its listeners on, lets go of the
 //! folder, and says [`protocol::END`]. Both take connections from the same listeners then, until the next one
 //! has taken up its workloads and says [`protocol::READY`]: from there on the predecessor only carries what it
-//! has, for as long as its drain lasts. What happens when one of them dies in between is said at
-//! [`predecessor::Successor::gone`].
+//! has, for as long as its drain lasts.
+//!
+//! If the next one ends before that, the predecessor takes its place back, once it has the folder's lock again
+//! ([`crate::duties`]). If it ends after that, the predecessor ends as well, to be started anew. If the
+//! predecessor ends, the next one goes on by itself.
 //!
 //! The folder is its owner's alone, and so is the socket.
 //!
 //! `protocol.rs` has what the two say to each other, `predecessor.rs` the side of the one that runs,
-//! `successor.rs` that of the next one, and `folder.rs` the lock that says whose the folder is.
+//! `successor.rs` that of the next one, `folder.rs` the lock that says whose the folder is, and `replaced.rs`
+//! what the rest of the agent knows of it.
 
 mod folder;
 mod predecessor;
 mod protocol;
+mod replaced;
 mod successor;
 
-pub(crate) use folder::{Lock, lock_folder};
-pub(crate) use predecessor::{Successors, hand_over, wait};
+pub(crate) use predecessor::{End, Incumbent, Successors};
 pub(crate) use protocol::Seat;
-pub(crate) use successor::{Inherited, Predecessor, Taken, take_place, tell_when_ready};
+pub(crate) use replaced::Replaced;
+pub(crate) use successor::{Before, Inherited, tell_when_ready};

@@ -1,10 +1,11 @@
-//! The side of the agent that runs: it waits for the next one, and hands over to it.
+//! The side of the agent that runs: it waits for the next one, hands over to it, and takes its place back if
+//! that one ends before it is ready.
 
 use std::{
-    net::TcpListener,
+    net::{Shutdown, TcpListener},
     os::{
         fd::{AsFd, OwnedFd},
-        unix::net::{UnixListener, UnixStream},
+        unix::net::UnixStream,
     },
     path::{Path, PathBuf},
     time::Duration,
@@ -12,14 +13,19 @@ use std::{
 
 use anyhow::{Context, bail};
 use hauberk_linux::pass::{self, Receiver};
-use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
+use tokio::{net::UnixListener, sync::mpsc};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
-    Inherited, Lock,
+    Inherited,
+    folder::{Lock, lock_within},
     protocol::{END, PATIENCE, Passed, READY, SOCKET, Seat, TAKE, VERSION, in_folder},
 };
-use crate::{capture::Captured, pages::Pages};
+use crate::{
+    capture::Captured,
+    duties::{OffDuty, OnDuty},
+    pages::Pages,
+};
 
 /// The pause after a failed accept, so that being out of descriptors does not spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
@@ -31,8 +37,94 @@ const TAKE_PATIENCE: Duration = Duration::from_secs(120);
 /// its workloads yet.
 const READY_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Until it is to stop, or another agent is to take its place.
-pub(crate) async fn wait(
+/// How much longer than a drain a next agent may take to end that was told to stop before it was ready.
+const END_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why a replaced agent ends with an error: it has to be started anew.
+const REPLACED: &str = "the agent that took this one's place went away; start this one again";
+
+/// An agent that runs, until another one has taken its place or it is to stop.
+pub(crate) struct Incumbent {
+    pub(crate) data: PathBuf,
+    pub(crate) successors: Successors,
+    pub(crate) duties: OnDuty,
+    /// What the agent before has left.
+    pub(crate) inherited: Inherited,
+    /// Tells the agent before that this one is ready, and holds the link to it.
+    pub(crate) taken: AbortOnDropHandle<()>,
+    pub(crate) drain: Duration,
+}
+
+/// How its time ends.
+pub(crate) enum End {
+    /// It is to stop.
+    Stopped(OffDuty),
+    /// Another agent has taken its place, and is ready.
+    Replaced(OffDuty, Successor),
+    /// Another agent has taken its place and ended too early, and it could not be taken back.
+    Lost(anyhow::Error),
+}
+
+impl Incumbent {
+    /// Runs until then. The lock of the data folder is there afterwards if no other agent has got it.
+    ///
+    /// # Errors
+    /// If its captures have failed.
+    pub(crate) async fn run(
+        mut self,
+        own: &mut Option<Lock>,
+        pages: &mut Pages,
+        stop: &CancellationToken,
+    ) -> anyhow::Result<End> {
+        loop {
+            let Some(mut successor) = next_to_take(stop, &mut self.successors, pages).await else {
+                // The agent before, if it is still there, has to go on without this one.
+                self.taken.abort();
+                drop(self.successors);
+                return Ok(End::Stopped(self.duties.stop().await?));
+            };
+            tracing::info!("another agent takes this one's place");
+            drop(self.successors);
+            let off = self.duties.lay_down().await?;
+            let handed =
+                hand_over(&mut successor, off.captured(), &self.inherited, own, stop).await;
+            let Err(error) = handed else { return Ok(End::Replaced(off, successor)) };
+            // If it still runs, it sees by this that it is not to go on.
+            drop(successor);
+            let error = format!("{error:#}");
+            tracing::warn!(error, "the next agent has not taken this one's place");
+            if own.is_none() {
+                // Whoever has the lock changes the rules. Connections are taken meanwhile, as they were before.
+                let patience = self.drain.saturating_add(END_PATIENCE);
+                let locked = tokio::select! {
+                    biased;
+                    () = stop.cancelled() => return Ok(End::Stopped(off)),
+                    locked = lock_within(&self.data, patience) => locked,
+                };
+                match locked {
+                    Ok(lock) => *own = Some(lock),
+                    Err(error) => return Ok(End::Lost(error.context(REPLACED))),
+                }
+            }
+            let resumed = match Successors::listen(&self.data) {
+                Ok(successors) => off.take_up().await.map(|duties| (duties, successors)),
+                Err(error) => Err(error),
+            };
+            match resumed {
+                Ok((duties, successors)) => {
+                    self.duties = duties;
+                    self.successors = successors;
+                }
+                Err(error) => return Ok(End::Lost(error.context(REPLACED))),
+            }
+            answer(pages);
+            tracing::info!("this agent has its place back");
+        }
+    }
+}
+
+/// The next agent, when it has an identity; nothing if this one is to stop. Until then it only answers probes.
+async fn next_to_take(
     stop: &CancellationToken,
     successors: &mut Successors,
     pages: &mut Pages,
@@ -55,33 +147,34 @@ pub(crate) async fn wait(
             },
             Err(error) => Err(error),
         };
-        match outcome {
-            Ok(()) => return Some(successor),
-            Err(error) => {
-                let error = format!("{error:#}");
-                tracing::info!(error, "an agent that was to take this one's place did not");
-                if let Err(error) = pages.open() {
-                    tracing::error!(error = format!("{error:#}"), "metrics are not served");
-                }
-            }
-        }
+        let Err(error) = outcome else { return Some(successor) };
+        let error = format!("{error:#}");
+        tracing::info!(error, "an agent that was to take this one's place did not");
+        answer(pages);
+    }
+}
+
+/// Answers probes again.
+fn answer(pages: &mut Pages) {
+    if let Err(error) = pages.open() {
+        tracing::error!(error = format!("{error:#}"), "metrics are not served");
     }
 }
 
 /// Passes on what the next agent needs, and waits until it has taken it up: not for long if this one is to
-/// stop.
-pub(crate) async fn hand_over(
-    mut successor: Successor,
+/// stop. The listeners stay with this one as well.
+async fn hand_over(
+    successor: &mut Successor,
     captured: &Captured,
     inherited: &Inherited,
-    own: Lock,
+    own: &mut Option<Lock>,
     stop: &CancellationToken,
-) -> anyhow::Result<Successor> {
+) -> anyhow::Result<()> {
     let mut listeners = captured.listeners().context("share the listeners")?;
-    listeners.extend(inherited.rest());
+    listeners.extend(inherited.share().context("share the listeners of the agent before")?);
     tokio::task::block_in_place(|| {
         successor.pass_listeners(&listeners)?;
-        drop(own);
+        drop(own.take());
         successor.end()
     })?;
     let late = async {
@@ -93,12 +186,13 @@ pub(crate) async fn hand_over(
         ready = successor.is_ready() => ready?,
         () = late => tracing::warn!("stopping before the next agent has taken up its workloads"),
     }
-    Ok(successor)
+    inherited.close();
+    Ok(())
 }
 
 /// Where the next agent comes.
 pub(crate) struct Successors {
-    arrivals: mpsc::Receiver<UnixStream>,
+    listener: UnixListener,
     _socket: Socket,
 }
 
@@ -139,37 +233,27 @@ impl Successors {
         };
         let listener = listen().with_context(|| format!("listen on {}", path.display()))?;
         let socket = Socket { data: data.to_owned(), inode: inode(&path) };
-        let (sender, arrivals) = mpsc::channel(1);
-        // A thread of its own: descriptors come with plain blocking calls, and it happens once.
-        std::thread::Builder::new()
-            .name("handover".to_owned())
-            .spawn(move || {
-                loop {
-                    match listener.accept() {
-                        Ok((stream, _)) => {
-                            // Nobody is let in any more: whoever comes sees the end.
-                            if sender.blocking_send(stream).is_err() {
-                                return;
-                            }
-                        }
-                        Err(error) => {
-                            tracing::warn!(%error, "another agent was not let in");
-                            std::thread::sleep(ACCEPT_RETRY);
-                        }
-                    }
-                }
-            })
-            .context("start a thread")?;
-        Ok(Self { arrivals, _socket: socket })
+        Ok(Self { listener, _socket: socket })
     }
 
     /// The next agent, when it comes.
-    pub(crate) async fn next(&mut self) -> Successor {
-        match self.arrivals.recv().await {
-            Some(stream) => Successor::new(stream),
-            // There is no thread: nobody will come.
-            None => std::future::pending().await,
+    async fn next(&mut self) -> Successor {
+        loop {
+            match self.accept().await {
+                Ok(stream) => return Successor::new(stream),
+                Err(error) => {
+                    tracing::warn!(%error, "another agent was not let in");
+                    tokio::time::sleep(ACCEPT_RETRY).await;
+                }
+            }
         }
+    }
+
+    /// Descriptors come and go with plain blocking calls.
+    async fn accept(&self) -> std::io::Result<UnixStream> {
+        let stream = self.listener.accept().await?.0.into_std()?;
+        stream.set_nonblocking(false)?;
+        Ok(stream)
     }
 }
 
@@ -201,7 +285,7 @@ impl Successor {
     ///
     /// # Errors
     /// If it is gone.
-    pub(crate) fn pass_metrics(&self, listener: &TcpListener) -> anyhow::Result<()> {
+    fn pass_metrics(&self, listener: &TcpListener) -> anyhow::Result<()> {
         // One that stops reading must not hold this one up.
         self.stream.set_write_timeout(Some(PATIENCE))?;
         let line = serde_json::to_string(&Passed::Metrics { version: VERSION })?;
@@ -212,7 +296,7 @@ impl Successor {
     ///
     /// # Errors
     /// If it is gone.
-    pub(crate) async fn wants_to_take(&mut self) -> anyhow::Result<()> {
+    async fn wants_to_take(&mut self) -> anyhow::Result<()> {
         self.says(TAKE).await
     }
 
@@ -220,15 +304,23 @@ impl Successor {
     ///
     /// # Errors
     /// If it is gone.
-    pub(crate) async fn is_ready(&mut self) -> anyhow::Result<()> {
+    async fn is_ready(&mut self) -> anyhow::Result<()> {
         self.says(READY).await
     }
 
-    /// Done when it is gone. Before it wanted anything, this agent just goes on. After that the folder is no
-    /// longer this agent's, nobody keeps the rules up, and, once the next one was ready, nobody takes connections:
-    /// this agent ends with an error, and whoever runs it starts it anew.
-    pub(crate) async fn gone(&mut self) {
-        while self.words.recv().await.is_some() {}
+    /// Waits to be stopped. Whoever started this agent decides when it ends: one that ended by itself would be
+    /// started again.
+    ///
+    /// # Errors
+    /// If the next one is gone before that. Nobody takes connections then, since this one has closed its
+    /// listeners and has let go of its workloads: it has to be started anew.
+    pub(crate) async fn outlive(mut self, stop: &CancellationToken) -> anyhow::Result<()> {
+        let gone = async { while self.words.recv().await.is_some() {} };
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => Ok(()),
+            () = gone => bail!(REPLACED),
+        }
     }
 
     async fn says(&mut self, wanted: &str) -> anyhow::Result<()> {
@@ -243,7 +335,7 @@ impl Successor {
     ///
     /// # Errors
     /// If it is gone.
-    pub(crate) fn pass_listeners(&self, listeners: &[(Seat, OwnedFd)]) -> anyhow::Result<()> {
+    fn pass_listeners(&self, listeners: &[(Seat, OwnedFd)]) -> anyhow::Result<()> {
         for (seat, listener) in listeners {
             let line = serde_json::to_string(&Passed::Listener(seat.clone()))?;
             pass::send(&self.stream, &line, Some(listener.as_fd()))?;
@@ -255,7 +347,14 @@ impl Successor {
     ///
     /// # Errors
     /// If it is gone.
-    pub(crate) fn end(&self) -> anyhow::Result<()> {
+    fn end(&self) -> anyhow::Result<()> {
         Ok(pass::send(&self.stream, END, None)?)
+    }
+}
+
+impl Drop for Successor {
+    fn drop(&mut self) {
+        // Its reader has the stream, too, and would keep it open. It may be closed already.
+        drop(self.stream.shutdown(Shutdown::Both));
     }
 }

@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     net::TcpListener,
-    os::{fd::OwnedFd, unix::net::UnixStream},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -12,20 +15,108 @@ use std::{
 use anyhow::{Context, bail};
 use hauberk_linux::pass::{self, Receiver};
 use hauberk_telemetry::Health;
+use tokio_util::sync::CancellationToken;
 
-use super::protocol::{END, PATIENCE, Passed, READY, SOCKET, Seat, TAKE, in_folder, is_hello};
+use super::{
+    folder::{LOCK_RETRY, Lock, lock, lock_within},
+    protocol::{END, PATIENCE, Passed, READY, SOCKET, Seat, TAKE, in_folder, is_hello},
+};
 
 /// How long listeners of the agent before are kept that nobody has taken up.
 const KEEP_UNCLAIMED: Duration = Duration::from_secs(60);
 
-/// The listeners of the agent before, if it is still there.
-pub(crate) fn take_place(predecessor: Option<Predecessor>) -> (Inherited, Taken) {
-    let Some(predecessor) = predecessor else { return Default::default() };
-    tokio::task::block_in_place(|| predecessor.take()).unwrap_or_else(|error| {
-        let error = format!("{error:#}");
-        tracing::warn!(error, "the agent before ended by itself");
-        Default::default()
-    })
+/// Between two tries to take the place of an agent that goes on.
+const TAKE_RETRY: Duration = Duration::from_secs(1);
+
+/// Who was on the data folder before this agent.
+pub(crate) enum Before {
+    /// Nobody: it is this agent's now.
+    Nobody(Lock),
+    /// An agent, whose place is to be taken.
+    Agent(Predecessor),
+}
+
+impl Before {
+    /// Finds out; nothing if this agent is to stop meanwhile. One that has the folder and does not listen yet, or
+    /// no longer, is waited for, if its place is to be taken.
+    ///
+    /// # Errors
+    /// If another agent runs there, and its place is not to be taken or it answers with something else.
+    pub(crate) async fn find(
+        data: &Path,
+        take_over: bool,
+        stop: &CancellationToken,
+    ) -> anyhow::Result<Option<Self>> {
+        let mut told = false;
+        loop {
+            if take_over {
+                let found = tokio::task::block_in_place(|| Predecessor::find(data))
+                    .context("take over from the agent that runs")?;
+                if let Some(predecessor) = found {
+                    return Ok(Some(Self::Agent(predecessor)));
+                }
+            }
+            match lock(data) {
+                Ok(own) => return Ok(Some(Self::Nobody(own))),
+                Err(error) if !take_over => return Err(error),
+                Err(error) if !told => {
+                    told = true;
+                    let error = format!("{error:#}");
+                    tracing::info!(error, "waiting for the agent before to end");
+                }
+                Err(_) => {}
+            }
+            tokio::select! {
+                () = stop.cancelled() => return Ok(None),
+                () = tokio::time::sleep(LOCK_RETRY) => {}
+            }
+        }
+    }
+
+    /// Its listener for metrics and probes.
+    pub(crate) fn metrics(&mut self) -> Option<TcpListener> {
+        match self {
+            Self::Nobody(_) => None,
+            Self::Agent(predecessor) => predecessor.metrics.take(),
+        }
+    }
+
+    /// Takes its place: the data folder, and the listeners of the agent before if there is one. Nothing if this
+    /// agent is to stop meanwhile.
+    ///
+    /// # Errors
+    /// If the agent that runs does not let go of it.
+    pub(crate) async fn take(
+        self,
+        data: &Path,
+        stop: &CancellationToken,
+    ) -> anyhow::Result<Option<(Lock, Inherited, Taken)>> {
+        let mut before = self;
+        loop {
+            let predecessor = match before {
+                Self::Nobody(own) => {
+                    return Ok(Some((own, Inherited::default(), Taken::default())));
+                }
+                Self::Agent(predecessor) => predecessor,
+            };
+            let error = match tokio::task::block_in_place(|| predecessor.take()) {
+                Ok((inherited, taken)) => {
+                    return tokio::select! {
+                        () = stop.cancelled() => Ok(None),
+                        own = lock_within(data, PATIENCE) => Ok(Some((own?, inherited, taken))),
+                    };
+                }
+                Err(error) => format!("{error:#}"),
+            };
+            // It has ended, or goes on as if nobody had come.
+            tracing::warn!(error, "the agent before has not handed over");
+            let Some(found) = Self::find(data, true, stop).await? else { return Ok(None) };
+            if let Self::Agent(_) = &found {
+                tokio::time::sleep(TAKE_RETRY).await;
+            }
+            before = found;
+        }
+    }
 }
 
 /// Tells the agent before when the workloads are taken up, and holds the link for as long as this one runs. What
@@ -34,7 +125,7 @@ pub(crate) async fn tell_when_ready(taken: Taken, inherited: Inherited, health: 
     health.ready().await;
     taken.ready();
     tokio::time::sleep(KEEP_UNCLAIMED).await;
-    drop(inherited.rest());
+    inherited.close();
     std::future::pending().await
 }
 
@@ -49,7 +140,7 @@ impl Predecessor {
     ///
     /// # Errors
     /// If it answers with something else.
-    pub(crate) fn find(data: &Path) -> anyhow::Result<Option<Self>> {
+    fn find(data: &Path) -> anyhow::Result<Option<Self>> {
         let stream = match in_folder(data, |path| UnixStream::connect(path)) {
             Ok(stream) => stream,
             Err(error)
@@ -69,8 +160,9 @@ impl Predecessor {
         let mut link = Receiver::new(stream);
         let metrics = match link.line() {
             Ok(Some(line)) if is_hello(&line) => link.file().map(TcpListener::from),
-            // It stops at this moment: then there is nobody.
+            // It stops at this moment, before it has let this agent in or after: then there is nobody.
             Ok(None) => return Ok(None),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Ok(None),
             Ok(Some(line)) => bail!(
                 "the agent that runs there says {line:?}, which this one does not understand; stop it first"
             ),
@@ -82,16 +174,11 @@ impl Predecessor {
         Ok(Some(Self { link, metrics }))
     }
 
-    /// Its listener for metrics and probes.
-    pub(crate) fn metrics(&mut self) -> Option<TcpListener> {
-        self.metrics.take()
-    }
-
     /// Takes its place: from here on it keeps its hands off the folder and the rules. Blocks.
     ///
     /// # Errors
-    /// If it went away in the middle. Then there are no listeners but those that this agent makes.
-    pub(crate) fn take(mut self) -> anyhow::Result<(Inherited, Taken)> {
+    /// If it went away in the middle, or could not do it.
+    fn take(mut self) -> anyhow::Result<(Inherited, Taken)> {
         pass::send(self.link.stream(), TAKE, None).context("tell the other agent")?;
         let inherited = Inherited::default();
         loop {
@@ -119,7 +206,8 @@ pub(crate) struct Taken {
 }
 
 impl Taken {
-    /// This agent has taken up its workloads. The link stays: the predecessor comes back when it breaks.
+    /// This agent has taken up its workloads. The link stays: the predecessor ends when it breaks, to be
+    /// started anew.
     pub(crate) fn ready(&self) {
         let Some(link) = &self.link else { return };
         match pass::send(link.stream(), READY, None) {
@@ -144,10 +232,21 @@ impl Inherited {
         self.lock().len()
     }
 
-    /// Those that nobody has claimed.
-    pub(crate) fn rest(&self) -> Vec<(Seat, OwnedFd)> {
-        let rest = std::mem::take(&mut *self.lock());
-        rest.into_iter().map(|(seat, listener)| (seat, listener.into())).collect()
+    /// Those that nobody has claimed, for another process.
+    ///
+    /// # Errors
+    /// If the system has no more descriptors.
+    pub(super) fn share(&self) -> std::io::Result<Vec<(Seat, OwnedFd)>> {
+        let unclaimed = self.lock();
+        unclaimed
+            .iter()
+            .map(|(seat, listener)| Ok((seat.clone(), listener.as_fd().try_clone_to_owned()?)))
+            .collect()
+    }
+
+    /// Closes those that nobody has claimed.
+    pub(super) fn close(&self) {
+        self.lock().clear();
     }
 
     /// Plain data: a panic elsewhere leaves nothing half-changed in it.

@@ -1,17 +1,17 @@
 //! The node certificate is kept young, by one agent of the node at a time.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use hauberk_core::rotation::{self, Failure, Step};
 use hauberk_telemetry::{Health, State as HealthState, metrics::AgentMetrics};
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::{Mutex, watch};
 
 use super::{
     Node,
     node::renew_node,
     rotate::{draw_jitter, system_time},
 };
+use crate::handover::Replaced;
 
 /// The health check of the node certificate.
 pub(crate) const NODE_CHECK: &str = "node_certificate";
@@ -25,28 +25,37 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 /// Between two tries to attest a node whose certificate has ended.
 const ATTEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// Keeps the node certificate young, until another agent does so: from then on it uses that one's. Two that each
-/// renewed their own would pass for a node and a stolen copy of it.
+/// Keeps the node certificate young, or uses another agent's while that one does so. Two that each renewed
+/// their own would pass for a node and a stolen copy of it.
 pub(crate) async fn tend_or_follow(
-    mut node: Node,
+    node: Arc<Mutex<Node>>,
     health: Health,
     metrics: AgentMetrics,
     renewed: watch::Sender<u64>,
-    replaced: CancellationToken,
+    replaced: Replaced,
 ) {
-    tokio::select! {
-        () = tend_node(&mut node, &health, &metrics, &renewed) => {}
-        () = replaced.cancelled() => {}
-    }
     loop {
-        match node.reload() {
-            Ok(false) => {}
-            Ok(true) => renewed.send_modify(|count| *count += 1),
-            Err(error) => {
-                tracing::debug!(error = format!("{error:#}"), "the next agent's node certificate");
+        let mut tended = node.lock().await;
+        tokio::select! {
+            () = tend_node(&mut tended, &health, &metrics, &renewed) => {}
+            () = replaced.wait_set() => {}
+        }
+        drop(tended);
+        while replaced.is_set() {
+            let reloaded = node.lock().await.reload();
+            match reloaded {
+                Ok(false) => {}
+                Ok(true) => renewed.send_modify(|count| *count += 1),
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    tracing::debug!(error, "the next agent's node certificate");
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(FOLLOW) => {}
+                () = replaced.wait_clear() => {}
             }
         }
-        tokio::time::sleep(FOLLOW).await;
     }
 }
 
