@@ -3,25 +3,24 @@
 use std::{future::Future, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use hauberk_core::rotation::{self, Failure, Step};
 use hauberk_linux::{Netns, capture};
 use hauberk_telemetry::{
-    Health, LogFormat as TelemetryFormat, LogOptions, RecordSink, State as HealthState,
+    Health, LogFormat as TelemetryFormat, LogOptions, RecordSink,
     metrics::AgentMetrics,
     record::{Destination, RecordOptions},
 };
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::{Mutex, watch};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     capture::{CAPTURE_CHECK, Captured, Captures, StatusBoard},
     cni::{self, Installation, Server, Starting},
     config::{Args, LocalEdges, LogFormat},
     context::Context,
-    handover::{Inherited, Predecessor, Successor, Successors, Taken},
-    identity::{
-        Attestation, Identities, Node, PodToken, draw_jitter, open_node, renew_node, system_time,
-    },
+    departed::Departed,
+    duties::{Means, OnDuty},
+    handover::{Before, End, Incumbent, Replaced, Successors, tell_when_ready},
+    identity::{Attestation, Identities, NODE_CHECK, PodToken, open_node, tend_or_follow},
     pages::Pages,
     policy::{Enforcer, POLICY_CHECK, Subscription},
 };
@@ -32,27 +31,6 @@ const EVENT_INTERVAL: u32 = 8;
 
 /// How long closing records may take to be written.
 const RECORDS_GRACE: Duration = Duration::from_secs(2);
-
-/// How often it is tried whether the data folder is free.
-const LOCK_RETRY: Duration = Duration::from_millis(20);
-
-/// How long the next agent may take until it has an identity. After that this one answers probes itself again.
-const TAKE_PATIENCE: Duration = Duration::from_secs(120);
-
-/// How long listeners of the agent before are kept that nobody has taken up.
-const KEEP_UNCLAIMED: Duration = Duration::from_secs(60);
-
-/// How often a replaced agent looks for the node certificate that the next one has got.
-const FOLLOW: Duration = Duration::from_secs(1);
-
-/// How long an agent that is told to stop goes on taking connections for the next one, which has not taken up
-/// its workloads yet.
-const READY_PATIENCE: Duration = Duration::from_secs(5);
-
-/// Wall-clock jumps are noticed at this pace.
-const LONGEST_SLEEP: Duration = Duration::from_secs(30);
-
-const NODE_CHECK: &str = "node_certificate";
 
 /// Runs the agent as a program: logs, runtime, signals, exit code.
 #[must_use]
@@ -102,26 +80,16 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     hauberk_tls::files::private_folder(&args.data).context("open the data folder")?;
     let stop = token(stop);
-    let mut predecessor = None;
-    if args.take_over {
-        predecessor = tokio::task::block_in_place(|| Predecessor::find(&args.data))
-            .context("take over from the agent that runs")?;
-    }
-    let mut own = None;
-    if predecessor.is_none() {
-        own = lock_folder(&args, &stop).await?;
-        if own.is_none() {
-            return Ok(());
-        }
-    }
+    let Some(mut before) = Before::find(&args.data, args.take_over, &stop).await? else {
+        return Ok(());
+    };
     let metrics = AgentMetrics::new().context("set up metrics")?;
     let registries = vec![
         metrics.registry().clone(),
         hauberk_telemetry::metrics::process_registry().context("set up process metrics")?,
     ];
     let health = Health::new(&[NODE_CHECK, POLICY_CHECK, CAPTURE_CHECK]);
-    let before = predecessor.as_mut().and_then(Predecessor::metrics);
-    let mut pages = Pages::listen(args.metrics, before, registries, health.clone())?;
+    let mut pages = Pages::listen(args.metrics, before.metrics(), registries, health.clone())?;
     pages.open()?;
     let destination = if args.records == Path::new("-") {
         Destination::Stdout
@@ -142,18 +110,14 @@ pub async fn run(
     if stop.is_cancelled() {
         return Ok(());
     }
-    let (own, inherited, taken) = match own {
-        Some(own) => (own, Inherited::default(), Taken::default()),
-        None => {
-            let (inherited, taken) = take_place(predecessor);
-            let Some(own) = lock_folder(&args, &stop).await? else { return Ok(()) };
-            // The agent before may have renewed it since.
-            node.reload().context("the node's identity")?;
-            (own, inherited, taken)
-        }
+    let Some((own, inherited, taken)) = before.take(&args.data, &stop).await? else {
+        return Ok(());
     };
-    let mut successors = Successors::listen(&args.data)?;
-    let replaced = CancellationToken::new();
+    let mut own = Some(own);
+    // The agent before may have renewed it since.
+    node.reload().context("the node's identity")?;
+    let successors = Successors::listen(&args.data)?;
+    let replaced = Replaced::default();
     let enforcer =
         Arc::new(Enforcer::open(&args.data, metrics.clone(), health.clone(), replaced.clone()));
     let context = Arc::new(Context::new(
@@ -167,7 +131,7 @@ pub async fn run(
     ));
     let board = StatusBoard::new(context.clone(), node.slot.clone());
     let starting = Starting::default();
-    let (plugin_server, installation) = match &args.cni_plugin {
+    let (server, installation) = match &args.cni_plugin {
         None => (None, None),
         Some(plugin) => {
             let server = Server {
@@ -185,7 +149,7 @@ pub async fn run(
                 socket: args.cni_socket.clone(),
                 exempt: args.cni_exempt_namespaces.clone(),
             };
-            (Some((server, cni::listen(&args.cni_socket)?)), Some(installation))
+            (Some((server, args.cni_socket.clone())), Some(installation))
         }
     };
     let identities = Identities::new(
@@ -208,10 +172,11 @@ pub async fn run(
         replaced: replaced.clone(),
         health: health.clone(),
         since: None,
+        departed: Departed::default(),
     };
     let (renewed, node_renewed) = watch::channel(0);
     let subscription = Subscription {
-        enforcer,
+        enforcer: enforcer.clone(),
         control_plane: node.control_plane.clone(),
         metrics: metrics.clone(),
         records: records.clone(),
@@ -226,71 +191,64 @@ pub async fn run(
     }
     tracing::info!(node = node.name, metrics = %args.metrics, control_plane = node.control_plane.address(), "ready");
 
-    let captures = tokio::spawn(captures.run());
-    let plugin_server = plugin_server.map(|(server, listener)| tokio::spawn(server.run(listener)));
-    let subscription = tokio::spawn(subscription.run());
-    let tending =
-        tokio::spawn(tend_or_follow(node, health.clone(), metrics, renewed, replaced.clone()));
-    let taken = tokio::spawn(tell_when_ready(taken, inherited.clone(), health.clone()));
-    let successor = wait(&stop, &mut successors, &mut pages).await;
-    // The one before, if it is still there, has to go on without this one.
-    taken.abort();
-    drop(successors);
-    let text = "the agent is stopping, or another one takes its place";
-    health.set(CAPTURE_CHECK, HealthState::NotReady(text.to_owned()));
-
-    // Pods that start from now on wait for the next agent.
-    if let Some(server) = plugin_server {
-        server.abort();
-    }
-    let (mut captured, outcome, patience) = match successor {
-        None => {
-            tracing::info!(
-                open = context.open_connections(),
-                "stopping, draining open connections"
-            );
-            context.stopping.cancel();
-            (captures.await.context("stop capturing")?, Ok(None), args.drain)
-        }
-        Some(successor) => {
-            tracing::info!("another agent takes this one's place");
-            replaced.cancel();
-            let captured = captures.await.context("stop capturing")?;
-            let handed = hand_over(successor, &captured, &inherited, own, &stop).await;
-            // Without the next one the node is closed until this one is started anew, which comes first.
-            let patience = if handed.is_ok() { args.drain } else { Duration::ZERO };
-            tracing::info!(
-                open = context.open_connections(),
-                "replaced, draining open connections"
-            );
-            context.stopping.cancel();
-            (captured, handed.map(Some), patience)
-        }
+    let node = Arc::new(Mutex::new(node));
+    let means = Means {
+        context: context.clone(),
+        health: health.clone(),
+        enforcer,
+        subscription,
+        node: node.clone(),
+        plugin: server,
+        replaced: replaced.clone(),
     };
-    captured.close();
+    let duties = OnDuty::begin(means, captures, Captured::default())?;
+    let tending = tokio::spawn(tend_or_follow(node, health.clone(), metrics, renewed, replaced));
+    let taken = tokio::spawn(tell_when_ready(taken, inherited.clone(), health));
+    let incumbent = Incumbent {
+        data: args.data.clone(),
+        successors,
+        duties,
+        inherited,
+        taken: AbortOnDropHandle::new(taken),
+        drain: args.drain,
+    };
+    let mut end = incumbent.run(&mut own, &mut pages, &stop).await?;
+
+    let open = context.open_connections();
+    let patience = match &end {
+        End::Stopped(_) => {
+            tracing::info!(open, "stopping, draining open connections");
+            args.drain
+        }
+        End::Replaced(..) => {
+            tracing::info!(open, "replaced, draining open connections");
+            args.drain
+        }
+        // The node is closed until this one is started anew, which comes first.
+        End::Lost(_) => Duration::ZERO,
+    };
+    context.stopping.cancel();
+    if let End::Stopped(off) | End::Replaced(off, _) = &mut end {
+        off.close();
+    }
     drain(&context, patience).await;
     context.cut.cancel();
     // A moment for the resets to leave.
     drain(&context, Duration::from_secs(1)).await;
-    subscription.abort();
-    let ended = match outcome {
-        Ok(None) => {
-            if args.remove_rules_on_stop {
-                remove_rules(&captured, &args);
+    let ended = match end {
+        End::Stopped(off) => {
+            // Whoever has the folder has the rules.
+            if args.remove_rules_on_stop && own.is_some() {
+                remove_rules(off.captured(), &args);
             }
             Ok(())
         }
-        // Whoever started this one decides when it ends: one that ended by itself would be started again. It
-        // asks for no certificates meanwhile.
-        Ok(Some(mut successor)) => {
-            drop(captured);
-            tokio::select! {
-                biased;
-                () = stop.cancelled() => Ok(()),
-                () = successor.gone() => Err(anyhow::anyhow!(REPLACED)),
-            }
+        End::Replaced(off, successor) => {
+            // It asks for no certificates while it waits.
+            drop(off);
+            successor.outlive(&stop).await
         }
-        Err(error) => Err(error.context(REPLACED)),
+        End::Lost(error) => Err(error),
     };
     tending.abort();
     pages.close();
@@ -300,9 +258,6 @@ pub async fn run(
     }
     ended
 }
-
-/// Why a replaced agent ends with an error: it has to be started anew.
-const REPLACED: &str = "the agent that took this one's place went away; start this one again";
 
 /// Cancelled when the future is done.
 fn token(done: impl Future<Output = ()> + Send + 'static) -> CancellationToken {
@@ -326,112 +281,6 @@ fn attestation(args: &Args) -> Attestation {
     }
 }
 
-/// The listeners of the agent before, if it is still there.
-fn take_place(predecessor: Option<Predecessor>) -> (Inherited, Taken) {
-    let Some(predecessor) = predecessor else { return Default::default() };
-    tokio::task::block_in_place(|| predecessor.take()).unwrap_or_else(|error| {
-        let error = format!("{error:#}");
-        tracing::warn!(error, "the agent before ended by itself");
-        Default::default()
-    })
-}
-
-/// Waits until the data folder is free, if this agent is to take the place of the one that has it; nothing if
-/// it is to stop.
-async fn lock_folder(args: &Args, stop: &CancellationToken) -> anyhow::Result<Option<Lock>> {
-    let mut told = false;
-    loop {
-        match lock(&args.data) {
-            Ok(own) => return Ok(Some(own)),
-            Err(error) if !args.take_over => return Err(error),
-            Err(error) if !told => {
-                told = true;
-                tracing::info!(error = format!("{error:#}"), "waiting for the agent before to end");
-            }
-            Err(_) => {}
-        }
-        tokio::select! {
-            () = stop.cancelled() => return Ok(None),
-            () = tokio::time::sleep(LOCK_RETRY) => {}
-        }
-    }
-}
-
-/// Tells the agent before when the workloads are taken up, and holds the link for as long as this one runs. What
-/// nobody has taken up is kept for a while: a workload may come yet.
-async fn tell_when_ready(taken: Taken, inherited: Inherited, health: Health) {
-    health.ready().await;
-    taken.ready();
-    tokio::time::sleep(KEEP_UNCLAIMED).await;
-    drop(inherited.rest());
-    std::future::pending().await
-}
-
-/// Until it is to stop, or another agent is to take its place.
-async fn wait(
-    stop: &CancellationToken,
-    successors: &mut Successors,
-    pages: &mut Pages,
-) -> Option<Successor> {
-    loop {
-        let mut successor = tokio::select! {
-            biased;
-            () = stop.cancelled() => return None,
-            successor = successors.next() => successor,
-        };
-        pages.close();
-        let outcome = match successor.pass_metrics(pages.listener()) {
-            Ok(()) => tokio::select! {
-                biased;
-                taking = successor.wants_to_take() => taking,
-                () = stop.cancelled() => return None,
-                () = tokio::time::sleep(TAKE_PATIENCE) => {
-                    Err(anyhow::anyhow!("it has said nothing for {TAKE_PATIENCE:?}"))
-                }
-            },
-            Err(error) => Err(error),
-        };
-        match outcome {
-            Ok(()) => return Some(successor),
-            Err(error) => {
-                let error = format!("{error:#}");
-                tracing::info!(error, "an agent that was to take this one's place did not");
-                if let Err(error) = pages.open() {
-                    tracing::error!(error = format!("{error:#}"), "metrics are not served");
-                }
-            }
-        }
-    }
-}
-
-/// Passes on what the next agent needs, and waits until it has taken it up: not for long if this one is to
-/// stop.
-async fn hand_over(
-    mut successor: Successor,
-    captured: &Captured,
-    inherited: &Inherited,
-    own: Lock,
-    stop: &CancellationToken,
-) -> anyhow::Result<Successor> {
-    let mut listeners = captured.listeners().context("share the listeners")?;
-    listeners.extend(inherited.rest());
-    tokio::task::block_in_place(|| {
-        successor.pass_listeners(&listeners)?;
-        drop(own);
-        successor.end()
-    })?;
-    let late = async {
-        stop.cancelled().await;
-        tokio::time::sleep(READY_PATIENCE).await;
-    };
-    tokio::select! {
-        biased;
-        ready = successor.is_ready() => ready?,
-        () = late => tracing::warn!("stopping before the next agent has taken up its workloads"),
-    }
-    Ok(successor)
-}
-
 fn remove_rules(captured: &Captured, args: &Args) {
     captured.remove_rules();
     // Nobody would answer the plugin any more.
@@ -449,127 +298,6 @@ async fn drain(context: &Context, patience: Duration) {
         }
     };
     drop(tokio::time::timeout(patience, empty).await);
-}
-
-/// Whoever has it, has the data folder.
-type Lock = nix::fcntl::Flock<std::fs::File>;
-
-/// Two agents on one data folder would fight over rules and certificates.
-fn lock(data: &Path) -> anyhow::Result<Lock> {
-    let path = data.join("lock");
-    let file = std::fs::OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .with_context(|| format!("open {}", path.display()))?;
-    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(
-        |(_, error)| {
-            anyhow::anyhow!(
-                "another agent uses {} ({error}); stop it first, or give --take-over",
-                data.display()
-            )
-        },
-    )
-}
-
-/// Between two tries to attest a node whose certificate has ended.
-const ATTEST_PAUSE: Duration = Duration::from_secs(5);
-
-/// Keeps the node certificate young, until another agent does so: from then on it uses that one's. Two that each
-/// renewed their own would pass for a node and a stolen copy of it.
-async fn tend_or_follow(
-    mut node: Node,
-    health: Health,
-    metrics: AgentMetrics,
-    renewed: watch::Sender<u64>,
-    replaced: CancellationToken,
-) {
-    tokio::select! {
-        () = tend_node(&mut node, &health, &metrics, &renewed) => {}
-        () = replaced.cancelled() => {}
-    }
-    loop {
-        match node.reload() {
-            Ok(false) => {}
-            Ok(true) => renewed.send_modify(|count| *count += 1),
-            Err(error) => {
-                tracing::debug!(error = format!("{error:#}"), "the next agent's node certificate");
-            }
-        }
-        tokio::time::sleep(FOLLOW).await;
-    }
-}
-
-/// Keeps the node certificate young.
-async fn tend_node(
-    node: &mut Node,
-    health: &Health,
-    metrics: &AgentMetrics,
-    renewed: &watch::Sender<u64>,
-) {
-    let mut jitter = draw_jitter();
-    let mut failure: Option<Failure> = None;
-    health.set(NODE_CHECK, HealthState::Ready);
-    loop {
-        if let Some(end) = node.trust.load().first_expiry() {
-            metrics.set_trust_root_expiry(system_time(end));
-        }
-        let now = hauberk_tls::now();
-        match rotation::next(node.validity, now, jitter, failure) {
-            Step::Wait(until) | Step::RetryAt(until) => {
-                let pause = until.since(now).max(Duration::from_millis(20)).min(LONGEST_SLEEP);
-                tokio::time::sleep(pause).await;
-            }
-            // A pod's token needs no certificate to get one.
-            Step::Expired if node.attests_itself() => {
-                health.set(
-                    NODE_CHECK,
-                    HealthState::NotReady("the node certificate has expired".to_owned()),
-                );
-                match renew_node(node).await {
-                    Ok(()) => {
-                        failure = None;
-                        renewed.send_modify(|count| *count += 1);
-                        health.set(NODE_CHECK, HealthState::Ready);
-                        tracing::info!(node = node.name, "the node was attested anew");
-                    }
-                    Err(error) => {
-                        tracing::error!(
-                            error = format!("{error:#}"),
-                            "the node certificate has expired"
-                        );
-                        tokio::time::sleep(ATTEST_PAUSE).await;
-                    }
-                }
-            }
-            Step::Expired => {
-                let text = "the node certificate has expired: join anew with a new token \
-                            (`hauberk token create` on the control plane)";
-                tracing::error!("{text}");
-                health.set(NODE_CHECK, HealthState::NotReady(text.to_owned()));
-                tokio::time::sleep(LONGEST_SLEEP).await;
-            }
-            Step::RenewNow => match renew_node(node).await {
-                Ok(()) => {
-                    failure = None;
-                    jitter = draw_jitter();
-                    renewed.send_modify(|count| *count += 1);
-                    health.set(NODE_CHECK, HealthState::Ready);
-                    tracing::info!(node = node.name, "the node certificate was renewed");
-                }
-                Err(error) => {
-                    let attempts = failure.map_or(1, |f| f.attempts.saturating_add(1));
-                    failure = Some(Failure { at: hauberk_tls::now(), attempts });
-                    tracing::warn!(
-                        attempts,
-                        error = format!("{error:#}"),
-                        "the node certificate could not be renewed"
-                    );
-                }
-            },
-        }
-    }
 }
 
 /// Removes every capture rule: of the network namespace this runs in, and of the named ones.

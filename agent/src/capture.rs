@@ -19,7 +19,6 @@ use std::{
 use hauberk_core::policy::{ProcessSelector, resolve::MeshWorkload};
 use hauberk_telemetry::{Health, State as HealthState};
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 
 pub(crate) use board::StatusBoard;
 pub(crate) use locals::Locals;
@@ -29,7 +28,7 @@ use crate::{
     cni::{Installation, Starting},
     context::Context,
     departed::Departed,
-    handover::{Inherited, Seat},
+    handover::{Inherited, Replaced, Seat},
     identity::Identities,
     policy::Snapshot,
 };
@@ -69,10 +68,11 @@ pub(crate) struct Captures {
     /// What the agent before left.
     pub(crate) inherited: Inherited,
     /// Another agent looks after the rules.
-    pub(crate) replaced: CancellationToken,
+    pub(crate) replaced: Replaced,
     pub(crate) health: Health,
     /// When it was looked for the first time what is to be captured.
     pub(crate) since: Option<Instant>,
+    pub(crate) departed: Departed,
 }
 
 /// What is captured now.
@@ -180,11 +180,10 @@ fn pods(snapshot: &Snapshot, node: &str) -> HashSet<String> {
 
 impl Captures {
     /// Runs until the agent stops taking connections, or another one takes its place. What is captured then stays
-    /// so: its rules are needed while connections drain.
-    pub(crate) async fn run(mut self) -> Captured {
-        let mut current = Captured::default();
+    /// so: its rules are needed while connections drain, and if this agent has its place back, it goes on from
+    /// there.
+    pub(crate) async fn run(mut self, mut current: Captured) -> (Self, Captured) {
         let mut known = false;
-        let mut departed = Departed::default();
         // A pod that starts before there is any state waits.
         self.look_after_plugin();
         let mut sandboxes = Sandboxes::new(self.cri_socket.clone(), self.netns_dir.clone());
@@ -199,14 +198,16 @@ impl Captures {
                 known = true;
                 self.note_ready();
                 self.look_after_plugin();
-                for (namespace, name) in departed.look(&snapshot, Instant::now()) {
+                for (namespace, name) in self.departed.look(&snapshot, Instant::now()) {
                     self.context.metrics.forget(&namespace, &name);
                 }
             }
             tokio::select! {
-                () = self.context.stopping.cancelled() => return current,
-                () = self.replaced.cancelled() => return current,
-                changed = self.snapshots.changed() => if changed.is_err() { return current },
+                () = self.context.stopping.cancelled() => return (self, current),
+                () = self.replaced.wait_set() => return (self, current),
+                changed = self.snapshots.changed() => {
+                    if changed.is_err() { return (self, current) }
+                }
                 () = self.starting.news() => {}
                 () = next_reconcile(&current) => {}
             }

@@ -21,11 +21,10 @@ use tokio::{
     net::{UnixListener, UnixStream},
     sync::{Notify, watch},
 };
-use tokio_util::sync::CancellationToken;
 
 pub(crate) use install::{Installation, uninstall};
 
-use crate::{capture::StatusBoard, policy::Snapshot};
+use crate::{capture::StatusBoard, handover::Replaced, policy::Snapshot};
 
 /// How long a pod's start waits for its capture. The plugin waits a little longer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -90,8 +89,8 @@ pub(crate) struct Server {
     pub(crate) board: StatusBoard,
     pub(crate) starting: Starting,
     pub(crate) snapshots: watch::Receiver<Arc<Snapshot>>,
-    /// Another agent captures from then on.
-    pub(crate) replaced: CancellationToken,
+    /// Another agent captures meanwhile.
+    pub(crate) replaced: Replaced,
 }
 
 /// Listens where only root may connect.
@@ -174,7 +173,7 @@ impl Server {
                 Ok(answer) => return answer,
                 Err(problem) => problem,
             };
-            if self.replaced.is_cancelled() {
+            if self.replaced.is_set() {
                 let reason = "another agent takes this one's place; ask again".to_owned();
                 return Answer::Refused { reason };
             }

@@ -5,8 +5,10 @@ mod control_plane;
 mod kept;
 mod node;
 mod rotate;
+mod tend;
 
 pub(crate) use control_plane::ControlPlane;
 pub(crate) use kept::Kept;
-pub(crate) use node::{Attestation, Node, PodToken, explain, open_node, renew_node, roots};
-pub(crate) use rotate::{Identities, LocalIdentity, draw_jitter, system_time};
+pub(crate) use node::{Attestation, Node, PodToken, explain, open_node, roots};
+pub(crate) use rotate::{Identities, LocalIdentity};
+pub(crate) use tend::{NODE_CHECK, tend_or_follow};

@@ -18,6 +18,7 @@ mod cni;
 mod context;
 mod copy;
 mod departed;
+mod duties;
 mod edges;
 mod forward;
 mod handover;

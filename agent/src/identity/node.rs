@@ -247,7 +247,7 @@ async fn join(token: &JoinToken, path: &Path, address: Option<&str>) -> anyhow::
 }
 
 /// Asks for the next node certificate, for a new key, and puts it to use.
-pub(crate) async fn renew_node(node: &mut Node) -> anyhow::Result<()> {
+pub(super) async fn renew_node(node: &mut Node) -> anyhow::Result<()> {
     let renewed = match &node.pod {
         Some(pod) => attest(pod, &known_roots(node), &node.path).await?,
         None => {

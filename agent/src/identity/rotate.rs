@@ -21,9 +21,9 @@ use hauberk_tls::{
 };
 use rustls::ClientConfig;
 use tokio::{sync::watch, task::JoinHandle};
-use tokio_util::sync::CancellationToken;
 
 use super::{ControlPlane, Kept, node::explain};
+use crate::handover::Replaced;
 
 /// How far back the control plane dates the start of a certificate: its life begins that much later.
 pub(super) const BACKDATE: Duration = Duration::from_secs(60);
@@ -54,7 +54,7 @@ pub(crate) struct Identities {
     control_plane: ControlPlane,
     trust: Arc<TrustSlot>,
     metrics: AgentMetrics,
-    replaced: CancellationToken,
+    replaced: Replaced,
     current: HashMap<String, Arc<LocalIdentity>>,
 }
 
@@ -64,7 +64,7 @@ impl Identities {
         control_plane: ControlPlane,
         trust: Arc<TrustSlot>,
         metrics: AgentMetrics,
-        replaced: CancellationToken,
+        replaced: Replaced,
     ) -> anyhow::Result<Self> {
         let folder = data.join("workloads");
         hauberk_tls::files::private_folder(&folder)?;
@@ -132,8 +132,8 @@ struct Rotation {
     control_plane: ControlPlane,
     trust: Arc<TrustSlot>,
     metrics: AgentMetrics,
-    /// Another agent keeps the keys on disk from then on.
-    replaced: CancellationToken,
+    /// Another agent keeps the keys on disk meanwhile.
+    replaced: Replaced,
     installed: watch::Sender<u64>,
 }
 
@@ -235,7 +235,7 @@ impl Rotation {
             self.trust.store(bundle);
         }
         self.install(credential)?;
-        if self.replaced.is_cancelled() {
+        if self.replaced.is_set() {
             return Ok(());
         }
         // A full disk costs the certificate at the next restart, not the connections of now.
@@ -265,14 +265,14 @@ impl Rotation {
     }
 }
 
-pub(crate) fn draw_jitter() -> Jitter {
+pub(super) fn draw_jitter() -> Jitter {
     let mut bytes = [0; 2];
     // Without random numbers no key can be made either: then jitter is the least of it.
     let drawn = if getrandom::fill(&mut bytes).is_ok() { u16::from_ne_bytes(bytes) } else { 0 };
     Jitter::new(drawn)
 }
 
-pub(crate) fn system_time(timestamp: Timestamp) -> SystemTime {
+pub(super) fn system_time(timestamp: Timestamp) -> SystemTime {
     let millis = u64::try_from(timestamp.unix_millis()).unwrap_or(0);
     SystemTime::UNIX_EPOCH + Duration::from_millis(millis)
 }

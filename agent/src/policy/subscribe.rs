@@ -21,10 +21,9 @@ use hauberk_tls::files::{read_private, write_private};
 use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
 
 use super::Snapshot;
-use crate::{capture::StatusBoard, edges::Edges, identity::ControlPlane};
+use crate::{capture::StatusBoard, edges::Edges, handover::Replaced, identity::ControlPlane};
 
 /// The pause before the control plane is tried again, doubled up to the longest.
 const FIRST_RETRY: Duration = Duration::from_millis(200);
@@ -48,17 +47,17 @@ pub(crate) struct Enforcer {
     path: PathBuf,
     metrics: AgentMetrics,
     health: Health,
-    replaced: CancellationToken,
+    replaced: Replaced,
 }
 
 impl Enforcer {
     /// Starts from the last good state on disk, if there is one.
-    /// Nothing is written there any more once another agent has replaced this one.
+    /// Nothing is written there while another agent has replaced this one.
     pub(crate) fn open(
         data: &Path,
         metrics: AgentMetrics,
         health: Health,
-        replaced: CancellationToken,
+        replaced: Replaced,
     ) -> Self {
         let path = data.join("state.bin");
         let snapshot = match load(&path) {
@@ -67,9 +66,7 @@ impl Enforcer {
                     revision = snapshot.revision,
                     "enforcing the last good state from disk"
                 );
-                let received = std::fs::metadata(&path).and_then(|file| file.modified());
-                metrics
-                    .policy_restored(snapshot.revision, received.unwrap_or(SystemTime::UNIX_EPOCH));
+                metrics.policy_restored(snapshot.revision, written(&path));
                 health.set(POLICY_CHECK, HealthState::Ready);
                 snapshot
             }
@@ -114,14 +111,9 @@ impl Enforcer {
         if next.revision == current.revision && next.state_hash == current.state_hash {
             return Ok(current);
         }
-        // On disk first: after a crash nothing older comes back. A full disk must not keep a
-        // revocation from being enforced now, though.
-        if let Err(error) = self.save(&next) {
-            tracing::error!(
-                error = format!("{error:#}"),
-                revision = next.revision,
-                "the new state is enforced but could not be kept for a restart"
-            );
+        // On disk first: after a crash nothing older comes back.
+        if !self.replaced.is_set() {
+            self.keep(&next);
         }
         self.sender.send_replace(next.clone());
         let made = u64::try_from(update.made_at_unix_ms).unwrap_or(0);
@@ -137,10 +129,46 @@ impl Enforcer {
         Ok(next)
     }
 
-    fn save(&self, snapshot: &Snapshot) -> anyhow::Result<()> {
-        if self.replaced.is_cancelled() {
-            return Ok(());
+    /// Takes up what another agent has kept on disk, if it is newer than what is in force, and else keeps that
+    /// there. No stream may be open meanwhile.
+    pub(crate) fn take_up(&self) {
+        let current = self.sender.borrow().clone();
+        match load(&self.path) {
+            Ok(Some(kept)) if kept.revision > current.revision => {
+                tracing::info!(revision = kept.revision, "enforcing what another agent has kept");
+                self.metrics.policy_restored(kept.revision, written(&self.path));
+                self.sender.send_replace(Arc::new(kept));
+                self.health.set(POLICY_CHECK, HealthState::Ready);
+                return;
+            }
+            Ok(Some(kept))
+                if kept.revision == current.revision && kept.state_hash == current.state_hash =>
+            {
+                return;
+            }
+            Ok(_) => {}
+            Err(error) => tracing::error!(
+                error = format!("{error:#}"),
+                "the state on disk is not used; what is in force stays in force"
+            ),
         }
+        if current.revision > 0 {
+            self.keep(&current);
+        }
+    }
+
+    /// Writes a state for a restart. A full disk must not keep a revocation from being enforced now.
+    fn keep(&self, snapshot: &Snapshot) {
+        if let Err(error) = self.save(snapshot) {
+            tracing::error!(
+                error = format!("{error:#}"),
+                revision = snapshot.revision,
+                "the new state is enforced but could not be kept for a restart"
+            );
+        }
+    }
+
+    fn save(&self, snapshot: &Snapshot) -> anyhow::Result<()> {
         let (upserts, _) = delta(&BTreeMap::new(), &snapshot.resources);
         let update = v1::StateUpdate {
             revision: snapshot.revision,
@@ -152,6 +180,12 @@ impl Enforcer {
         };
         Ok(write_private(&self.path, &update.encode_to_vec())?)
     }
+}
+
+/// When the state on disk was written.
+fn written(path: &Path) -> SystemTime {
+    let modified = std::fs::metadata(path).and_then(|file| file.modified());
+    modified.unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
 fn load(path: &Path) -> anyhow::Result<Option<Snapshot>> {
@@ -169,6 +203,7 @@ fn load(path: &Path) -> anyhow::Result<Option<Snapshot>> {
 }
 
 /// Keeps the stream open for as long as the agent runs.
+#[derive(Clone)]
 pub(crate) struct Subscription {
     pub(crate) enforcer: Arc<Enforcer>,
     pub(crate) control_plane: ControlPlane,
@@ -240,7 +275,7 @@ impl Subscription {
                     let revision = update.revision;
                     match self.enforcer.apply(update) {
                         // The agent that replaced this one speaks for the node.
-                        outcome if self.enforcer.replaced.is_cancelled() => drop(outcome?),
+                        outcome if self.enforcer.replaced.is_set() => drop(outcome?),
                         Ok(applied) => {
                             let enforced = v1::Enforced {
                                 revision: applied.revision,
@@ -256,10 +291,9 @@ impl Subscription {
                         }
                     }
                 }
-                // Nobody renews it any more once another agent has replaced this one.
                 Ok(()) = self.node_renewed.changed() => return Ok(()),
                 // The agent that replaced this one speaks for the node.
-                _ = status_due.tick(), if !self.enforcer.replaced.is_cancelled() => {
+                _ = status_due.tick(), if !self.enforcer.replaced.is_set() => {
                     reports.send(report(Kind::Status(self.status.report()))).await?;
                 }
                 _ = edges_due.tick() => {
@@ -341,7 +375,7 @@ mod tests {
             folder,
             AgentMetrics::new().unwrap(),
             Health::new(&[POLICY_CHECK]),
-            CancellationToken::new(),
+            Replaced::default(),
         )
     }
 
@@ -409,5 +443,23 @@ mod tests {
         }
         let older = enforcer.apply(update(1, None, &["a", "b"])).unwrap_err().to_string();
         assert!(older.starts_with("revision 1 is not newer than 2"), "{older}");
+    }
+    #[test]
+    fn an_agent_that_has_its_place_back_keeps_the_newer_of_two_states() {
+        let folder = tempfile::tempdir().unwrap();
+        let (before, next) = (open(folder.path()), open(folder.path()));
+        let kept = || load(&before.path).unwrap().map(|snapshot| snapshot.revision);
+        before.replaced.set();
+        before.apply(update(1, None, &["a"])).unwrap();
+        assert_eq!(kept(), None, "the folder is the next one's");
+        before.take_up();
+        assert_eq!(kept(), Some(1));
+        next.apply(update(2, None, &["a", "b"])).unwrap();
+        before.take_up();
+        let snapshot = before.sender.borrow().clone();
+        assert_eq!((snapshot.revision, &snapshot.resources), (2, &state(&["a", "b"])));
+        write_private(&before.path, b"damaged").unwrap();
+        before.take_up();
+        assert_eq!(kept(), Some(2));
     }
 }

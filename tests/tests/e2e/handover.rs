@@ -2,24 +2,30 @@
 
 use std::{
     io::{Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail, ensure};
-use hauberk_linux::Netns;
+use hauberk_linux::{Netns, capture};
 use hauberk_tests::mesh::{Mesh, PATIENCE, is};
 
-use crate::policy::{open, still_carries};
+use crate::policy::{expect_reset, open, still_carries};
 
 crate::trials!(
     no_connection_fails_when_an_agent_takes_anothers_place,
     a_replaced_agent_carries_on_until_its_drain_is_over,
     a_replaced_agent_ends_when_the_one_after_it_does,
     a_next_agent_that_cannot_start_changes_nothing,
+    a_next_agent_that_ends_before_it_is_ready_costs_no_connection,
 );
+
+/// What an agent says that has taken another's place, and is ready.
+const TOOK: &str = "took the place of the agent before";
+
+const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9465);
 
 /// Answers every connection's first byte, until told.
 fn echo(listener: &TcpListener, done: &AtomicBool) -> anyhow::Result<()> {
@@ -67,21 +73,32 @@ fn call(from: &Netns, to: SocketAddr, done: &AtomicBool) -> anyhow::Result<usize
 /// Starts another agent for the machine, and returns the one before when it has been replaced.
 fn replace(mesh: &mut Mesh, machine: &str) -> anyhow::Result<hauberk_cli::lab::Running> {
     let before = mesh.release(machine).context("no agent runs")?;
+    // The one before may have taken a place itself.
+    let told = std::fs::read_to_string(mesh.log(machine))?.matches(TOOK).count();
     mesh.start_agent(machine, &["--take-over", "--drain", "1s"])?;
-    wait_for(mesh, machine, "took the place of the agent before")?;
+    wait_for_times(mesh, machine, TOOK, told + 1)?;
     Ok(before)
 }
 
 fn wait_for(mesh: &Mesh, machine: &str, words: &str) -> anyhow::Result<()> {
-    let log = mesh.log(machine);
-    mesh.wait(words, PATIENCE, |_| {
-        ensure!(std::fs::read_to_string(&log)?.contains(words), "not in the log");
-        Ok(())
-    })
+    wait_for_times(mesh, machine, words, 1)
 }
 
-fn no_connection_fails_when_an_agent_takes_anothers_place() -> anyhow::Result<()> {
-    let mut mesh = Mesh::start()?;
+fn wait_for_times(mesh: &Mesh, machine: &str, words: &str, times: usize) -> anyhow::Result<()> {
+    let log = mesh.log(machine);
+    mesh.wait(words, PATIENCE, |_| {
+        let count = std::fs::read_to_string(&log)?.matches(words).count();
+        ensure!(count >= times, "{count} times in the log of {machine}, not {times}");
+        Ok(())
+    })
+    .with_context(|| mesh.logs())
+}
+
+/// Does something while new connections come all the time, none of which may fail.
+fn while_calling(
+    mesh: &mut Mesh,
+    act: impl FnOnce(&mut Mesh) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let to = mesh.ledger(8080);
     let listener = mesh.listen("ledger", to)?;
     let checkout = mesh.namespace("checkout")?.clone();
@@ -89,21 +106,11 @@ fn no_connection_fails_when_an_agent_takes_anothers_place() -> anyhow::Result<()
     thread::scope(|scope| {
         let server = scope.spawn(|| echo(&listener, &closed));
         let callers: Vec<_> = (0..4).map(|_| scope.spawn(|| call(&checkout, to, &done))).collect();
-        let replaced = (|| {
-            // Caller's and destination's, each twice: the one that took over is taken over from.
-            for machine in ["machine-a", "machine-b", "machine-a", "machine-b"] {
-                thread::sleep(Duration::from_millis(200));
-                let before = replace(&mut mesh, machine)?;
-                thread::sleep(Duration::from_millis(200));
-                drop(before);
-            }
-            thread::sleep(Duration::from_millis(200));
-            anyhow::Ok(())
-        })();
+        let acted = act(mesh);
         done.store(true, Ordering::SeqCst);
         let counts: Vec<_> = callers.into_iter().map(|caller| caller.join()).collect();
         closed.store(true, Ordering::SeqCst);
-        replaced?;
+        acted?;
         server.join().map_err(|_| anyhow::anyhow!("the server panicked"))??;
         for count in counts {
             let count = count.map_err(|_| anyhow::anyhow!("a caller panicked"))??;
@@ -111,16 +118,33 @@ fn no_connection_fails_when_an_agent_takes_anothers_place() -> anyhow::Result<()
             ensure!(count > 20, "only {count} connections were made meanwhile");
         }
         anyhow::Ok(())
-    })?;
-    // What the last ones do is told, and by them alone.
-    mesh.wait_ready()?;
-    mesh.wait("a policy that changes", PATIENCE, |mesh| {
-        mesh.write_manifest("ledger.yaml", "")?;
-        match exchange(&checkout, to) {
-            Ok(()) => bail!("still allowed"),
-            Err(_) => Ok(()),
-        }
     })
+}
+
+/// The agents that run now follow the control plane, and tell it so.
+fn expect_a_change_to_be_enforced(mesh: &Mesh) -> anyhow::Result<()> {
+    mesh.wait_ready()?;
+    let before = mesh.wait_revision(0)?;
+    mesh.write_manifest("ledger.yaml", "")?;
+    mesh.wait_revision(before)?;
+    expect_reset(mesh.connect("checkout", mesh.ledger(8080)))?;
+    mesh.record("machine-a", |record| is(record, "decision", "deny")).map(drop)
+}
+
+fn no_connection_fails_when_an_agent_takes_anothers_place() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    while_calling(&mut mesh, |mesh| {
+        // Caller's and destination's, each twice: the one that took over is taken over from.
+        for machine in ["machine-a", "machine-b", "machine-a", "machine-b"] {
+            thread::sleep(Duration::from_millis(200));
+            let before = replace(mesh, machine)?;
+            thread::sleep(Duration::from_millis(200));
+            drop(before);
+        }
+        thread::sleep(Duration::from_millis(200));
+        Ok(())
+    })?;
+    expect_a_change_to_be_enforced(&mesh)
 }
 
 fn a_replaced_agent_carries_on_until_its_drain_is_over() -> anyhow::Result<()> {
@@ -182,10 +206,7 @@ fn a_next_agent_that_cannot_start_changes_nothing() -> anyhow::Result<()> {
     ensure!(before.ended().is_none(), "the agent that ran does so no longer");
     still_carries(&mut open(&mesh, &listener, "checkout")?)?;
     // Its metrics are its own again.
-    let metrics = "127.0.0.1:9465".parse()?;
-    mesh.wait("its answer", PATIENCE, |mesh| {
-        mesh.get("machine-b", metrics, "/readyz").map(|_| ())
-    })?;
+    wait_for_answer(&mesh, "machine-b")?;
     drop(replace_from(&mut mesh, before)?);
     still_carries(&mut open(&mesh, &listener, "checkout")?)
 }
@@ -195,6 +216,65 @@ fn replace_from(
     before: hauberk_cli::lab::Running,
 ) -> anyhow::Result<hauberk_cli::lab::Running> {
     mesh.start_agent("machine-b", &["--take-over"])?;
-    wait_for(mesh, "machine-b", "took the place of the agent before")?;
+    wait_for(mesh, "machine-b", TOOK)?;
     Ok(before)
+}
+
+fn wait_for_answer(mesh: &Mesh, machine: &str) -> anyhow::Result<()> {
+    mesh.wait("its answer", PATIENCE, |mesh| mesh.get(machine, METRICS, "/readyz").map(drop))
+}
+
+fn a_next_agent_that_ends_before_it_is_ready_costs_no_connection() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    // The next ones find no state and get none: they take the place, take up nothing, and are never ready.
+    mesh.stop("control-plane");
+    let mut before = Vec::new();
+    while_calling(&mut mesh, |mesh| {
+        for machine in ["machine-a", "machine-b"] {
+            let mut agent = mesh.release(machine).context("no agent runs")?;
+            let state = mesh.folder().join(machine).join("state.bin");
+            for round in 1..=2 {
+                thread::sleep(Duration::from_millis(200));
+                std::fs::remove_file(&state)?;
+                mesh.start_agent(machine, &["--take-over"])?;
+                // Told once the folder is its own; the first line is that of the agent before.
+                wait_for_times(mesh, machine, "app: ready ", 1 + round)?;
+                thread::sleep(Duration::from_millis(200));
+                if round == 1 {
+                    mesh.kill(machine);
+                } else {
+                    mesh.stop(machine);
+                }
+                wait_for_times(mesh, machine, "this agent has its place back", round)?;
+                ensure!(agent.ended().is_none(), "the agent before of {machine} ended as well");
+                ensure!(state.exists(), "the state in force is not kept for a restart");
+                wait_for_answer(mesh, machine)?;
+            }
+            before.push(agent);
+        }
+        Ok(())
+    })?;
+    // It looks after the rules again.
+    for namespace in ["checkout", "ledger"] {
+        mesh.namespace(namespace)?.run(capture::remove)??;
+        mesh.wait("the rules", PATIENCE, |mesh| {
+            let installed = mesh.namespace(namespace)?.run(capture::installed)??;
+            ensure!(installed, "the rules of {namespace} are still missing");
+            Ok(())
+        })?;
+    }
+    // And another one may take its place.
+    mesh.restart_control_plane()?;
+    mesh.wait_ready().with_context(|| mesh.logs())?;
+    while_calling(&mut mesh, |mesh| {
+        for machine in ["machine-a", "machine-b"] {
+            mesh.start_agent(machine, &["--take-over"])?;
+            wait_for(mesh, machine, TOOK)?;
+        }
+        thread::sleep(Duration::from_millis(200));
+        drop(before);
+        thread::sleep(Duration::from_millis(200));
+        Ok(())
+    })?;
+    expect_a_change_to_be_enforced(&mesh)
 }
