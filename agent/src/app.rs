@@ -1,6 +1,12 @@
 //! The wiring: identity first, then what is enforced, then captures; and the way down.
 
-use std::{future::Future, path::Path, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    path::Path,
+    process::ExitCode,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use hauberk_linux::{Netns, capture};
@@ -203,6 +209,7 @@ pub async fn run(
     };
     let duties = OnDuty::begin(means, captures, Captured::default())?;
     let tending = tokio::spawn(tend_or_follow(node, health.clone(), metrics, renewed, replaced));
+    let stands_by = taken.stands_by();
     let taken = tokio::spawn(tell_when_ready(taken, inherited.clone(), health));
     let incumbent = Incumbent {
         data: args.data.clone(),
@@ -237,8 +244,8 @@ pub async fn run(
     drain(&context, Duration::from_secs(1)).await;
     let ended = match end {
         End::Stopped(off) => {
-            // Whoever has the folder has the rules.
-            if args.remove_rules_on_stop && own.is_some() {
+            // Whoever has the folder has the rules, but for an agent before that is about to take both back.
+            if args.remove_rules_on_stop && own.is_some() && !stands_by.load(Ordering::Relaxed) {
                 remove_rules(off.captured(), &args);
             }
             Ok(())
@@ -251,6 +258,9 @@ pub async fn run(
         End::Lost(error) => Err(error),
     };
     tending.abort();
+    drop(tending.await);
+    // Nothing is written there any more, and somebody may wait for it.
+    drop(own);
     pages.close();
     let flushed = tokio::task::spawn_blocking(move || records.shutdown(RECORDS_GRACE)).await;
     if let Ok(Err(error)) = flushed {

@@ -18,7 +18,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
     Inherited,
-    folder::{Lock, lock_within},
+    folder::{Lock, lock, lock_within},
     protocol::{END, PATIENCE, Passed, READY, SOCKET, Seat, TAKE, VERSION, in_folder},
 };
 use crate::{
@@ -37,8 +37,10 @@ const TAKE_PATIENCE: Duration = Duration::from_secs(120);
 /// its workloads yet.
 const READY_PATIENCE: Duration = Duration::from_secs(5);
 
-/// How much longer than a drain a next agent may take to end that was told to stop before it was ready.
-const END_PATIENCE: Duration = Duration::from_secs(5);
+/// How much longer than a drain a next agent may take to end that was told to stop before it was ready: it waits
+/// for the container runtime and for its records, and its drain may be another. Rules stand still meanwhile, and
+/// nothing fails for it.
+const END_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Why a replaced agent ends with an error: it has to be started anew.
 const REPLACED: &str = "the agent that took this one's place went away; start this one again";
@@ -89,7 +91,7 @@ impl Incumbent {
             let handed =
                 hand_over(&mut successor, off.captured(), &self.inherited, own, stop).await;
             let Err(error) = handed else { return Ok(End::Replaced(off, successor)) };
-            // If it still runs, it sees by this that it is not to go on.
+            // If it still waits for listeners, it sees by this that it gets none.
             drop(successor);
             let error = format!("{error:#}");
             tracing::warn!(error, "the next agent has not taken this one's place");
@@ -98,7 +100,11 @@ impl Incumbent {
                 let patience = self.drain.saturating_add(END_PATIENCE);
                 let locked = tokio::select! {
                     biased;
-                    () = stop.cancelled() => return Ok(End::Stopped(off)),
+                    () = stop.cancelled() => {
+                        // Whose it is by now, has the rules to remove.
+                        *own = lock(&self.data).ok();
+                        return Ok(End::Stopped(off));
+                    }
                     locked = lock_within(&self.data, patience) => locked,
                 };
                 match locked {

@@ -8,7 +8,10 @@ use std::{
         unix::net::UnixStream,
     },
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -106,6 +109,12 @@ impl Before {
                         own = lock_within(data, PATIENCE) => Ok(Some((own?, inherited, taken))),
                     };
                 }
+                // It does not speak as this one does: another try would only disturb it.
+                Err(error) if !error.chain().any(|cause| cause.is::<std::io::Error>()) => {
+                    return Err(error.context(
+                        "the agent that runs does not hand over as this one understands it; stop it first",
+                    ));
+                }
                 Err(error) => format!("{error:#}"),
             };
             // It has ended, or goes on as if nobody had come.
@@ -183,7 +192,9 @@ impl Predecessor {
         let inherited = Inherited::default();
         loop {
             let line = self.link.line().context("the other agent's listeners")?;
-            let Some(line) = line else { bail!("the other agent went away in the middle") };
+            let line = line
+                .ok_or(std::io::Error::from(std::io::ErrorKind::UnexpectedEof))
+                .context("the other agent went away in the middle")?;
             if line == END {
                 break;
             }
@@ -195,7 +206,8 @@ impl Predecessor {
             let file = self.link.file().with_context(|| format!("no listener came with {line}"))?;
             inherited.lock().insert(seat, TcpListener::from(file));
         }
-        Ok((inherited, Taken { link: Some(self.link) }))
+        let stands_by = Arc::new(AtomicBool::new(true));
+        Ok((inherited, Taken { link: Some(self.link), stands_by }))
     }
 }
 
@@ -203,12 +215,20 @@ impl Predecessor {
 #[derive(Default)]
 pub(crate) struct Taken {
     link: Option<Receiver>,
+    stands_by: Arc<AtomicBool>,
 }
 
 impl Taken {
+    /// Whether there is a predecessor that takes its place back if this agent ends now. Told without the link,
+    /// which somebody else has by then.
+    pub(crate) fn stands_by(&self) -> Arc<AtomicBool> {
+        self.stands_by.clone()
+    }
+
     /// This agent has taken up its workloads. The link stays: the predecessor ends when it breaks, to be
     /// started anew.
     pub(crate) fn ready(&self) {
+        self.stands_by.store(false, Ordering::Relaxed);
         let Some(link) = &self.link else { return };
         match pass::send(link.stream(), READY, None) {
             Ok(()) => tracing::info!("took the place of the agent before"),

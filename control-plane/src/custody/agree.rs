@@ -25,6 +25,8 @@ impl Custody {
         now: Timestamp,
         began: Instant,
     ) -> anyhow::Result<()> {
+        // Others have had time when this one has seen for as long that nobody did: a look that failed saw nothing.
+        let lost_since = self.lost_since.take();
         let complaint = self.compare_clocks(now, began).await?;
         for _ in 0..ATTEMPTS {
             // Read before the roots are, so that what is written in its place is of what was known later: no
@@ -39,14 +41,22 @@ impl Custody {
             // word of every root.
             let is_mute = complaint.is_some() || (active.is_none() && self.wanted.is_none());
             if is_mute {
-                if let Some(read) = read {
+                if let Some(mut read) = read {
+                    // Not written, and yet to be trusted by whoever gets a certificate under it.
+                    if let Some(active) = active
+                        && read.known_from(active.root()).is_none()
+                    {
+                        read.need(active.root(), now, self.pace.reach());
+                    }
                     self.roots = read;
                 }
                 return complaint.map_or(Ok(()), |complaint| Err(anyhow::Error::msg(complaint)));
             }
             let mut roots = match read.clone().filter(|read| !read.is_empty()) {
                 Some(read) => read,
-                None if self.roots.is_empty() => self.begin_anew(published.as_ref(), now)?,
+                None if self.roots.is_empty() => {
+                    self.begin_anew(published.as_ref(), lost_since, now)?
+                }
                 None => self.roots.clone(),
             };
             self.settle(&mut roots, active, now);
@@ -92,13 +102,15 @@ impl Custody {
     fn begin_anew(
         &mut self,
         published: Option<&PublishedRoots>,
+        lost_since: Option<Timestamp>,
         now: Timestamp,
     ) -> anyhow::Result<Roots> {
         let mut roots = Roots::default();
         let Some(published) = published else { return Ok(roots) };
-        let since = *self.lost_since.get_or_insert(now);
+        let since = lost_since.unwrap_or(now);
         let others_had_time = now.since(since) >= self.pace.look.saturating_mul(2);
         if !others_had_time {
+            self.lost_since = Some(since);
             bail!(
                 "the Secret hauberk-roots is gone; replicas that run write it anew within a minute, or else \
                  this one does"

@@ -68,6 +68,7 @@ impl Cgroups {
                 pass_controllers_on(place);
                 create(place)?;
             }
+            prefer(&group)?;
             create(&folder.join("system"))?;
             folders.push(folder);
         }
@@ -111,6 +112,18 @@ fn pass_controllers_on(folder: &Path) {
             drop(fs::write(&file, format!("+{controller}")));
         }
     }
+}
+
+/// A cluster goes before whatever else runs beside it, which its patience is not made for: what nice values say
+/// does not count between groups.
+fn prefer(group: &Path) -> anyhow::Result<()> {
+    for (file, most) in [("cpu.shares", "10240"), ("cpu.weight", "1000")] {
+        let file = group.join(file);
+        if file.exists() {
+            fs::write(&file, most).with_context(|| format!("write {}", file.display()))?;
+        }
+    }
+    Ok(())
 }
 
 fn create(folder: &Path) -> anyhow::Result<()> {

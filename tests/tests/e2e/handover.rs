@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use hauberk_linux::{Netns, capture};
-use hauberk_tests::mesh::{Mesh, PATIENCE, is};
+use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, PORTS, WEB, is, workload};
 
 use crate::policy::{expect_reset, open, still_carries};
 
@@ -20,6 +20,7 @@ crate::trials!(
     a_replaced_agent_ends_when_the_one_after_it_does,
     a_next_agent_that_cannot_start_changes_nothing,
     a_next_agent_that_ends_before_it_is_ready_costs_no_connection,
+    a_next_agent_that_ends_early_takes_along_only_what_it_had,
 );
 
 /// What an agent says that has taken another's place, and is ready.
@@ -277,4 +278,69 @@ fn a_next_agent_that_ends_before_it_is_ready_costs_no_connection() -> anyhow::Re
         Ok(())
     })?;
     expect_a_change_to_be_enforced(&mesh)
+}
+
+fn a_next_agent_that_ends_early_takes_along_only_what_it_had() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let state = mesh.folder().join("machine-a").join("state.bin");
+    // By an older state there is no web: nobody takes up what was listened for it, so that a next agent with
+    // that state takes connections for half a minute and is not ready.
+    let revision = mesh.wait_revision(0)?;
+    let ledger = workload("payments", "ledger", "machine-b", LEDGER, PORTS);
+    let checkout = workload("shop", "checkout", "machine-a", CHECKOUT, "8080");
+    let web = workload("shop", "web", "machine-a", WEB, "");
+    mesh.write_manifest("workloads.yaml", &format!("{ledger}{checkout}"))?;
+    let revision = mesh.wait_revision(revision)?;
+    let older = std::fs::read(&state)?;
+    mesh.write_manifest("workloads.yaml", &format!("{ledger}{checkout}{web}"))?;
+    mesh.wait_revision(revision)?;
+    mesh.wait_ready()?;
+    mesh.stop("control-plane");
+
+    let mut before = mesh.release("machine-a").context("no agent runs")?;
+    for round in 1..=2 {
+        std::fs::write(&state, &older)?;
+        mesh.start_agent("machine-a", &["--take-over", "--drain", "1s"])?;
+        wait_for_times(&mesh, "machine-a", "app: ready ", 1 + round)?;
+        let mut open_ones = Vec::new();
+        let mut had = 0;
+        // Either may take one; whose metrics are told is the next one.
+        mesh.wait("connections of the next agent", PATIENCE, |mesh| {
+            for _ in 0..8 {
+                open_ones.push(open(mesh, &listener, "checkout")?);
+            }
+            // Whoever has carried something back has counted it.
+            open_ones.iter_mut().try_for_each(still_carries)?;
+            let open = mesh.metric("machine-a", "hauberk_open_connections", &["outbound"])?;
+            ensure!(open > 0.0, "none of {}", open_ones.len());
+            had = (1..=open_ones.len()).find(|count| f64_of(*count) >= open).unwrap_or(0);
+            Ok(())
+        })
+        .with_context(|| mesh.logs())?;
+        if round == 1 {
+            mesh.kill("machine-a");
+        } else {
+            // By its drain, it lets go of what it has first.
+            mesh.stop("machine-a");
+        }
+        wait_for_times(&mesh, "machine-a", "this agent has its place back", round)?;
+        let all = open_ones.len();
+        let broken = open_ones.iter_mut().filter_map(|ends| still_carries(ends).err()).count();
+        ensure!(broken == had, "{broken} of {all} connections broke, and the next agent had {had}");
+        ensure!(before.ended().is_none(), "the agent before ended as well");
+        for _ in 0..20 {
+            still_carries(&mut open(&mesh, &listener, "checkout")?)?;
+        }
+        let installed = mesh.namespace("web")?.run(capture::installed)??;
+        ensure!(installed, "the web is not captured any more");
+        ensure!(std::fs::read(&state)? != older, "the older state is what a restart would find");
+    }
+    mesh.restart_control_plane()?;
+    mesh.wait_ready().with_context(|| mesh.logs())?;
+    expect_a_change_to_be_enforced(&mesh)
+}
+
+fn f64_of(count: usize) -> f64 {
+    u32::try_from(count).map_or(f64::MAX, f64::from)
 }

@@ -28,12 +28,22 @@ pub(crate) const TESTS: &[(&str, Test)] = &[
     ),
 ];
 
-/// The `checkout` of the shop twice more. They have not connected to anybody yet: an agent keeps what it has
+/// The `checkout` of the shop three times more. They have not connected to anybody yet: an agent keeps what it has
 /// with another one, and an engine lets what is open go on.
 const NEWCOMERS: &str = "
 apiVersion: v1
 kind: Pod
-metadata: {name: newcomer, namespace: shop, labels: {tier: front}}
+metadata: {name: newcomer, namespace: shop, labels: {tier: front, egress: mesh}}
+spec:
+  nodeName: node-a
+  serviceAccountName: checkout
+  terminationGracePeriodSeconds: 0
+  containers:
+  - {name: it, image: hauberk.test/busybox:1, imagePullPolicy: Never, args: ['-c', 'exec sleep 1000000']}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: shut-in, namespace: shop, labels: {tier: front, egress: plain}}
 spec:
   nodeName: node-a
   serviceAccountName: checkout
@@ -71,20 +81,24 @@ spec:
     )
 }
 
-/// What the newcomer may reach: names, and the mesh in the ledger's namespace.
-const FROM_NEWCOMER: &str = "
+/// What a pod of the shop may reach: names, and a port in the ledger's namespace.
+fn from_shop(pods: &str, port: u16) -> String {
+    format!(
+        "
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
-metadata: {name: newcomer, namespace: shop}
+metadata: {{name: from-{pods}, namespace: shop}}
 spec:
-  podSelector: {matchLabels: {tier: front}}
+  podSelector: {{matchLabels: {{egress: {pods}}}}}
   policyTypes: [Egress]
   egress:
-  - ports: [{protocol: UDP, port: 53}]
+  - ports: [{{protocol: UDP, port: 53}}]
   - to:
-    - namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: payments}}
-    ports: [{protocol: TCP, port: 15008}]
-";
+    - namespaceSelector: {{matchLabels: {{kubernetes.io/metadata.name: payments}}}}
+    ports: [{{protocol: TCP, port: {port}}}]
+"
+    )
+}
 
 /// Nobody may connect to the pods of a namespace.
 const NOBODY_TO_LOOSE: &str = "
@@ -96,11 +110,13 @@ spec: {podSelector: {}, policyTypes: [Ingress]}
 
 /// Does something while NetworkPolicies are enforced; what a failed one leaves would make the next tests fail, too.
 fn enforced(cluster: &Cluster, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
-    cluster.start_network_policies()?;
-    let outcome = work().with_context(|| everything(cluster));
-    cluster.kubectl(&["delete", "networkpolicies", "--all", "--all-namespaces"])?;
-    cluster.stop_network_policies()?;
-    outcome
+    let outcome = cluster.start_network_policies().and_then(|()| work());
+    let outcome = outcome.with_context(|| everything(cluster));
+    let deleted = cluster.kubectl(&["delete", "networkpolicies", "--all", "--all-namespaces"]);
+    let stopped = cluster.stop_network_policies();
+    outcome?;
+    deleted?;
+    stopped
 }
 
 /// What the server without the mesh says to a caller in the network of `node-a`.
@@ -114,7 +130,7 @@ fn a_network_policy_must_let_the_mesh_port_in_and_holds_beside_it(
 ) -> anyhow::Result<()> {
     allowed(cluster)?;
     cluster.apply(NEWCOMERS)?;
-    for name in ["newcomer", "outsider"] {
+    for name in ["newcomer", "outsider", "shut-in"] {
         cluster.wait_pod("shop", name, PATIENCE).with_context(|| everything(cluster))?;
     }
     enforced(cluster, || with_an_engine(cluster))?;
@@ -148,7 +164,8 @@ fn with_an_engine(cluster: &Cluster) -> anyhow::Result<()> {
     unreachable_in_the_log(cluster, "newcomer", &url)?;
 
     cluster.apply(&ledger_from_front(15_008))?;
-    cluster.apply(FROM_NEWCOMER)?;
+    cluster.apply(&from_shop("mesh", 15_008))?;
+    cluster.apply(&from_shop("plain", 8080))?;
     cluster.wait_until("the way for the mesh", PATIENCE, |cluster| {
         let text = get(cluster, "newcomer", &url)?;
         ensure!(text == "the ledger\n", "{text}");
@@ -162,13 +179,28 @@ fn with_an_engine(cluster: &Cluster) -> anyhow::Result<()> {
         let text = get(cluster, "newcomer", url).with_context(|| url.to_owned())?;
         ensure!(text == "the ledger\n", "{url}: {text}");
     }
-    // Who has the mesh's word and not the NetworkPolicy's.
+    // Who has the mesh's word and not the NetworkPolicy's: at the ledger, and on the way out.
     unreachable_in_the_log(cluster, "outsider", &url)?;
+    unreachable_in_the_log(cluster, "shut-in", &url)?;
     // Who has the NetworkPolicy's word and not the mesh's.
     cluster.kubectl(&["label", "--namespace=shop", "pod", "web", "tier=front"])?;
+    let before = denials(cluster)?;
     ensure!(get(cluster, "web", &url).is_err(), "the mesh allows it to nobody but the checkout");
+    cluster.wait_until("the record of the denial", PATIENCE, |cluster| {
+        ensure!(denials(cluster)? > before, "the mesh has denied nothing");
+        Ok(())
+    })?;
     cluster.kubectl(&["label", "--namespace=shop", "pod", "web", "tier-"])?;
     Ok(())
+}
+
+/// How often the mesh has denied the web a connection.
+fn denials(cluster: &Cluster) -> anyhow::Result<usize> {
+    let lines = agents::lines(cluster, "node-a")?;
+    let denied = |line: &&String| {
+        line.contains("\"decision\":\"deny\"") && line.contains("\"workload\":\"web\"")
+    };
+    Ok(lines.iter().filter(denied).count())
 }
 
 /// A pod that the mesh allows and a NetworkPolicy does not: it fails, and the record says of what.

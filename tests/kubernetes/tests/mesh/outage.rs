@@ -78,6 +78,9 @@ fn without_the_api_server_what_was_decided_holds(cluster: &Cluster) -> anyhow::R
     let late = outage.late()?;
     cluster.stop_apiserver()?;
     let held = outage.endure(&late);
+    if held.is_err() {
+        drop(fs::remove_file(cluster.node("node-a")?.disk(STATIC)));
+    }
     // Before everybody asks the API server for everything at once; and the connection through the outage ends
     // with the policy below.
     let captured = capture.stop();
@@ -226,21 +229,29 @@ impl<'a> Outage<'a> {
         cluster.stop_containerd("node-a")?;
         // A token of a service account is the API server's to make: a pod that wants one waits for it.
         let pod = hasty("late", "node-a", self.server, &self.url);
-        cluster.apply(&pod.replace("spec:\n", "spec:\n  automountServiceAccountToken: false\n"))?;
-        cluster.wait_until("the node's first try", PATIENCE, |cluster| {
-            let of_it = "--field-selector=involvedObject.name=late,reason=FailedCreatePodSandBox";
-            let events = cluster.kubectl(&["get", "events", "--namespace=shop", of_it])?;
-            ensure!(events.contains("late"), "{events}");
-            Ok(())
-        })?;
-        agents::uid(cluster, "shop", "late")
+        let pod = pod.replace("spec:\n", "spec:\n  automountServiceAccountToken: false\n");
+        let given = cluster.apply(&pod).and_then(|_| {
+            cluster.wait_until("the node's first try", PATIENCE, |cluster| {
+                let of_it = "involvedObject.name=late,reason=FailedCreatePodSandBox";
+                let of_it = format!("--field-selector={of_it}");
+                let events = cluster.kubectl(&["get", "events", "--namespace=shop", &of_it])?;
+                ensure!(events.contains("late"), "{events}");
+                agents::uid(cluster, "shop", "late")
+            })
+        });
+        if given.is_err() {
+            cluster.start_containerd("node-a")?;
+        }
+        given
     }
 
     fn endure(&mut self, late: &str) -> anyhow::Result<()> {
         let (began, time) = (Instant::now(), how_long()?);
-        self.api_server_is_away()?;
         self.cluster.start_containerd("node-a")?;
+        self.api_server_is_away()?;
+        self.expiries.insert(self.expiry()?);
         has_tried(self.cluster, "late", late, 0)?;
+        self.look()?;
         self.a_static_pod_waits()?;
         self.look()?;
         // What the kernel does for want of memory: the node starts both again, without being told to.

@@ -57,9 +57,17 @@ fn an_upgrade_and_a_rollback_keep_the_mesh(cluster: &Cluster) -> anyhow::Result<
 }
 
 fn uninstalling_leaves_nothing_and_pods_talk(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.apply(POLICY)?;
+    holds(cluster)?;
     cluster
         .helm(&["uninstall", "hauberk", NAMESPACE, "--wait", "--timeout=300s"])
         .with_context(|| everything(cluster))?;
+    // Helm does not wait for pods to end, and agents remove their rules when their connections have.
+    cluster.wait_until("the agents' end", PATIENCE, |cluster| {
+        let pods = cluster.kubectl(&["get", "pods", NAMESPACE, "--output=name"])?;
+        ensure!(pods.trim().is_empty(), "{pods}");
+        Ok(())
+    })?;
     for name in ["node-a", "node-b"] {
         let node = cluster.node(name)?;
         let rules = node.text(&[
