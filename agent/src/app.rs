@@ -124,8 +124,13 @@ pub async fn run(
     node.reload().context("the node's identity")?;
     let successors = Successors::listen(&args.data)?;
     let replaced = Replaced::default();
-    let enforcer =
-        Arc::new(Enforcer::open(&args.data, metrics.clone(), health.clone(), replaced.clone()));
+    let enforcer = Arc::new(Enforcer::open(
+        node.name.clone(),
+        &args.data,
+        metrics.clone(),
+        health.clone(),
+        replaced.clone(),
+    ));
     let context = Arc::new(Context::new(
         node.name.clone(),
         node.trust.clone(),

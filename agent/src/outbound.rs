@@ -1,9 +1,9 @@
 //! One outgoing connection of a local workload: where it wants to go, whether it may, and who is there.
 
-use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Instant};
+use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use hauberk_core::{
-    policy::{Denial, Reason, resolve::MeshWorkload},
+    policy::{Backends, Denial, Reason, resolve::MeshWorkload},
     session::Open,
 };
 use hauberk_linux::socket::{original_destination, reset_on_close, tune_local};
@@ -142,7 +142,9 @@ async fn decide<'a>(
         Found::Workload(destination) => destination.clone(),
         found @ (Found::UndeclaredPort | Found::Unknown) => {
             let denial = match service {
-                Some(backends) if snapshot.revision > 0 => of_service(backends, wanted, target),
+                Some(backends) if snapshot.revision > 0 => {
+                    of_service(backends, wanted, target, &context.node)
+                }
                 Some(_) | None => unknown(&found, wanted, snapshot.revision),
             };
             return match authorize::pass_audited(&snapshot, &local.workload, denial) {
@@ -370,15 +372,20 @@ fn failed(error: &SessionError, permit: &Permit, report: &mut Report<'_>) {
     }
 }
 
-/// A service none of whose backends is in the mesh, or which has none.
-fn of_service(backends: &BTreeSet<SocketAddr>, wanted: SocketAddr, target: SocketAddr) -> Denial {
-    let mend = if backends.is_empty() {
-        format!("the service at {wanted} has no endpoint that is ready; see to its pods")
-    } else {
-        format!(
+/// A service whose backend is not in the mesh, or which has none for this node.
+fn of_service(backends: &Backends, wanted: SocketAddr, target: SocketAddr, node: &str) -> Denial {
+    let mend = match (backends.first.is_empty(), backends.out_of_reach) {
+        (true, 0) => {
+            format!("the service at {wanted} has no endpoint that is ready; see to its pods")
+        }
+        (true, count) => format!(
+            "the service at {wanted} has internalTrafficPolicy: Local, and no endpoint that is ready on \
+             {node}, but {count} elsewhere; run a pod of it there, or set the policy to Cluster"
+        ),
+        (false, _) => format!(
             "the service at {wanted} leads to {target}, which is not in the mesh; label its namespace \
              hauberk.dev/mode: audit or enforce"
-        )
+        ),
     };
     without_policy(Reason::UnknownDestination, mend)
 }

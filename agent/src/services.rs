@@ -1,5 +1,5 @@
 //! Which backend of a service a connection goes to: of two by chance the one with fewer open connections
-//! from here, and for a while none that just failed.
+//! from here, and for a while none that just failed. Those that are asked first are the state's to tell.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -7,6 +7,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
+
+use hauberk_core::policy::Backends;
 
 /// How long a backend that could not be reached is left alone, while there are others.
 const REST: Duration = Duration::from_secs(10);
@@ -53,19 +55,25 @@ impl Drop for Chosen {
 }
 
 impl Balancer {
-    /// Nothing if there are no backends.
-    pub(crate) fn choose(self: &Arc<Self>, backends: &BTreeSet<SocketAddr>) -> Option<Chosen> {
+    /// Nothing if there is no backend to ask.
+    pub(crate) fn choose(self: &Arc<Self>, backends: &Backends) -> Option<Chosen> {
         let now = Instant::now();
         let mut loads = self.lock();
-        let is_fit =
-            |backend: &&SocketAddr| loads.get(*backend).is_none_or(|load| !load.rests(now));
-        let mut fit: Vec<&SocketAddr> = backends.iter().filter(is_fit).collect();
+        let fit_of = |backends: &BTreeSet<SocketAddr>| -> Vec<SocketAddr> {
+            let is_fit =
+                |backend: &SocketAddr| loads.get(backend).is_none_or(|load| !load.rests(now));
+            backends.iter().copied().filter(is_fit).collect()
+        };
+        let mut fit = fit_of(&backends.first);
+        if fit.is_empty() {
+            fit = fit_of(&backends.others);
+        }
         if fit.is_empty() {
             // All of them failed: the next one to try is as good as any.
-            fit = backends.iter().collect();
+            fit = backends.first.iter().copied().collect();
         }
-        let one = **fit.get(chance(fit.len())?)?;
-        let other = **fit.get(chance(fit.len())?)?;
+        let one = *fit.get(chance(fit.len())?)?;
+        let other = *fit.get(chance(fit.len())?)?;
         let open = |backend: &SocketAddr| loads.get(backend).map_or(0, |load| load.open);
         let backend = if open(&other) < open(&one) { other } else { one };
         loads.entry(backend).or_default().open += 1;
@@ -90,20 +98,27 @@ fn chance(count: usize) -> Option<usize> {
 mod tests {
     use super::*;
 
-    fn backends(count: u16) -> BTreeSet<SocketAddr> {
-        (1..=count).map(|port| SocketAddr::from(([10, 0, 0, 1], port))).collect()
+    fn set(ports: impl IntoIterator<Item = u16>) -> BTreeSet<SocketAddr> {
+        ports.into_iter().map(|port| SocketAddr::from(([10, 0, 0, 1], port))).collect()
+    }
+
+    fn backends(count: u16) -> Backends {
+        Backends { first: set(1..=count), ..Backends::default() }
     }
 
     #[test]
     fn nobody_is_chosen_of_none() {
-        assert!(Arc::<Balancer>::default().choose(&BTreeSet::new()).is_none());
+        let balancer = Arc::<Balancer>::default();
+        assert!(balancer.choose(&Backends::default()).is_none());
+        let far = Backends { out_of_reach: 3, ..Backends::default() };
+        assert!(balancer.choose(&far).is_none());
     }
 
     #[test]
     fn open_connections_spread() {
         let balancer = Arc::<Balancer>::default();
         let open: Vec<_> = (0..300).map(|_| balancer.choose(&backends(3)).unwrap()).collect();
-        for backend in backends(3) {
+        for backend in backends(3).first {
             let count = open.iter().filter(|chosen| chosen.backend == backend).count();
             assert!((60..=140).contains(&count), "{backend}: {count} of 300");
         }
@@ -119,7 +134,33 @@ mod tests {
         for _ in 0..100 {
             assert_ne!(balancer.choose(&backends(2)).unwrap().backend, first.backend);
         }
-        let only: BTreeSet<_> = [first.backend].into();
+        let only = Backends { first: [first.backend].into(), ..Backends::default() };
         assert_eq!(balancer.choose(&only).unwrap().backend, first.backend);
+    }
+
+    #[test]
+    fn the_others_are_asked_only_while_all_of_the_first_rest() {
+        let balancer = Arc::<Balancer>::default();
+        let backends = Backends { first: set(1..=2), others: set(3..=4), out_of_reach: 0 };
+        let choose = || balancer.choose(&backends).unwrap();
+        // However many connections they have open.
+        let open: Vec<_> = (0..100).map(|_| choose()).collect();
+        assert!(open.iter().all(|chosen| backends.first.contains(&chosen.backend)));
+        let failed = choose();
+        failed.failed();
+        for _ in 0..100 {
+            let next = choose().backend;
+            assert!(backends.first.contains(&next) && next != failed.backend, "{next}");
+        }
+        choose().failed();
+        for _ in 0..100 {
+            let next = choose().backend;
+            assert!(backends.others.contains(&next), "{next}");
+        }
+        for _ in 0..2 {
+            choose().failed();
+        }
+        // Nobody is left who did not fail: again the first.
+        assert!(backends.first.contains(&choose().backend));
     }
 }

@@ -5,6 +5,7 @@
 pub mod examples;
 pub mod model;
 pub mod namespace;
+pub mod node;
 pub mod reason;
 pub mod resolve;
 pub mod service;
@@ -13,7 +14,8 @@ pub mod verdict;
 
 pub use model::*;
 pub use namespace::MeshNamespace;
+pub use node::MeshNode;
 pub use reason::Reason;
-pub use service::MeshService;
+pub use service::{Backends, Hints, MeshService, Reach};
 pub use table::{DecisionTable, Request};
 pub use verdict::{Allowed, Denial, NearestMiss, Verdict};

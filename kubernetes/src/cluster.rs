@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use hauberk_core::policy::{MeshNamespace, MeshService, Mode, ProcessSelector, Workload};
+use hauberk_core::policy::{MeshNamespace, MeshNode, MeshService, Mode, ProcessSelector, Workload};
 use k8s_openapi::api::{
     core::v1::{ConfigMap, Namespace, Node, Pod, Service, ServiceAccount},
     discovery::v1::EndpointSlice,
@@ -27,6 +27,9 @@ use crate::{
     watched::Watched,
 };
 
+/// The label of a node that names the zone it is in.
+const ZONE: &str = "topology.kubernetes.io/zone";
+
 /// The watches of a cluster.
 pub struct Cluster {
     objects: Vec<Arc<Watched<ManifestObject>>>,
@@ -34,7 +37,8 @@ pub struct Cluster {
     service_accounts: Arc<Watched<()>>,
     /// Each with its label.
     namespaces: Arc<Watched<Option<String>>>,
-    nodes: Arc<Watched<()>>,
+    /// Each with its zone.
+    nodes: Arc<Watched<Option<String>>>,
     services: Arc<Watched<ServiceFacts>>,
     slices: Arc<Watched<SliceFacts>>,
     /// What the replicas of the control plane say of their agents.
@@ -55,6 +59,8 @@ pub struct Snapshot {
     pub namespaces: Vec<MeshNamespace>,
     /// The names of all nodes.
     pub nodes: Vec<String>,
+    /// The nodes that are in a zone, if a service asks for zones.
+    pub zones: Vec<MeshNode>,
     /// What people should know: pods that cannot be in the mesh, for one.
     pub notes: Vec<String>,
     /// The newest resource version of each kind: how much this snapshot has seen.
@@ -96,7 +102,12 @@ impl Cluster {
                 sender.clone(),
                 |namespace| namespace.labels().get(MODE_LABEL).cloned(),
             ),
-            nodes: Watched::follow("Node", Api::<Node>::all(client.clone()), sender.clone(), drop),
+            nodes: Watched::follow(
+                "Node",
+                Api::<Node>::all(client.clone()),
+                sender.clone(),
+                |node| node.labels().get(ZONE).filter(|zone| !zone.is_empty()).cloned(),
+            ),
             services: Watched::follow(
                 "Service",
                 Api::<Service>::all(client.clone()),
@@ -241,7 +252,6 @@ impl Cluster {
                 snapshot.workloads = workloads(pods.values(), &modes, exists, &mut snapshot.notes);
             });
         });
-        snapshot.nodes = self.nodes.read(|nodes, _| nodes.keys().cloned().collect());
         snapshot.services = self.slices.read(|slices, version| {
             snapshot.seen.insert("EndpointSlice".to_owned(), version);
             let mut of: HashMap<(&str, &str), Vec<&SliceFacts>> = HashMap::new();
@@ -259,8 +269,24 @@ impl Cluster {
                 services.values().filter_map(resolve).collect()
             })
         });
+        let asks = snapshot.services.iter().any(MeshService::asks_for_zones);
+        // Without their version in what was seen: where a node is revokes nothing, and a replica of a version
+        // that does not tell it would be taken for one that is behind.
+        self.nodes.read(|nodes, _| {
+            snapshot.nodes = nodes.keys().cloned().collect();
+            if asks {
+                snapshot.zones = zones(nodes);
+            }
+        });
         snapshot
     }
+}
+
+fn zones(nodes: &BTreeMap<String, Option<String>>) -> Vec<MeshNode> {
+    let zoned = nodes.iter().filter_map(|(name, zone)| {
+        Some(MeshNode { name: name.parse().ok()?, zone: zone.clone()? })
+    });
+    zoned.collect()
 }
 
 /// The namespaces that are in the mesh.

@@ -5,8 +5,14 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use hauberk_core::policy::MeshService;
-use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
+use hauberk_core::{
+    identity::ResourceName,
+    policy::{Hints, MeshService, Reach},
+};
+use k8s_openapi::api::{
+    core::v1::Service,
+    discovery::v1::{Endpoint, EndpointSlice},
+};
 use kube::ResourceExt;
 
 /// The label of an endpoint slice that names its service.
@@ -20,6 +26,7 @@ pub(crate) struct ServiceFacts {
     addresses: BTreeSet<IpAddr>,
     /// TCP ports by their names.
     ports: Vec<(String, u16)>,
+    reach: Reach,
 }
 
 /// What is needed of an endpoint slice.
@@ -27,8 +34,16 @@ pub(crate) struct ServiceFacts {
 pub(crate) struct SliceFacts {
     namespace: String,
     service: Option<String>,
-    addresses: BTreeSet<IpAddr>,
+    /// Those that are ready.
+    endpoints: BTreeMap<IpAddr, EndpointFacts>,
     ports: Vec<(String, u16)>,
+}
+
+/// What is needed of an endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct EndpointFacts {
+    node: Option<ResourceName>,
+    hints: Hints,
 }
 
 impl ServiceFacts {
@@ -51,6 +66,10 @@ impl ServiceFacts {
                     ))
                 })
                 .collect(),
+            reach: match spec.internal_traffic_policy.as_deref() {
+                Some("Local") => Reach::Node,
+                Some(_) | None => Reach::Cluster,
+            },
         }
     }
 
@@ -63,13 +82,17 @@ impl ServiceFacts {
         if self.addresses.is_empty() || self.ports.is_empty() {
             return None;
         }
-        let mut ports: BTreeMap<u16, BTreeSet<SocketAddr>> = BTreeMap::new();
+        let mut ports: BTreeMap<u16, BTreeMap<SocketAddr, Hints>> = BTreeMap::new();
         for (name, number) in &self.ports {
             let backends = ports.entry(*number).or_default();
             for slice in slices.clone() {
                 let targets = slice.ports.iter().filter(|(target, _)| target == name);
                 for (_, port) in targets {
-                    backends.extend(slice.addresses.iter().map(|ip| SocketAddr::new(*ip, *port)));
+                    for (ip, endpoint) in &slice.endpoints {
+                        // While an endpoint moves from one slice to another, it is in both.
+                        let hints = || endpoint.hints(self.reach);
+                        backends.entry(SocketAddr::new(*ip, *port)).or_insert_with(hints);
+                    }
                 }
             }
         }
@@ -78,6 +101,7 @@ impl ServiceFacts {
             name: self.name.parse().ok()?,
             addresses: self.addresses.clone(),
             ports,
+            reach: self.reach,
         })
     }
 
@@ -88,10 +112,6 @@ impl ServiceFacts {
 
 impl SliceFacts {
     pub(crate) fn new(slice: EndpointSlice) -> Self {
-        let ready = |endpoint: &k8s_openapi::api::discovery::v1::Endpoint| {
-            // Absent means ready, by the API's own word.
-            endpoint.conditions.as_ref().and_then(|is| is.ready).unwrap_or(true)
-        };
         let ports = slice.ports.clone().unwrap_or_default().into_iter();
         Self {
             namespace: slice.namespace().unwrap_or_default(),
@@ -103,12 +123,13 @@ impl SliceFacts {
                     Some((port.name.unwrap_or_default(), number))
                 })
                 .collect(),
-            addresses: slice
+            endpoints: slice
                 .endpoints
                 .iter()
-                .filter(|endpoint| ready(endpoint))
-                .flat_map(|endpoint| &endpoint.addresses)
-                .filter_map(|text| text.parse().ok())
+                // Absent means ready, by the API's own word.
+                .filter(|one| one.conditions.as_ref().and_then(|is| is.ready).unwrap_or(true))
+                .flat_map(|one| one.addresses.iter().map(move |address| (address, one)))
+                .filter_map(|(text, one)| Some((text.parse().ok()?, EndpointFacts::new(one))))
                 .collect(),
         }
     }
@@ -118,6 +139,143 @@ impl SliceFacts {
     }
 }
 
+impl EndpointFacts {
+    fn new(endpoint: &Endpoint) -> Self {
+        let hints = endpoint.hints.as_ref();
+        let nodes = hints.and_then(|hints| hints.for_nodes.as_ref()).into_iter().flatten();
+        let zones = hints.and_then(|hints| hints.for_zones.as_ref()).into_iter().flatten();
+        Self {
+            node: endpoint.node_name.as_ref().and_then(|name| name.parse().ok()),
+            hints: Hints {
+                // What can be the name of no node is for nobody.
+                nodes: nodes.filter_map(|node| node.name.parse().ok()).collect(),
+                zones: zones
+                    .map(|zone| zone.name.clone())
+                    .filter(|name| !name.is_empty())
+                    .collect(),
+            },
+        }
+    }
+
+    /// Whom it is for: where connections keep to their node, that is the one it runs on, whatever is hinted.
+    fn hints(&self, reach: Reach) -> Hints {
+        match reach {
+            Reach::Cluster => self.hints.clone(),
+            Reach::Node => {
+                Hints { nodes: self.node.iter().cloned().collect(), zones: BTreeSet::new() }
+            }
+        }
+    }
+}
+
 fn is_tcp(protocol: Option<&str>) -> bool {
     protocol.is_none_or(|protocol| protocol == "TCP")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn service(policy: &str) -> ServiceFacts {
+        let service = json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "web", "namespace": "shop"},
+            "spec": {
+                "clusterIP": "10.96.0.1",
+                "clusterIPs": ["10.96.0.1"],
+                "internalTrafficPolicy": policy,
+                "ports": [{"port": 80, "protocol": "TCP"}],
+            },
+        });
+        ServiceFacts::new(serde_json::from_value(service).unwrap())
+    }
+
+    fn slice(endpoints: &Value) -> SliceFacts {
+        let slice = json!({
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {
+                "name": "web-1",
+                "namespace": "shop",
+                "labels": {"kubernetes.io/service-name": "web"},
+            },
+            "addressType": "IPv4",
+            "ports": [{"name": "", "port": 8080, "protocol": "TCP"}],
+            "endpoints": endpoints,
+        });
+        SliceFacts::new(serde_json::from_value(slice).unwrap())
+    }
+
+    /// On two nodes, one not ready; the last one as of a controller that knows no nodes.
+    fn endpoints() -> SliceFacts {
+        slice(&json!([
+            {
+                "addresses": ["10.0.0.1"],
+                "nodeName": "a",
+                "hints": {"forZones": [{"name": "x"}], "forNodes": [{"name": "a"}]},
+            },
+            {
+                "addresses": ["10.0.0.2"],
+                "nodeName": "b",
+                "hints": {"forZones": [{"name": "y"}, {"name": ""}], "forNodes": [{"name": "*"}]},
+            },
+            {
+                "addresses": ["10.0.0.3"],
+                "conditions": {"ready": false},
+                "nodeName": "a",
+                "hints": {"forZones": [{"name": "x"}]},
+            },
+            {"addresses": ["10.0.0.4"]},
+        ]))
+    }
+
+    fn hints(nodes: &[&str], zones: &[&str]) -> Hints {
+        Hints {
+            nodes: nodes.iter().map(|name| name.parse().unwrap()).collect(),
+            zones: zones.iter().map(|name| (*name).to_owned()).collect(),
+        }
+    }
+
+    /// Those of the service's only port, by the ends of their addresses.
+    fn backends(service: &ServiceFacts, slices: &[SliceFacts]) -> Vec<(u8, Hints)> {
+        let service = service.resolve(slices.iter()).unwrap();
+        assert_eq!(service.ports.len(), 1);
+        let backends = service.ports[&80].iter();
+        let ends = backends.map(|(backend, hints)| match backend.ip() {
+            IpAddr::V4(ip) => (ip.octets()[3], hints.clone()),
+            IpAddr::V6(ip) => panic!("{ip}"),
+        });
+        ends.collect()
+    }
+
+    #[test]
+    fn endpoints_that_are_ready_come_with_their_hints() {
+        let service = service("Cluster");
+        let wanted =
+            vec![(1, hints(&["a"], &["x"])), (2, hints(&[], &["y"])), (4, Hints::default())];
+        assert_eq!(backends(&service, &[endpoints()]), wanted);
+        assert_eq!(service.reach, Reach::Cluster);
+    }
+
+    #[test]
+    fn endpoints_of_a_service_that_keeps_to_the_node_are_for_the_node_they_run_on() {
+        let service = service("Local");
+        let wanted = vec![(1, hints(&["a"], &[])), (2, hints(&["b"], &[])), (4, Hints::default())];
+        assert_eq!(backends(&service, &[endpoints()]), wanted);
+        let resolved = service.resolve([endpoints()].iter()).unwrap();
+        assert_eq!(resolved.reach, Reach::Node);
+        assert!(!resolved.asks_for_zones());
+    }
+
+    #[test]
+    fn an_endpoint_in_two_slices_is_one() {
+        let again = slice(&json!([{"addresses": ["10.0.0.1"], "nodeName": "a"}]));
+        let found = backends(&service("Cluster"), &[endpoints(), again]);
+        assert_eq!(found.len(), 3);
+        assert_eq!(found[0], (1, hints(&["a"], &["x"])));
+    }
 }

@@ -9,11 +9,11 @@ mod workload;
 pub use error::ConvertError;
 pub use policy::{guardrail, guardrail_message, policy, policy_message};
 pub use seen::{learned_destination, seen, seen_message};
-pub use service::{service, service_message};
+pub use service::{node, node_message, service, service_message};
 pub use workload::{workload, workload_message};
 
 use hauberk_core::policy::{
-    MeshNamespace, MeshService,
+    MeshNamespace, MeshNode, MeshService,
     resolve::{MeshWorkload, ResolvedGuardrail, ResolvedPolicy},
 };
 
@@ -32,6 +32,8 @@ pub enum Resource {
     Service(MeshService),
     /// A namespace of a cluster.
     Namespace(MeshNamespace),
+    /// A node of a cluster.
+    Node(MeshNode),
 }
 
 impl Resource {
@@ -45,6 +47,7 @@ impl Resource {
                 format!("guardrail:{}:{}", guardrail.policy, guardrail.destination)
             }
             Self::Namespace(namespace) => format!("namespace:{}", namespace.name),
+            Self::Node(node) => format!("node:{}", node.name),
             Self::Service(service) => format!("service:{}/{}", service.namespace, service.name),
         }
     }
@@ -63,6 +66,7 @@ impl Resource {
                     name: namespace.name.to_string(),
                     enrolled: namespace.enrolled,
                 }),
+                Self::Node(node) => Kind::Node(node_message(node)),
             }),
         }
     }
@@ -82,6 +86,7 @@ impl TryFrom<v1::Resource> for Resource {
                 name: workload::name("namespace.name", &message.name)?,
                 enrolled: message.enrolled,
             }),
+            Kind::Node(message) => Self::Node(node(message)?),
         })
     }
 }

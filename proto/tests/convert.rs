@@ -3,12 +3,13 @@
 
 mod messages;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use hauberk_core::{
     identity::{ResourceName, SpiffeId},
     policy::{
-        GuardrailPorts, Mode, Owner, PolicyKind, PolicyRef, ProcessSelector,
+        GuardrailPorts, Hints, MeshNode, MeshService, Mode, Owner, PolicyKind, PolicyRef,
+        ProcessSelector, Reach,
         resolve::{
             MeshWorkload, PeerMatch, ResolvedGuardrail, ResolvedPeers, ResolvedPolicy, ResolvedRule,
         },
@@ -20,8 +21,8 @@ use hauberk_proto::{
     v1::{self, mesh_workload::Process},
 };
 use messages::{
-    CHECKOUT, LEDGER, PARTNER, all_ports, any_in, deny_from, deny_unless_from, exact,
-    guardrail_with, only_ports, policy_with, rule_with, workload_with,
+    CHECKOUT, LEDGER, PARTNER, all_ports, any_in, backend_with, deny_from, deny_unless_from, exact,
+    guardrail_with, node_with, only_ports, policy_with, rule_with, service_with, workload_with,
 };
 use prost::Message;
 
@@ -104,6 +105,26 @@ fn guardrail() -> ResolvedGuardrail {
     }
 }
 
+/// What the good message of a service means.
+fn service() -> MeshService {
+    let hints = Hints {
+        nodes: BTreeSet::from([name("db-01"), name("db-02")]),
+        zones: BTreeSet::from(["zone-A".to_owned()]),
+    };
+    MeshService {
+        namespace: name("shop"),
+        name: name("web"),
+        addresses: BTreeSet::from(["10.96.0.1".parse().unwrap()]),
+        ports: [(80, [("10.0.0.2:8080".parse().unwrap(), hints)].into())].into(),
+        reach: Reach::Node,
+    }
+}
+
+/// What the good message of a node means.
+fn node() -> MeshNode {
+    MeshNode { name: name("db-01"), zone: "zone-A".to_owned() }
+}
+
 /// A machine that speaks for itself, has no address and serves nothing: all that may be empty.
 fn machine() -> MeshWorkload {
     MeshWorkload {
@@ -179,6 +200,20 @@ fn pairs() -> Vec<(&'static str, v1::Resource, Resource)> {
             }),
             Resource::Guardrail(other_guardrail()),
         ),
+        ("service", service_with(|_| {}), Resource::Service(service())),
+        (
+            "service without backends",
+            service_with(|message| {
+                message.own_node_only = false;
+                message.ports[0].backends.clear();
+            }),
+            Resource::Service(MeshService {
+                ports: BTreeMap::from([(80, BTreeMap::new())]),
+                reach: Reach::Cluster,
+                ..service()
+            }),
+        ),
+        ("node", node_with(|_| {}), Resource::Node(node())),
     ]
 }
 
@@ -211,6 +246,8 @@ fn the_key_of_a_resource_is_its_kind_and_its_names() {
             Resource::Guardrail(other_guardrail()),
             "guardrail:pci:spiffe://prod.example/ns/payments/sa/ledger",
         ),
+        (Resource::Service(service()), "service:shop/web"),
+        (Resource::Node(node()), "node:db-01"),
     ];
     for (resource, key) in cases {
         assert_eq!(resource.key(), key);
@@ -449,6 +486,64 @@ fn broken_guardrails() -> Vec<Case> {
     cases
 }
 
+fn broken_services() -> Vec<Case> {
+    let mut cases = vec![
+        ("no name", service_with(|message| message.name.clear()), "service.name", NO_NAME),
+        (
+            "no address",
+            service_with(|message| message.addresses.clear()),
+            "service.addresses",
+            MISSING,
+        ),
+        (
+            "port that stands twice",
+            service_with(|message| message.ports.push(message.ports[0].clone())),
+            "service.ports.port",
+            "the port 80 stands twice",
+        ),
+        (
+            "backend that stands twice",
+            service_with(|message| {
+                let backends = &mut message.ports[0].backends;
+                backends.push(backends[0].clone());
+            }),
+            "service.ports.backends",
+            "the backend 10.0.0.2:8080 stands twice",
+        ),
+        (
+            "backend without address",
+            backend_with(|message| message.address.clear()),
+            "service.ports.backends",
+            "\"\" is not an IP address",
+        ),
+        (
+            "backend for a node without a name",
+            backend_with(|message| message.for_nodes.push(String::new())),
+            "service.ports.backends.for_nodes",
+            NO_NAME,
+        ),
+        (
+            "backend for any node",
+            backend_with(|message| message.for_nodes.push("*".to_owned())),
+            "service.ports.backends.for_nodes",
+            ANY_NAME,
+        ),
+        (
+            "backend for a zone without a name",
+            backend_with(|message| message.for_zones.push(String::new())),
+            "service.ports.backends.for_zones",
+            MISSING,
+        ),
+        ("node without name", node_with(|message| message.name.clear()), "node.name", NO_NAME),
+        ("node without zone", node_with(|message| message.zone.clear()), "node.zone", MISSING),
+    ];
+    for (port, problem) in NO_PORTS {
+        let message = backend_with(|message| message.port = port);
+        cases.push(("backend with a bad port", message, "service.ports.backends", problem));
+    }
+    cases
+}
+
 #[test]
 fn each_broken_message_is_refused_with_its_reason() {
     let mut cases: Vec<Case> =
@@ -456,6 +551,7 @@ fn each_broken_message_is_refused_with_its_reason() {
     cases.extend(broken_workloads());
     cases.extend(broken_policies());
     cases.extend(broken_guardrails());
+    cases.extend(broken_services());
     for (name, message, field, problem) in cases {
         let error = ConvertError { field: field.to_owned(), problem: problem.to_owned() };
         assert_eq!(error.to_string(), format!("{field}: {problem}"), "{name}");

@@ -12,8 +12,9 @@ use hauberk_proto::{
     v1::{self, mesh_workload::Process, resource::Kind},
 };
 use messages::{
-    CHECKOUT, LEDGER, PARTNER, all_ports, any_in, deny_from, deny_unless_from, exact,
-    guardrail_with, only_ports, owner, policy_with, rule_with, workload_with,
+    CHECKOUT, LEDGER, PARTNER, all_ports, any_in, backend_with, deny_from, deny_unless_from, exact,
+    guardrail_with, node_with, only_ports, owner, policy_with, rule_with, service_with,
+    workload_with,
 };
 use prost::Message;
 use sha2::{Digest, Sha256};
@@ -66,6 +67,7 @@ fn every_change_of_a_field_changes_the_hash() {
     cases.extend(changed_workloads());
     cases.extend(changed_policies());
     cases.extend(changed_guardrails());
+    cases.extend(changed_services());
     let mut seen = HashMap::new();
     for (name, message) in cases {
         let other = seen.insert(state_hash(&under("k", message)), name);
@@ -173,6 +175,56 @@ fn changed_guardrails() -> Vec<(&'static str, v1::Resource)> {
         ("none denied", guardrail_with(|message| message.denies = deny_from(vec![]))),
         ("no denial", guardrail_with(|message| message.denies = None)),
     ]
+}
+
+fn changed_services() -> Vec<(&'static str, v1::Resource)> {
+    let other = || "other".to_owned();
+    vec![
+        ("service", service_with(|_| {})),
+        ("service namespace", service_with(|message| message.namespace = other())),
+        ("service name", service_with(|message| message.name = other())),
+        ("service address", service_with(|message| message.addresses[0] = other())),
+        ("service port", service_with(|message| message.ports[0].port = 81)),
+        ("no backend", service_with(|message| message.ports[0].backends.clear())),
+        ("any node", service_with(|message| message.own_node_only = false)),
+        ("backend address", backend_with(|message| message.address = other())),
+        ("backend port", backend_with(|message| message.port = 81)),
+        ("fewer nodes", backend_with(|message| message.for_nodes.truncate(1))),
+        ("other zone", backend_with(|message| message.for_zones[0] = other())),
+        ("no zone", backend_with(|message| message.for_zones.clear())),
+        (
+            "a zone in place of a node",
+            backend_with(|message| message.for_zones.extend(message.for_nodes.pop())),
+        ),
+        ("node", node_with(|_| {})),
+        ("node name", node_with(|message| message.name = other())),
+        ("zone", node_with(|message| message.zone = other())),
+    ]
+}
+
+/// Agents of the version before know none of the fields about nodes and zones, and refuse a state that has
+/// any: one in which no service asks for them must have none.
+#[test]
+fn a_service_that_asks_for_nothing_is_as_it_was() {
+    let plain = service_with(|service| {
+        service.own_node_only = false;
+        let backend = &mut service.ports[0].backends[0];
+        backend.for_nodes.clear();
+        backend.for_zones.clear();
+    });
+    let Some(Kind::Service(service)) = &plain.kind else { panic!("no service") };
+    let wanted: [&[u8]; 6] = [
+        b"\x0a\x04shop",
+        b"\x12\x03web",
+        b"\x1a\x0910.96.0.1",
+        // Port 80, and of its backend the address and the port 8080.
+        b"\x22\x11\x08\x50\x12\x0d",
+        b"\x0a\x0810.0.0.2",
+        b"\x10\x90\x3f",
+    ];
+    assert_eq!(service.encode_to_vec(), wanted.concat());
+    // As it is read and written again.
+    assert_eq!(Resource::try_from(plain.clone()).unwrap().message(), plain);
 }
 
 #[test]

@@ -1,14 +1,14 @@
 //! One revision of the state, ready to be asked: decisions, and who lives at which address.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
 use hauberk_core::{
     identity::SpiffeId,
-    policy::{DecisionTable, MeshService, resolve::MeshWorkload},
+    policy::{Backends, DecisionTable, resolve::MeshWorkload},
 };
 use hauberk_proto::{
     convert::{ConvertError, Resource},
@@ -27,7 +27,8 @@ pub(crate) struct Snapshot {
     workloads: Vec<Arc<MeshWorkload>>,
     by_address: HashMap<IpAddr, Address>,
     addresses_of: HashMap<SpiffeId, HashSet<IpAddr>>,
-    services: HashMap<SocketAddr, BTreeSet<SocketAddr>>,
+    /// As this node sees them.
+    services: HashMap<SocketAddr, Backends>,
     namespaces: HashMap<String, bool>,
 }
 
@@ -62,8 +63,9 @@ pub(crate) enum SnapshotError {
 }
 
 impl Snapshot {
-    /// Converts a state whole, and checks that it is the one announced.
+    /// Converts a state whole, for the agent of this node, and checks that it is the one announced.
     pub(crate) fn build(
+        node: &str,
         revision: u64,
         resources: BTreeMap<String, v1::Resource>,
         announced: &[u8],
@@ -73,7 +75,7 @@ impl Snapshot {
             return Err(SnapshotError::Hash);
         }
         let (mut workloads, mut policies, mut guardrails) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut services, mut namespaces) = (HashMap::new(), HashMap::new());
+        let (mut services, mut namespaces, mut zone) = (Vec::new(), HashMap::new(), None);
         for (key, message) in &resources {
             let resource = Resource::try_from(message.clone())
                 .map_err(|source| SnapshotError::Convert { key: key.clone(), source })?;
@@ -84,9 +86,13 @@ impl Snapshot {
                 Resource::Namespace(namespace) => {
                     namespaces.insert(namespace.name.to_string(), namespace.enrolled);
                 }
-                Resource::Service(service) => services.extend(places(&service)),
+                Resource::Node(known) if known.name.as_str() == node => zone = Some(known.zone),
+                Resource::Node(_) => {}
+                Resource::Service(service) => services.push(service),
             }
         }
+        let seen = services.iter().flat_map(|service| service.seen_from(node, zone.as_deref()));
+        let services = seen.collect();
         let entitled = workloads.iter().filter(|workload| workload.is_entitled());
         let postures: Vec<_> =
             entitled.map(|workload| (workload.identity.clone(), workload.mode)).collect();
@@ -161,7 +167,7 @@ impl Snapshot {
     }
 
     /// The backends of the service whose address and port this is.
-    pub(crate) fn service(&self, address: SocketAddr) -> Option<&BTreeSet<SocketAddr>> {
+    pub(crate) fn service(&self, address: SocketAddr) -> Option<&Backends> {
         self.services.get(&address)
     }
 
@@ -206,38 +212,45 @@ impl Snapshot {
     }
 }
 
-/// Each address and port of a service, with the backends of the same address family: the application's own
-/// address is of that family, and its peer sees it.
-fn places(service: &MeshService) -> impl Iterator<Item = (SocketAddr, BTreeSet<SocketAddr>)> + '_ {
-    service.ports.iter().flat_map(|(port, backends)| {
-        service.addresses.iter().map(|address| {
-            let alike = |backend: &&SocketAddr| backend.is_ipv4() == address.is_ipv4();
-            let backends = backends.iter().filter(alike).copied().collect();
-            (SocketAddr::new(*address, *port), backends)
-        })
-    })
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
 mod tests {
+    use hauberk_core::policy::{Hints, MeshNode, MeshService, Reach};
+
     use super::*;
 
     #[test]
-    fn a_service_leads_to_backends_of_its_own_address_family() {
-        let service = MeshService {
+    fn a_node_is_told_by_the_state_in_which_zone_it_is() {
+        let near: SocketAddr = "10.0.0.2:8080".parse().unwrap();
+        let far: SocketAddr = "10.0.1.2:8080".parse().unwrap();
+        let zone = |name: &str| Hints { zones: [name.to_owned()].into(), ..Hints::default() };
+        let service = Resource::Service(MeshService {
             namespace: "shop".parse().unwrap(),
             name: "web".parse().unwrap(),
-            addresses: ["10.96.0.1".parse().unwrap(), "fd00::1".parse().unwrap()].into(),
-            ports: [(
-                80,
-                ["10.0.0.2:8080".parse().unwrap(), "[fd01::2]:8080".parse().unwrap()].into(),
-            )]
-            .into(),
+            addresses: ["10.96.0.1".parse().unwrap()].into(),
+            ports: [(80, [(near, zone("x")), (far, zone("y"))].into())].into(),
+            reach: Reach::Cluster,
+        });
+        let node = |name: &str, zone: &str| {
+            Resource::Node(MeshNode { name: name.parse().unwrap(), zone: zone.to_owned() })
         };
-        let places: HashMap<_, _> = places(&service).collect();
-        let of = |text: &str| places[&text.parse::<SocketAddr>().unwrap()].clone();
-        assert_eq!(of("10.96.0.1:80"), ["10.0.0.2:8080".parse().unwrap()].into());
-        assert_eq!(of("[fd00::1]:80"), ["[fd01::2]:8080".parse().unwrap()].into());
+        let resources: BTreeMap<String, v1::Resource> =
+            [service, node("node-a", "x"), node("node-b", "y")]
+                .iter()
+                .map(|resource| (resource.key(), resource.message()))
+                .collect();
+        let hash = state_hash(&resources);
+        let seen = |node: &str| {
+            let snapshot = Snapshot::build(node, 1, resources.clone(), &hash).unwrap();
+            snapshot.service("10.96.0.1:80".parse().unwrap()).unwrap().clone()
+        };
+        let of = |first: &[SocketAddr], others: &[SocketAddr]| Backends {
+            first: first.iter().copied().collect(),
+            others: others.iter().copied().collect(),
+            out_of_reach: 0,
+        };
+        assert_eq!(seen("node-a"), of(&[near], &[far]));
+        assert_eq!(seen("node-b"), of(&[far], &[near]));
+        assert_eq!(seen("node-c"), of(&[near, far], &[]));
     }
 }

@@ -43,6 +43,8 @@ pub(crate) const POLICY_CHECK: &str = "policy";
 
 /// Holds the snapshot; the only one that writes it.
 pub(crate) struct Enforcer {
+    /// Whose agent this is.
+    node: String,
     sender: watch::Sender<Arc<Snapshot>>,
     path: PathBuf,
     metrics: AgentMetrics,
@@ -54,13 +56,14 @@ impl Enforcer {
     /// Starts from the last good state on disk, if there is one.
     /// Nothing is written there while another agent has replaced this one.
     pub(crate) fn open(
+        node: String,
         data: &Path,
         metrics: AgentMetrics,
         health: Health,
         replaced: Replaced,
     ) -> Self {
         let path = data.join("state.bin");
-        let snapshot = match load(&path) {
+        let snapshot = match load(&node, &path) {
             Ok(Some(snapshot)) => {
                 tracing::info!(
                     revision = snapshot.revision,
@@ -79,7 +82,7 @@ impl Enforcer {
                 Snapshot::default()
             }
         };
-        Self { sender: watch::channel(Arc::new(snapshot)).0, path, metrics, health, replaced }
+        Self { node, sender: watch::channel(Arc::new(snapshot)).0, path, metrics, health, replaced }
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
@@ -107,7 +110,8 @@ impl Enforcer {
             let key = Resource::try_from(message.clone())?.key();
             resources.insert(key, message);
         }
-        let next = Arc::new(Snapshot::build(update.revision, resources, &update.state_hash)?);
+        let next = Snapshot::build(&self.node, update.revision, resources, &update.state_hash)?;
+        let next = Arc::new(next);
         if next.revision == current.revision && next.state_hash == current.state_hash {
             return Ok(current);
         }
@@ -133,7 +137,7 @@ impl Enforcer {
     /// there. No stream may be open meanwhile.
     pub(crate) fn take_up(&self) {
         let current = self.sender.borrow().clone();
-        match load(&self.path) {
+        match load(&self.node, &self.path) {
             Ok(Some(kept)) if kept.revision > current.revision => {
                 tracing::info!(revision = kept.revision, "enforcing what another agent has kept");
                 self.metrics.policy_restored(kept.revision, written(&self.path));
@@ -188,7 +192,7 @@ fn written(path: &Path) -> SystemTime {
     modified.unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
-fn load(path: &Path) -> anyhow::Result<Option<Snapshot>> {
+fn load(node: &str, path: &Path) -> anyhow::Result<Option<Snapshot>> {
     let Some(bytes) = read_private(path)? else { return Ok(None) };
     let damaged = || format!("{} is damaged", path.display());
     let update = v1::StateUpdate::decode(bytes.as_slice()).with_context(damaged)?;
@@ -197,9 +201,8 @@ fn load(path: &Path) -> anyhow::Result<Option<Snapshot>> {
         let key = Resource::try_from(message.clone()).with_context(damaged)?.key();
         resources.insert(key, message);
     }
-    let snapshot =
-        Snapshot::build(update.revision, resources, &update.state_hash).with_context(damaged)?;
-    Ok(Some(snapshot))
+    let snapshot = Snapshot::build(node, update.revision, resources, &update.state_hash);
+    Ok(Some(snapshot.with_context(damaged)?))
 }
 
 /// Keeps the stream open for as long as the agent runs.
@@ -372,6 +375,7 @@ mod tests {
 
     fn open(folder: &Path) -> Enforcer {
         Enforcer::open(
+            "a".to_owned(),
             folder,
             AgentMetrics::new().unwrap(),
             Health::new(&[POLICY_CHECK]),
@@ -448,7 +452,7 @@ mod tests {
     fn an_agent_that_has_its_place_back_keeps_the_newer_of_two_states() {
         let folder = tempfile::tempdir().unwrap();
         let (before, next) = (open(folder.path()), open(folder.path()));
-        let kept = || load(&before.path).unwrap().map(|snapshot| snapshot.revision);
+        let kept = || load(&before.node, &before.path).unwrap().map(|snapshot| snapshot.revision);
         before.replaced.set();
         before.apply(update(1, None, &["a"])).unwrap();
         assert_eq!(kept(), None, "the folder is the next one's");

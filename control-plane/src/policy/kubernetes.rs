@@ -84,8 +84,8 @@ impl Follower {
         };
         let unresolved = resolved.unresolved.clone();
         let matched = matches(&resolved);
-        let Snapshot { objects, services, namespaces, nodes, notes, seen, .. } = snapshot;
-        let mut state = State::new(resolved, services, namespaces, nodes, counts);
+        let Snapshot { objects, services, namespaces, nodes, zones, notes, seen, .. } = snapshot;
+        let mut state = State::new(resolved, services, namespaces, zones, nodes, counts);
         state.warnings.extend(notes.into_iter().chain(taken));
         match self.shared.agree(&hex::encode(state.hash), &seen).await {
             Ok(Agreement::Revision(revision)) => {

@@ -10,7 +10,7 @@ use std::{
 use hauberk_core::{
     identity::{SpiffeId, TrustDomain},
     policy::{
-        DecisionTable, MeshNamespace, MeshService,
+        DecisionTable, MeshNamespace, MeshNode, MeshService,
         resolve::{MeshWorkload, Resolved, resolve},
     },
     time::Timestamp,
@@ -86,11 +86,12 @@ impl State {
         resolved: Resolved,
         services: Vec<MeshService>,
         namespaces: Vec<MeshNamespace>,
+        nodes: Vec<MeshNode>,
         mut machines: Vec<String>,
         counts: Counts,
     ) -> Self {
         machines.sort();
-        let resources = resources(&resolved, services, namespaces);
+        let resources = resources(&resolved, services, namespaces, nodes);
         let warnings = resolved
             .unresolved
             .iter()
@@ -312,7 +313,7 @@ impl Publisher {
         machines: Vec<String>,
         counts: Counts,
     ) -> Result<(), StoreError> {
-        let state = State::new(resolved, Vec::new(), Vec::new(), machines, counts);
+        let state = State::new(resolved, Vec::new(), Vec::new(), Vec::new(), machines, counts);
         let kept = self.store.revision()?;
         let hex = hex::encode(state.hash);
         let revision = if kept.state_hash == hex {
@@ -375,6 +376,7 @@ fn resources(
     resolved: &Resolved,
     services: Vec<MeshService>,
     namespaces: Vec<MeshNamespace>,
+    nodes: Vec<MeshNode>,
 ) -> BTreeMap<String, v1::Resource> {
     let workloads = resolved.workloads.iter().cloned().map(Resource::Workload);
     let policies = resolved.policies.iter().cloned().map(Resource::Policy);
@@ -384,6 +386,7 @@ fn resources(
         .chain(guardrails)
         .chain(services.into_iter().map(Resource::Service))
         .chain(namespaces.into_iter().map(Resource::Namespace))
+        .chain(nodes.into_iter().map(Resource::Node))
         .map(|resource| (resource.key(), resource.message()))
         .collect()
 }

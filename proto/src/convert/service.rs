@@ -3,7 +3,7 @@ use std::{
     net::SocketAddr,
 };
 
-use hauberk_core::policy::MeshService;
+use hauberk_core::policy::{Hints, MeshNode, MeshService, Reach};
 
 use super::{
     ConvertError,
@@ -25,13 +25,19 @@ pub fn service_message(service: &MeshService) -> v1::Service {
                 port: u32::from(*port),
                 backends: backends
                     .iter()
-                    .map(|backend| v1::Backend {
+                    .map(|(backend, hints)| v1::Backend {
                         address: backend.ip().to_string(),
                         port: u32::from(backend.port()),
+                        for_nodes: hints.nodes.iter().map(ToString::to_string).collect(),
+                        for_zones: hints.zones.iter().cloned().collect(),
                     })
                     .collect(),
             })
             .collect(),
+        own_node_only: match service.reach {
+            Reach::Cluster => false,
+            Reach::Node => true,
+        },
     }
 }
 
@@ -51,14 +57,14 @@ pub fn service(message: v1::Service) -> Result<MeshService, ConvertError> {
     let mut ports = BTreeMap::new();
     for message in message.ports {
         let number = port("service.ports.port", message.port)?;
-        let backends = message
-            .backends
-            .iter()
-            .map(|backend| {
-                let field = "service.ports.backends";
-                Ok(SocketAddr::new(address(field, &backend.address)?, port(field, backend.port)?))
-            })
-            .collect::<Result<BTreeSet<_>, ConvertError>>()?;
+        let mut backends = BTreeMap::new();
+        for message in message.backends {
+            let (backend, hints) = backend(message)?;
+            if backends.insert(backend, hints).is_some() {
+                let text = format!("the backend {backend} stands twice");
+                return Err(ConvertError::new("service.ports.backends", text));
+            }
+        }
         if ports.insert(number, backends).is_some() {
             let text = format!("the port {number} stands twice");
             return Err(ConvertError::new("service.ports.port", text));
@@ -69,5 +75,36 @@ pub fn service(message: v1::Service) -> Result<MeshService, ConvertError> {
         name: name("service.name", &message.name)?,
         addresses,
         ports,
+        reach: if message.own_node_only { Reach::Node } else { Reach::Cluster },
     })
+}
+
+fn backend(message: v1::Backend) -> Result<(SocketAddr, Hints), ConvertError> {
+    let field = "service.ports.backends";
+    let backend = SocketAddr::new(address(field, &message.address)?, port(field, message.port)?);
+    let nodes = message.for_nodes.iter().map(|text| name("service.ports.backends.for_nodes", text));
+    let zones =
+        message.for_zones.into_iter().map(|text| zone("service.ports.backends.for_zones", text));
+    let hints =
+        Hints { nodes: nodes.collect::<Result<_, _>>()?, zones: zones.collect::<Result<_, _>>()? };
+    Ok((backend, hints))
+}
+
+/// The message of a node.
+#[must_use]
+pub fn node_message(node: &MeshNode) -> v1::Node {
+    v1::Node { name: node.name.to_string(), zone: node.zone.clone() }
+}
+
+/// Reads a node.
+///
+/// # Errors
+/// If a field is missing or malformed.
+pub fn node(message: v1::Node) -> Result<MeshNode, ConvertError> {
+    Ok(MeshNode { name: name("node.name", &message.name)?, zone: zone("node.zone", message.zone)? })
+}
+
+/// No zone has an empty name.
+fn zone(field: &str, text: String) -> Result<String, ConvertError> {
+    if text.is_empty() { Err(ConvertError::missing(field)) } else { Ok(text) }
 }

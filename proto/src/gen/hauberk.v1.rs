@@ -802,7 +802,7 @@ pub struct StateUpdate {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Resource {
-    #[prost(oneof = "resource::Kind", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "resource::Kind", tags = "1, 2, 3, 4, 5, 6")]
     pub kind: ::core::option::Option<resource::Kind>,
 }
 /// Nested message and enum types in `Resource`.
@@ -819,6 +819,8 @@ pub mod resource {
         Service(super::Service),
         #[prost(message, tag = "5")]
         Namespace(super::Namespace),
+        #[prost(message, tag = "6")]
+        Node(super::Node),
     }
 }
 /// A namespace of a Kubernetes cluster.
@@ -829,6 +831,14 @@ pub struct Namespace {
     /// Whether its pods are in the mesh.
     #[prost(bool, tag = "2")]
     pub enrolled: bool,
+}
+/// A node of a Kubernetes cluster that is in a zone. There are none unless a service asks for zones.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Node {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub zone: ::prost::alloc::string::String,
 }
 /// Addresses that stand for others: connections to them go to one of the backends.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -842,6 +852,9 @@ pub struct Service {
     pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     #[prost(message, repeated, tag = "4")]
     pub ports: ::prost::alloc::vec::Vec<ServicePort>,
+    /// Whether connections go only to backends that are for the caller's own node.
+    #[prost(bool, tag = "5")]
+    pub own_node_only: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ServicePort {
@@ -858,6 +871,11 @@ pub struct Backend {
     pub address: ::prost::alloc::string::String,
     #[prost(uint32, tag = "2")]
     pub port: u32,
+    /// The nodes and zones that it is for; for nobody in particular if there are none.
+    #[prost(string, repeated, tag = "3")]
+    pub for_nodes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, repeated, tag = "4")]
+    pub for_zones: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MeshWorkload {

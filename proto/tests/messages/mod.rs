@@ -75,6 +75,39 @@ pub(crate) fn guardrail_with(change: impl FnOnce(&mut v1::Guardrail)) -> v1::Res
     v1::Resource { kind: Some(Kind::Guardrail(message)) }
 }
 
+/// The good service after a change.
+pub(crate) fn service_with(change: impl FnOnce(&mut v1::Service)) -> v1::Resource {
+    let mut message = v1::Service {
+        namespace: "shop".to_owned(),
+        name: "web".to_owned(),
+        addresses: vec!["10.96.0.1".to_owned()],
+        ports: vec![v1::ServicePort {
+            port: 80,
+            backends: vec![v1::Backend {
+                address: "10.0.0.2".to_owned(),
+                port: 8080,
+                for_nodes: vec!["db-01".to_owned(), "db-02".to_owned()],
+                for_zones: vec!["zone-A".to_owned()],
+            }],
+        }],
+        own_node_only: true,
+    };
+    change(&mut message);
+    v1::Resource { kind: Some(Kind::Service(message)) }
+}
+
+/// The good service after a change of its only backend.
+pub(crate) fn backend_with(change: impl FnOnce(&mut v1::Backend)) -> v1::Resource {
+    service_with(|service| change(&mut service.ports[0].backends[0]))
+}
+
+/// The good node after a change.
+pub(crate) fn node_with(change: impl FnOnce(&mut v1::Node)) -> v1::Resource {
+    let mut message = v1::Node { name: "db-01".to_owned(), zone: "zone-A".to_owned() };
+    change(&mut message);
+    v1::Resource { kind: Some(Kind::Node(message)) }
+}
+
 pub(crate) fn owner() -> v1::Owner {
     v1::Owner {
         team: "ledger team".to_owned(),

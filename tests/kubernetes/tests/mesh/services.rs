@@ -1,6 +1,6 @@
 //! The ways in which pods find each other and run, and those who watch.
 
-use std::{process::Command, time::Duration};
+use std::{collections::BTreeSet, process::Command, time::Duration};
 
 use anyhow::{Context, ensure};
 use hauberk_kubernetes_tests::{Cluster, ipv4};
@@ -16,6 +16,7 @@ use crate::{
 
 pub(crate) const TESTS: &[(&str, Test)] = &[
     ("services_of_every_kind_lead_to_their_pods", services_of_every_kind_lead_to_their_pods),
+    ("connections_stay_as_near_as_the_service_asks", connections_stay_as_near_as_the_service_asks),
     ("a_job_with_an_init_container_finishes", a_job_with_an_init_container_finishes),
     ("containers_of_a_pod_talk_to_each_other", containers_of_a_pod_talk_to_each_other),
     ("a_pod_in_its_nodes_network_is_told", a_pod_in_its_nodes_network_is_told),
@@ -32,6 +33,63 @@ apiVersion: v1
 kind: Service
 metadata: {name: ledger-alias, namespace: shop}
 spec: {type: ExternalName, externalName: ledger.payments.svc.cluster.local}
+";
+
+/// The zones that the nodes are in for one test.
+const ZONES: [(&str, &str); 2] = [("node-a", "zone-a"), ("node-b", "zone-b")];
+
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+
+/// A service with a server on each node, which says its own name.
+const NEAR: &str = "
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: near, namespace: payments}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: near, namespace: payments}
+spec: {selector: {app: near}, ports: [{port: 80, targetPort: 8080}], trafficDistribution: PreferClose}
+---
+apiVersion: hauberk.dev/v1alpha1
+kind: AccessPolicy
+metadata: {name: near, namespace: payments}
+spec:
+  owner: {team: payments, contact: '#payments-oncall'}
+  target: {selector: {matchLabels: {app: near}}}
+  rules:
+  - name: checkout
+    ports: [8080]
+    from:
+    - serviceAccount: {namespace: shop, name: checkout}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: near-a, namespace: payments, labels: {app: near}}
+spec:
+  nodeName: node-a
+  serviceAccountName: near
+  terminationGracePeriodSeconds: 0
+  containers:
+  - name: it
+    image: hauberk.test/busybox:1
+    imagePullPolicy: Never
+    args: ['-c', 'mkdir /www; echo near-a >/www/index.html; exec httpd -f -h /www -p 8080']
+    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: near-b, namespace: payments, labels: {app: near}}
+spec:
+  nodeName: node-b
+  serviceAccountName: near
+  terminationGracePeriodSeconds: 0
+  containers:
+  - name: it
+    image: hauberk.test/busybox:1
+    imagePullPolicy: Never
+    args: ['-c', 'mkdir /www; echo near-b >/www/index.html; exec httpd -f -h /www -p 8080']
+    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1}
 ";
 
 fn allowed(cluster: &Cluster) -> anyhow::Result<()> {
@@ -65,6 +123,78 @@ fn services_of_every_kind_lead_to_their_pods(cluster: &Cluster) -> anyhow::Resul
         ensure!(get(cluster, "web", &url).is_err(), "{url}: nobody allowed it");
     }
     cluster.delete(SERVICES)?;
+    Ok(())
+}
+
+/// What is left of a failed one would make the next tests fail, too.
+fn connections_stay_as_near_as_the_service_asks(cluster: &Cluster) -> anyhow::Result<()> {
+    for (node, zone) in ZONES {
+        let label = format!("{ZONE_LABEL}={zone}");
+        cluster.kubectl(&["label", "--overwrite", "node", node, &label])?;
+    }
+    let outcome = near(cluster).with_context(|| everything(cluster));
+    cluster.delete(NEAR)?;
+    for (node, _) in ZONES {
+        cluster.kubectl(&["label", "node", node, &format!("{ZONE_LABEL}-")])?;
+    }
+    outcome
+}
+
+fn near(cluster: &Cluster) -> anyhow::Result<()> {
+    let place = || -> anyhow::Result<()> {
+        cluster.apply(NEAR)?;
+        for pod in ["near-a", "near-b"] {
+            cluster.wait_pod("payments", pod, PATIENCE)?;
+        }
+        Ok(())
+    };
+    let twenty = |name: &str| {
+        cluster.wait_until(&format!("connections to {name}"), PATIENCE, |cluster| {
+            all_of_twenty_reach(cluster, name)
+        })
+    };
+    place()?;
+    cluster.wait_until("the hints", PATIENCE, hinted)?;
+    twenty("near-a")?;
+    // By now the agents know of the hints, and no connection goes elsewhere.
+    for _ in 0..3 {
+        all_of_twenty_reach(cluster, "near-a")?;
+    }
+    cluster.kubectl(&["delete", "pod", "--namespace=payments", "near-a"])?;
+    twenty("near-b")?;
+    let local = "--patch={\"spec\": {\"internalTrafficPolicy\": \"Local\"}}";
+    cluster.kubectl(&["patch", "service", "--namespace=payments", "near", local])?;
+    let wanted = "has internalTrafficPolicy: Local, and no endpoint that is ready on node-a, but 1";
+    cluster.wait_until("the refusal", PATIENCE, |cluster| {
+        ensure!(get(cluster, "checkout", "http://near.payments/").is_err(), "not refused");
+        let denied = told(cluster, &["denied"])?;
+        ensure!(denied.contains(wanted), "{denied}");
+        Ok(())
+    })?;
+    // What was applied does not speak of that field, which stays as it is.
+    place()?;
+    twenty("near-a")
+}
+
+/// Whether the controller has said of both which zone they are for.
+fn hinted(cluster: &Cluster) -> anyhow::Result<()> {
+    let service = "--selector=kubernetes.io/service-name=near";
+    let found =
+        cluster.kubectl_json(&["get", "endpointslices", "--namespace=payments", service])?;
+    let slices = found["items"].as_array().into_iter().flatten();
+    let endpoints = slices.flat_map(|slice| slice["endpoints"].as_array().into_iter().flatten());
+    let zones: BTreeSet<&str> = endpoints
+        .filter_map(|endpoint| endpoint["hints"]["forZones"][0]["name"].as_str())
+        .collect();
+    ensure!(zones == BTreeSet::from(["zone-a", "zone-b"]), "{found:#}");
+    Ok(())
+}
+
+fn all_of_twenty_reach(cluster: &Cluster, name: &str) -> anyhow::Result<()> {
+    let twenty = "i=0; while [ $i -lt 20 ]; do \
+                  timeout 5 wget -q -O - http://near.payments/ || echo failed; i=$((i+1)); done";
+    let said = cluster.exec("shop", "checkout", &["sh", "-c", twenty])?;
+    ensure!(said == format!("{name}\n").repeat(20), "{said}");
     Ok(())
 }
 
