@@ -131,6 +131,9 @@ mod tests {
         SocketAddr::from(([10, 0, 0, number], 8080))
     }
 
+    /// What it shows, the hints of all backends, the caller's zone; the first and the others.
+    type Case<'a> = (&'a str, Vec<Hints>, Option<&'a str>, &'a [u8], &'a [u8]);
+
     /// Backends from 1 on, in this order.
     fn service(reach: Reach, all: &[Hints]) -> MeshService {
         let backends: BTreeMap<_, _> = (1..).map(backend).zip(all.iter().cloned()).collect();
@@ -164,7 +167,7 @@ mod tests {
         let zone = |name: &str| hints(&[], &[name]);
         let both = |node: &str, zone: &str| hints(&[node], &[zone]);
         let (x, y) = (Some("x"), Some("y"));
-        let cases: [(&str, Vec<Hints>, Option<&str>, &[u8], &[u8]); 14] = [
+        let cases: [Case<'_>; 14] = [
             ("no backend", vec![], x, &[], &[]),
             ("no hints", vec![none(), none()], x, &[1, 2], &[]),
             ("the own zone", vec![zone("x"), zone("y"), zone("x")], x, &[1, 3], &[2]),
