@@ -10,7 +10,13 @@ use std::{
 use anyhow::Context;
 use serde_json::json;
 
-use crate::machine::succeeded;
+use crate::{
+    control::server,
+    machine::{Machine, succeeded},
+};
+
+/// Where a machine has certificates and keys.
+pub(crate) const PKI: &str = "/etc/kubernetes/pki";
 
 /// An authority: a certificate and its key in a folder.
 pub(crate) struct Authority {
@@ -78,6 +84,27 @@ impl Authority {
         self.openssl(subject.name, subject.group, &extensions, place, &signer)
     }
 
+    /// Gives a machine what programs on it need to be clients of the API server: each a file's name, a user and a
+    /// group, which may be empty. They read `/etc/kubernetes/<file>.conf`.
+    pub(crate) fn introduce(
+        &self,
+        machine: &Machine,
+        clients: &[(&str, &str, &str)],
+    ) -> anyhow::Result<()> {
+        for (file, user, group) in clients {
+            self.issue(&machine.disk(PKI).join(file), Subject::client(user, group))?;
+            let place = |name: &str| format!("{PKI}/{name}");
+            let text = kubeconfig(
+                &server(),
+                &place("ca.crt"),
+                &place(&format!("{file}.crt")),
+                &place(&format!("{file}.key")),
+            );
+            machine.write(&format!("/etc/kubernetes/{file}.conf"), &text)?;
+        }
+        Ok(())
+    }
+
     fn openssl(
         &self,
         name: &str,
@@ -106,6 +133,24 @@ impl Authority {
             .context("run openssl")?;
         succeeded(&format!("make the certificate of {name}"), &output).map(|_| ())
     }
+}
+
+/// What a user of the API server needs, as rules of RBAC in YAML.
+pub(crate) fn rights(user: &str, rules: &str) -> String {
+    format!(
+        "apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {{name: '{user}'}}
+rules:
+{rules}---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {{name: '{user}'}}
+roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: '{user}'}}
+subjects:
+- {{apiGroup: rbac.authorization.k8s.io, kind: User, name: '{user}'}}
+"
+    )
 }
 
 /// A pair of keys that signs service accounts' tokens: `<place>.key` and `<place>.pub`.

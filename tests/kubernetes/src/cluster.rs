@@ -341,7 +341,7 @@ impl Cluster {
     /// # Errors
     /// If it cannot be started.
     pub fn start_network_policies(&self) -> anyhow::Result<()> {
-        self.apply(node::ENGINE_RIGHTS)?;
+        self.apply(&node::engine_rights())?;
         self.on_both(node::start_engine)
     }
 
@@ -363,7 +363,7 @@ impl Cluster {
         // They are too long for what a client's own apply notes down.
         self.kubectl(&["apply", "--server-side", &file])?;
         self.kubectl(&["wait", "--for=condition=Established", "--timeout=30s", &file])?;
-        self.apply(control::CERT_MANAGER_RIGHTS)?;
+        self.apply(&control::cert_manager_rights())?;
         control::start_cert_manager(&self.control)
     }
 

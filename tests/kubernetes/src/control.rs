@@ -3,12 +3,10 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::{
-    certificates::{Authority, Subject, kubeconfig, signing_key},
+    certificates::{Authority, PKI, Subject, rights, signing_key},
     machine::Machine,
     wire::{CONTROL, DNS_SERVICE, POD_NETWORKS, SERVICE_NETWORKS, ipv4, ipv6},
 };
-
-const PKI: &str = "/etc/kubernetes/pki";
 
 /// Who issues the service accounts' tokens, and their audience unless another is asked for.
 pub(crate) const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
@@ -57,16 +55,7 @@ pub(crate) fn prepare(
         ("dns", "system:coredns", ""),
         (CERT_MANAGER, CERT_MANAGER, ""),
     ];
-    for (file, user, group) in clients {
-        authority.issue(&pki.join(file), Subject::client(user, group))?;
-        let text = kubeconfig(
-            &server(),
-            &format!("{PKI}/ca.crt"),
-            &format!("{PKI}/{file}.crt"),
-            &format!("{PKI}/{file}.key"),
-        );
-        control.write(&format!("/etc/kubernetes/{file}.conf"), &text)?;
-    }
+    authority.introduce(control, &clients)?;
     front_proxy.issue(&pki.join("front-proxy"), Subject::client("front-proxy", ""))?;
     control.write("/etc/kubernetes/Corefile", COREFILE)
 }
@@ -176,25 +165,18 @@ pub(crate) fn start_controllers(control: &Machine, more: &[String]) -> anyhow::R
 
 /// The DNS server's rights, and its service as pods expect it. The server itself is no pod.
 pub(crate) fn manifests() -> String {
-    format!(
-        "apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {{name: system:coredns}}
-rules:
-- apiGroups: ['']
+    let rights = rights(
+        "system:coredns",
+        "- apiGroups: ['']
   resources: [endpoints, services, pods, namespaces]
   verbs: [list, watch]
 - apiGroups: [discovery.k8s.io]
   resources: [endpointslices]
   verbs: [list, watch]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {{name: system:coredns}}
-roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: system:coredns}}
-subjects:
-- {{apiGroup: rbac.authorization.k8s.io, kind: User, name: system:coredns}}
----
+",
+    );
+    format!(
+        "{rights}---
 apiVersion: v1
 kind: Service
 metadata: {{name: kube-dns, namespace: kube-system, labels: {{k8s-app: kube-dns}}}}
@@ -225,12 +207,10 @@ ports:
 }
 
 /// What cert-manager may, of what its own chart lets it.
-pub(crate) const CERT_MANAGER_RIGHTS: &str = "
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: cert-manager}
-rules:
-- apiGroups: [cert-manager.io]
+pub(crate) fn cert_manager_rights() -> String {
+    rights(
+        CERT_MANAGER,
+        "- apiGroups: [cert-manager.io]
   resources: ['*']
   verbs: [get, list, watch, create, update, patch, delete]
 - apiGroups: ['']
@@ -239,14 +219,9 @@ rules:
 - apiGroups: ['']
   resources: [events]
   verbs: [create, patch]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: cert-manager}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: cert-manager}
-subjects:
-- {apiGroup: rbac.authorization.k8s.io, kind: User, name: cert-manager}
-";
+",
+    )
+}
 
 /// Starts cert-manager, whose resources the API server must know.
 pub(crate) fn start_cert_manager(control: &Machine) -> anyhow::Result<()> {

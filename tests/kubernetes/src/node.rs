@@ -12,14 +12,11 @@ use anyhow::{Context, bail};
 use serde_json::json;
 
 use crate::{
-    certificates::{Authority, Subject, kubeconfig},
-    control::server,
+    certificates::{Authority, PKI, Subject, rights},
     images::PAUSE,
     machine::Machine,
     wire::{DNS_SERVICE, POD_NETWORKS, SERVICE_NETWORKS, ipv4, ipv6, pod_networks},
 };
-
-const PKI: &str = "/etc/kubernetes/pki";
 
 /// Where the host has the plugins for pods' networks.
 pub(crate) const CNI_PLUGINS: &str = "/usr/lib/cni";
@@ -44,16 +41,7 @@ pub(crate) fn prepare(node: &Machine, authority: &Authority) -> anyhow::Result<(
         ("kube-proxy", "system:kube-proxy", ""),
         (ENGINE, ENGINE, ""),
     ];
-    for (file, user, group) in clients {
-        authority.issue(&pki.join(file), Subject::client(user, group))?;
-        let text = kubeconfig(
-            &server(),
-            &format!("{PKI}/ca.crt"),
-            &format!("{PKI}/{file}.crt"),
-            &format!("{PKI}/{file}.key"),
-        );
-        node.write(&format!("/etc/kubernetes/{file}.conf"), &text)?;
-    }
+    authority.introduce(node, &clients)?;
     let addresses = [ipv4(node.number()), ipv6(node.number())];
     authority.issue(
         &pki.join("kubelet-server"),
@@ -226,12 +214,10 @@ pub(crate) fn start_proxy(node: &Machine) -> anyhow::Result<()> {
 }
 
 /// What the engine of NetworkPolicies may read.
-pub(crate) const ENGINE_RIGHTS: &str = "
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: kube-router}
-rules:
-- apiGroups: ['']
+pub(crate) fn engine_rights() -> String {
+    rights(
+        ENGINE,
+        "- apiGroups: ['']
   resources: [namespaces, pods, services, nodes, endpoints]
   verbs: [get, list, watch]
 - apiGroups: [networking.k8s.io]
@@ -240,14 +226,9 @@ rules:
 - apiGroups: [discovery.k8s.io]
   resources: [endpointslices]
   verbs: [get, list, watch]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: kube-router}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: kube-router}
-subjects:
-- {apiGroup: rbac.authorization.k8s.io, kind: User, name: kube-router}
-";
+",
+    )
+}
 
 /// Starts what enforces NetworkPolicies, and nothing else of it.
 pub(crate) fn start_engine(node: &Machine) -> anyhow::Result<()> {

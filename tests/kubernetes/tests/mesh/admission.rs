@@ -10,6 +10,7 @@ use hauberk_kubernetes_tests::Cluster;
 
 use crate::{
     Test,
+    control_plane::scale,
     install::{PATIENCE, everything},
     policy::{POLICY, condition, ledger_policy},
 };
@@ -145,40 +146,11 @@ fn the_control_plane_fills_in_two_fields_and_no_more(cluster: &Cluster) -> anyho
 fn without_a_control_plane_policies_are_stored_without_delay(
     cluster: &Cluster,
 ) -> anyhow::Result<()> {
-    let scale = |replicas: &str| {
-        let replicas = format!("--replicas={replicas}");
-        cluster.kubectl(&[
-            "scale",
-            "--namespace=hauberk-system",
-            "deployment/hauberk-control-plane",
-            &replicas,
-        ])
-    };
-    scale("0")?;
-    cluster.wait_until("the control plane to go", PATIENCE, |cluster| {
-        let left = cluster.kubectl(&[
-            "get",
-            "pods",
-            "--namespace=hauberk-system",
-            "--selector=app.kubernetes.io/component=control-plane",
-            "--output=name",
-        ])?;
-        ensure!(left.is_empty(), "{left}");
-        Ok(())
-    })?;
+    scale(cluster, 0)?;
     let started = Instant::now();
     let text = told(cluster, &stranger("alone"), &[]);
     let took = started.elapsed();
-    scale("1")?;
-    cluster
-        .kubectl(&[
-            "rollout",
-            "status",
-            "--namespace=hauberk-system",
-            "--timeout=60s",
-            "deployment/hauberk-control-plane",
-        ])
-        .with_context(|| everything(cluster))?;
+    scale(cluster, 1)?;
     let text = text?;
     ensure!(text.is_empty(), "who warned? {text}");
     eprintln!("stored in {took:?} without a control plane");

@@ -2,14 +2,7 @@
 //! while pods talk. In a cluster of its own, whose certificates live for seconds: a root waits for as long as they
 //! live.
 
-use std::{
-    fs,
-    path::Path,
-    process::Command,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
-    thread,
-    time::Duration,
-};
+use std::{fs, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context, bail, ensure};
 use hauberk_kubernetes_tests::Cluster;
@@ -17,7 +10,8 @@ use serde_json::{Value, json};
 
 use crate::{
     Test, admission,
-    install::{self, CHARTS, PATIENCE, everything},
+    control_plane::{NAMESPACE, kill, pods, rolled_out, while_connecting},
+    install::{self, CHARTS, PATIENCE},
     policy::{self, POLICY, get},
     replicas::told,
 };
@@ -26,9 +20,6 @@ pub(crate) const TESTS: &[(&str, Test)] = &[(
     "a_ca_of_cert_manager_comes_and_changes_and_nobody_notices",
     a_ca_of_cert_manager_comes_and_changes,
 )];
-
-const NAMESPACE: &str = "--namespace=hauberk-system";
-const CONTROL_PLANE: &str = "--selector=app.kubernetes.io/component=control-plane";
 
 /// Until a root that is new may issue, and until an old one is forgotten: two and a half lives of a certificate,
 /// and some looks.
@@ -168,25 +159,10 @@ fn a_ca_of_cert_manager_comes_and_changes(cluster: &Cluster) -> anyhow::Result<(
     })?;
     cluster.start_cert_manager()?;
 
-    let (over, failed, tried) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) {
-                tried.fetch_add(1, Ordering::Relaxed);
-                if let Err(error) = get(cluster, "checkout", "http://ledger.payments/") {
-                    failed.fetch_add(1, Ordering::Relaxed);
-                    eprintln!("{error:#}");
-                }
-            }
-        });
-        let outcome = bring(cluster).and_then(|()| renew(cluster)).and_then(|()| change(cluster));
-        over.store(true, Ordering::Relaxed);
-        outcome
+    while_connecting(cluster, 100, || {
+        bring(cluster).and_then(|()| renew(cluster)).and_then(|()| change(cluster))
     })
-    .with_context(|| format!("{}\n{}", everything(cluster), cluster.log_ends()))?;
-    let (failed, tried) = (failed.into_inner(), tried.into_inner());
-    eprintln!("{failed} of {tried} connections failed");
-    ensure!(failed == 0 && tried > 100, "{failed} of {tried} connections failed");
+    .with_context(|| cluster.log_ends())?;
     ensure!(get(cluster, "web", "http://ledger.payments/").is_err(), "nobody allowed it");
     Ok(())
 }
@@ -289,23 +265,10 @@ fn change(cluster: &Cluster) -> anyhow::Result<()> {
         ensure!(roots.contains(&one_line(&second)) && roots.len() > 1, "{roots:?}");
         Ok(())
     })?;
-    let names = cluster.kubectl(&[
-        "get",
-        "pods",
-        NAMESPACE,
-        CONTROL_PLANE,
-        "--output=jsonpath={.items[*].metadata.name}",
-    ])?;
-    let lost = names.split_whitespace().next().context("no control plane")?;
-    cluster.kubectl(&["delete", "pod", NAMESPACE, "--grace-period=0", "--force", lost])?;
+    let replicas = pods(cluster)?;
+    kill(cluster, replicas.first().context("no control plane")?)?;
     // What the other one handed over is enough to be ready with.
-    cluster.kubectl(&[
-        "rollout",
-        "status",
-        NAMESPACE,
-        "--timeout=60s",
-        "deployment/hauberk-control-plane",
-    ])?;
+    rolled_out(cluster)?;
     wait_root(cluster, &second)?;
     cluster.wait_until("the old roots to go", ROTATION, |cluster| {
         let roots = published(cluster)?;

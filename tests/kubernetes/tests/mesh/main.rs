@@ -9,6 +9,7 @@
 mod admission;
 mod agents;
 mod authority;
+mod control_plane;
 mod install;
 mod learn;
 mod network_policies;

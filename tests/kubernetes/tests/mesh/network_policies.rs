@@ -11,7 +11,7 @@ use crate::{
     admission::warns,
     agents,
     install::{CHARTS, PATIENCE, everything},
-    pods::{address, hasty, server, tries},
+    pods::{address, hasty, idle, server, tries},
     policy::get,
     replicas::a_replica,
     trouble::{LEDGER, allowed},
@@ -30,37 +30,11 @@ pub(crate) const TESTS: &[(&str, Test)] = &[
 
 /// The `checkout` of the shop three times more. They have not connected to anybody yet: an agent keeps what it has
 /// with another one, and an engine lets what is open go on.
-const NEWCOMERS: &str = "
-apiVersion: v1
-kind: Pod
-metadata: {name: newcomer, namespace: shop, labels: {tier: front, egress: mesh}}
-spec:
-  nodeName: node-a
-  serviceAccountName: checkout
-  terminationGracePeriodSeconds: 0
-  containers:
-  - {name: it, image: hauberk.test/busybox:1, imagePullPolicy: Never, args: ['-c', 'exec sleep 1000000']}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: shut-in, namespace: shop, labels: {tier: front, egress: plain}}
-spec:
-  nodeName: node-a
-  serviceAccountName: checkout
-  terminationGracePeriodSeconds: 0
-  containers:
-  - {name: it, image: hauberk.test/busybox:1, imagePullPolicy: Never, args: ['-c', 'exec sleep 1000000']}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: outsider, namespace: shop}
-spec:
-  nodeName: node-a
-  serviceAccountName: checkout
-  terminationGracePeriodSeconds: 0
-  containers:
-  - {name: it, image: hauberk.test/busybox:1, imagePullPolicy: Never, args: ['-c', 'exec sleep 1000000']}
-";
+const NEWCOMERS: [(&str, &str); 3] = [
+    ("newcomer", "{tier: front, egress: mesh}"),
+    ("shut-in", "{tier: front, egress: plain}"),
+    ("outsider", "{}"),
+];
 
 /// Who may connect to a port of the ledger: pods of the shop's front.
 fn ledger_from_front(port: u16) -> String {
@@ -129,8 +103,9 @@ fn a_network_policy_must_let_the_mesh_port_in_and_holds_beside_it(
     cluster: &Cluster,
 ) -> anyhow::Result<()> {
     allowed(cluster)?;
-    cluster.apply(NEWCOMERS)?;
-    for name in ["newcomer", "outsider", "shut-in"] {
+    let newcomers = NEWCOMERS.map(|(name, labels)| idle("shop", name, "checkout", labels)).concat();
+    cluster.apply(&newcomers)?;
+    for (name, _) in NEWCOMERS {
         cluster.wait_pod("shop", name, PATIENCE).with_context(|| everything(cluster))?;
     }
     enforced(cluster, || with_an_engine(cluster))?;
@@ -138,7 +113,7 @@ fn a_network_policy_must_let_the_mesh_port_in_and_holds_beside_it(
     let ledger: IpAddr = address(cluster, "payments", "ledger")?.parse()?;
     let text = get(cluster, "outsider", &format!("http://{ledger}:8080/"))?;
     ensure!(text == "the ledger\n", "{text}");
-    cluster.delete(NEWCOMERS)?;
+    cluster.delete(&newcomers)?;
     Ok(())
 }
 
@@ -247,13 +222,19 @@ fn behind_its_own(cluster: &Cluster) -> anyhow::Result<()> {
         let url = format!("http://{replica}:9464/readyz");
         cluster.exec(namespace, pod, &["timeout", "3", "wget", "-q", "-O", "-", &url])
     };
-    cluster.apply(ELSEWHERE)?;
+    // Without the mesh, in a namespace that nothing names.
+    cluster.apply("{apiVersion: v1, kind: Namespace, metadata: {name: elsewhere}}")?;
+    cluster.wait_until("the namespace's default account", PATIENCE, |cluster| {
+        let account = ["get", "serviceaccount", "--namespace=elsewhere", "default"];
+        cluster.kubectl(&account).map(drop)
+    })?;
+    cluster.apply(&idle("elsewhere", "it", "default", "{}"))?;
     cluster.wait_pod("elsewhere", "it", PATIENCE)?;
     cluster.wait_until("the engine", PATIENCE, |_| {
         ensure!(ask("elsewhere", "it").is_err(), "any namespace reads the metrics");
         ask("loose", "server").context("a namespace that may")
     })?;
-    cluster.delete(ELSEWHERE)?;
+    cluster.kubectl(&["delete", "namespace", "elsewhere"])?;
 
     // It goes on telling agents, and issues to pods that start.
     for node in ["node-a", "node-b"] {
@@ -267,19 +248,3 @@ fn behind_its_own(cluster: &Cluster) -> anyhow::Result<()> {
     warns(cluster)?;
     allowed(cluster)
 }
-
-/// A pod without the mesh, of a namespace that nothing names.
-const ELSEWHERE: &str = "
-apiVersion: v1
-kind: Namespace
-metadata: {name: elsewhere}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: it, namespace: elsewhere}
-spec:
-  nodeName: node-a
-  terminationGracePeriodSeconds: 0
-  containers:
-  - {name: it, image: hauberk.test/busybox:1, imagePullPolicy: Never, args: ['-c', 'exec sleep 1000000']}
-";

@@ -71,6 +71,23 @@ pub(crate) fn place(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A pod of `node-a` that does nothing by itself. The labels are those of a flow mapping, such as `{app: web}`.
+pub(crate) fn idle(namespace: &str, name: &str, account: &str, labels: &str) -> String {
+    format!(
+        "---
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, namespace: {namespace}, labels: {labels}}}
+spec:
+  nodeName: node-a
+  serviceAccountName: {account}
+  terminationGracePeriodSeconds: 0
+  containers:
+  - {{name: it, image: hauberk.test/busybox:1, imagePullPolicy: Never, args: ['-c', 'exec sleep 1000000']}}
+"
+    )
+}
+
 /// Connects to a server of another node as soon as it runs, and as often as it can.
 pub(crate) fn eager(namespace: &str, name: &str, server: SocketAddr) -> String {
     format!(

@@ -1,17 +1,14 @@
 //! Three replicas of the control plane, lost one after the other.
 
-use std::{
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
-    thread,
-    time::Duration,
-};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use hauberk_kubernetes_tests::Cluster;
 
 use crate::{
     Test,
-    install::{PATIENCE, everything},
+    control_plane::{NAMESPACE, kill, pods, rolled_out, scale, while_connecting},
+    install::PATIENCE,
     policy::{POLICY, condition, get, ledger_policy},
 };
 
@@ -19,9 +16,6 @@ pub(crate) const TESTS: &[(&str, Test)] = &[
     ("the_command_asks_through_the_kubeconfig", the_command_asks_through_the_kubeconfig),
     ("replicas_are_killed_and_nobody_notices", replicas_are_killed_and_nobody_notices),
 ];
-
-const NAMESPACE: &str = "--namespace=hauberk-system";
-const CONTROL_PLANE: &str = "--selector=app.kubernetes.io/component=control-plane";
 
 /// The address of a replica that is ready.
 pub(crate) fn a_replica(cluster: &Cluster) -> anyhow::Result<String> {
@@ -118,59 +112,17 @@ fn a_check_finds_what_is_wrong(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 fn replicas_are_killed_and_nobody_notices(cluster: &Cluster) -> anyhow::Result<()> {
-    cluster.kubectl(&["scale", NAMESPACE, "deployment/hauberk-control-plane", "--replicas=3"])?;
-    cluster
-        .kubectl(&[
-            "rollout",
-            "status",
-            NAMESPACE,
-            "--timeout=90s",
-            "deployment/hauberk-control-plane",
-        ])
-        .with_context(|| everything(cluster))?;
-    let (over, failed, tried) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) {
-                tried.fetch_add(1, Ordering::Relaxed);
-                if let Err(error) = get(cluster, "checkout", "http://ledger.payments/") {
-                    failed.fetch_add(1, Ordering::Relaxed);
-                    eprintln!("{error:#}");
-                }
-            }
-        });
-        let killed = kill_each(cluster);
-        over.store(true, Ordering::Relaxed);
-        killed
-    })
-    .with_context(|| everything(cluster))?;
-    let (failed, tried) = (failed.into_inner(), tried.into_inner());
-    eprintln!("{failed} of {tried} connections failed");
-    ensure!(failed == 0 && tried > 20, "{failed} of {tried} connections failed");
-    cluster.kubectl(&["scale", NAMESPACE, "deployment/hauberk-control-plane", "--replicas=1"])?;
-    cluster.kubectl(&[
-        "rollout",
-        "status",
-        NAMESPACE,
-        "--timeout=90s",
-        "deployment/hauberk-control-plane",
-    ])?;
-    Ok(())
+    scale(cluster, 3)?;
+    while_connecting(cluster, 20, || kill_each(cluster))?;
+    scale(cluster, 1)
 }
 
 /// One replica after the other; after each, a policy is edited and takes effect, and says so.
 fn kill_each(cluster: &Cluster) -> anyhow::Result<()> {
-    let names = cluster.kubectl(&[
-        "get",
-        "pods",
-        NAMESPACE,
-        CONTROL_PLANE,
-        "--output=jsonpath={.items[*].metadata.name}",
-    ])?;
-    let names: Vec<&str> = names.split_whitespace().collect();
+    let names = pods(cluster)?;
     ensure!(names.len() == 3, "{names:?}");
     for (round, name) in names.into_iter().enumerate() {
-        cluster.kubectl(&["delete", "pod", NAMESPACE, "--grace-period=0", "--force", name])?;
+        kill(cluster, &name)?;
         let wider = POLICY.replace("  - name: checkout", &format!("  - name: round-{round}\n    ports: [700{round}]\n    from: [{{serviceAccount: {{namespace: shop, name: web}}}}]\n  - name: checkout"));
         cluster.apply(&wider)?;
         cluster.wait_until("the edited policy", Duration::from_secs(90), |cluster| {
@@ -185,13 +137,7 @@ fn kill_each(cluster: &Cluster) -> anyhow::Result<()> {
         if !why.starts_with("allow: ") {
             bail!("{why}");
         }
-        cluster.kubectl(&[
-            "rollout",
-            "status",
-            NAMESPACE,
-            "--timeout=90s",
-            "deployment/hauberk-control-plane",
-        ])?;
+        rolled_out(cluster)?;
     }
     cluster.apply(POLICY)?;
     Ok(())

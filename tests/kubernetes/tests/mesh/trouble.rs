@@ -11,9 +11,10 @@ use hauberk_kubernetes_tests::Cluster;
 
 use crate::{
     Test, agents,
+    control_plane::scale,
     install::{PATIENCE, everything},
     outage::{Live, network_of},
-    pods::{address, callers, eager, server, tries},
+    pods::{address, callers, eager, idle, server, tries},
     policy::{POLICY, get},
     stolen,
 };
@@ -198,15 +199,6 @@ fn a_pod_deleted_by_force_stays_captured(cluster: &Cluster) -> anyhow::Result<()
 }
 
 fn a_control_plane_that_missed_a_deletion_goes_on(cluster: &Cluster) -> anyhow::Result<()> {
-    let scale = |replicas: &str| {
-        let replicas = format!("--replicas={replicas}");
-        cluster.kubectl(&[
-            "scale",
-            "--namespace=hauberk-system",
-            "deployment/hauberk-control-plane",
-            &replicas,
-        ])
-    };
     cluster.apply(POLICY)?;
     let last = POLICY.replace("name: ledger, namespace", "name: last, namespace");
     cluster.apply(&last)?;
@@ -221,30 +213,10 @@ fn a_control_plane_that_missed_a_deletion_goes_on(cluster: &Cluster) -> anyhow::
     })?;
     cluster.kubectl(&["delete", "accesspolicy", "--namespace=payments", "last"])?;
     thread::sleep(Duration::from_secs(1));
-    scale("0")?;
-    cluster.wait_until("the control plane to go", PATIENCE, |cluster| {
-        let left = cluster.kubectl(&[
-            "get",
-            "pods",
-            "--namespace=hauberk-system",
-            "--selector=app.kubernetes.io/component=control-plane",
-            "--output=name",
-        ])?;
-        ensure!(left.is_empty(), "{left}");
-        Ok(())
-    })?;
+    scale(cluster, 0)?;
     // The state is another one when it comes back.
     cluster.kubectl(&["label", "namespace", "loose", "hauberk.dev/mode=audit"])?;
-    scale("1")?;
-    cluster
-        .kubectl(&[
-            "rollout",
-            "status",
-            "--namespace=hauberk-system",
-            "--timeout=60s",
-            "deployment/hauberk-control-plane",
-        ])
-        .with_context(|| everything(cluster))?;
+    scale(cluster, 1)?;
     cluster.kubectl(&["label", "namespace", "loose", "hauberk.dev/mode-"])?;
     allowed(cluster)
 }
@@ -252,19 +224,7 @@ fn a_control_plane_that_missed_a_deletion_goes_on(cluster: &Cluster) -> anyhow::
 fn a_restarted_container_runtime_is_asked_again(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.restart_containerd("node-a")?;
     cluster.wait_node("node-a", PATIENCE)?;
-    cluster.apply(
-        "
-apiVersion: v1
-kind: Pod
-metadata: {name: late, namespace: shop}
-spec:
-  nodeName: node-a
-  serviceAccountName: checkout
-  terminationGracePeriodSeconds: 0
-  containers:
-  - {name: it, image: hauberk.test/busybox:1, imagePullPolicy: Never, args: ['-c', 'exec sleep 1000000']}
-",
-    )?;
+    cluster.apply(&idle("shop", "late", "checkout", "{}"))?;
     cluster.wait_pod("shop", "late", PATIENCE).with_context(|| everything(cluster))?;
     ensure!(get(cluster, "late", LEDGER)? == "the ledger\n");
     cluster.kubectl(&["delete", "pod", "--namespace=shop", "late"])?;

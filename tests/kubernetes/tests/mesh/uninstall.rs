@@ -6,6 +6,7 @@ use hauberk_kubernetes_tests::Cluster;
 use crate::{
     Test, admission,
     install::{CHARTS, PATIENCE, everything},
+    pods::idle,
     policy::{POLICY, get},
 };
 
@@ -84,18 +85,7 @@ fn uninstalling_leaves_nothing_and_pods_talk(cluster: &Cluster) -> anyhow::Resul
     let text = get(cluster, "web", "http://ledger.payments/")?;
     ensure!(text == "the ledger\n", "pods do not talk: {text}");
     // Not even one that starts now has to do with it.
-    cluster.apply(
-        "
-apiVersion: v1
-kind: Pod
-metadata: {name: after, namespace: shop}
-spec:
-  nodeName: node-b
-  terminationGracePeriodSeconds: 0
-  containers:
-  - {name: it, image: hauberk.test/busybox:1, imagePullPolicy: Never, args: ['-c', 'exec sleep 1000000']}
-",
-    )?;
+    cluster.apply(&idle("shop", "after", "default", "{}"))?;
     cluster.wait_pod("shop", "after", PATIENCE)?;
     ensure!(get(cluster, "after", "http://ledger.payments/")? == "the ledger\n");
     let left = cluster.kubectl(&[
