@@ -138,7 +138,11 @@ async fn decide<'a>(
     let service = snapshot.service(wanted);
     let chosen = service.and_then(|backends| context.balancer.choose(backends));
     let target = chosen.as_ref().map_or(wanted, |chosen| chosen.backend);
-    let destination: Arc<MeshWorkload> = match snapshot.find(target) {
+    let found = match (service, &chosen) {
+        (Some(_), None) => Found::Unknown,
+        (Some(_) | None, _) => snapshot.find(target),
+    };
+    let destination: Arc<MeshWorkload> = match found {
         Found::Workload(destination) => destination.clone(),
         found @ (Found::UndeclaredPort | Found::Unknown) => {
             let denial = match service {

@@ -197,6 +197,9 @@ impl Cluster {
         if is(self.slices.what()) {
             self.slices.list_anew();
         }
+        if is(self.nodes.what()) {
+            self.nodes.list_anew();
+        }
     }
 
     /// Whether the API server has a node of this name.
@@ -270,10 +273,10 @@ impl Cluster {
             })
         });
         let asks = snapshot.services.iter().any(MeshService::asks_for_zones);
-        // Without their version in what was seen: where a node is revokes nothing, and a replica of a version
-        // that does not tell it would be taken for one that is behind.
-        self.nodes.read(|nodes, _| {
+        self.nodes.read(|nodes, version| {
             snapshot.nodes = nodes.keys().cloned().collect();
+            // Always: who had seen them would be taken for one that is behind when no service asks any more.
+            snapshot.seen.insert(self.nodes.what().to_owned(), version);
             if asks {
                 snapshot.zones = zones(nodes);
             }

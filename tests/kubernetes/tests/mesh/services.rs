@@ -75,7 +75,7 @@ spec:
     image: hauberk.test/busybox:1
     imagePullPolicy: Never
     args: ['-c', 'mkdir /www; echo near-a >/www/index.html; exec httpd -f -h /www -p 8080']
-    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1}
+    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 10}
 ---
 apiVersion: v1
 kind: Pod
@@ -89,7 +89,7 @@ spec:
     image: hauberk.test/busybox:1
     imagePullPolicy: Never
     args: ['-c', 'mkdir /www; echo near-b >/www/index.html; exec httpd -f -h /www -p 8080']
-    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1}
+    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 10}
 ";
 
 fn allowed(cluster: &Cluster) -> anyhow::Result<()> {
@@ -141,8 +141,8 @@ fn connections_stay_as_near_as_the_service_asks(cluster: &Cluster) -> anyhow::Re
 }
 
 fn near(cluster: &Cluster) -> anyhow::Result<()> {
-    let place = || -> anyhow::Result<()> {
-        cluster.apply(NEAR)?;
+    let place = |objects: &str| -> anyhow::Result<()> {
+        cluster.apply(objects)?;
         for pod in ["near-a", "near-b"] {
             cluster.wait_pod("payments", pod, PATIENCE)?;
         }
@@ -153,7 +153,7 @@ fn near(cluster: &Cluster) -> anyhow::Result<()> {
             all_of_twenty_reach(cluster, name)
         })
     };
-    place()?;
+    place(NEAR)?;
     cluster.wait_until("the hints", PATIENCE, hinted)?;
     twenty("near-a")?;
     // By now the agents know of the hints, and no connection goes elsewhere.
@@ -162,7 +162,9 @@ fn near(cluster: &Cluster) -> anyhow::Result<()> {
     }
     cluster.kubectl(&["delete", "pod", "--namespace=payments", "near-a"])?;
     twenty("near-b")?;
-    let local = "--patch={\"spec\": {\"internalTrafficPolicy\": \"Local\"}}";
+    // Without the other field, which would lead to the same pods.
+    let local =
+        "--patch={\"spec\": {\"internalTrafficPolicy\": \"Local\", \"trafficDistribution\": null}}";
     cluster.kubectl(&["patch", "service", "--namespace=payments", "near", local])?;
     let wanted = "has internalTrafficPolicy: Local, and no endpoint that is ready on node-a, but 1";
     cluster.wait_until("the refusal", PATIENCE, |cluster| {
@@ -171,8 +173,8 @@ fn near(cluster: &Cluster) -> anyhow::Result<()> {
         ensure!(denied.contains(wanted), "{denied}");
         Ok(())
     })?;
-    // What was applied does not speak of that field, which stays as it is.
-    place()?;
+    // What is applied does not speak of that field, which stays as it is.
+    place(&NEAR.replace(", trafficDistribution: PreferClose", ""))?;
     twenty("near-a")
 }
 
