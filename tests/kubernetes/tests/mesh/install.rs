@@ -1,6 +1,10 @@
 //! The way in: a cluster with the mesh installed by Helm.
 
-use std::{path::Path, process::Command, time::Duration};
+use std::{
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, bail, ensure};
 use hauberk_kubernetes_tests::{Cluster, Image, Options};
@@ -30,6 +34,7 @@ pub(crate) fn start_with(values: &[&str]) -> anyhow::Result<Cluster> {
     let cluster = Cluster::start(Options { images: vec![image()?], ..Options::default() })?;
     let chart = |name: &str| format!("{CHARTS}/{name}");
     let namespace = "--namespace=hauberk-system";
+    let began = Instant::now();
     cluster.helm(&[
         "install",
         "hauberk-crds",
@@ -69,6 +74,7 @@ pub(crate) fn start_with(values: &[&str]) -> anyhow::Result<Cluster> {
     if let Err(error) = complete {
         bail!("{error:#}\n{}", everything(&cluster));
     }
+    eprintln!("installed after {:?}", began.elapsed());
     Ok(cluster)
 }
 

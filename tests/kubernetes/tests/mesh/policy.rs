@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use hauberk_kubernetes_tests::Cluster;
+use hauberk_linux::packets::tls::TLS13;
 use serde_json::Value;
 
 use crate::{
@@ -133,10 +134,15 @@ fn only_the_allowed_pod_connects(cluster: &Cluster) -> anyhow::Result<()> {
     for namespace in ["shop", "payments"] {
         cluster.kubectl(&["label", "namespace", namespace, "hauberk.dev/mode-"])?;
     }
+    let pods = pods(cluster)?;
+    let capture = cluster.wire().capture("node-b")?;
     cluster.wait_until("pods without the mesh", PATIENCE, |cluster| {
         ensure!(get(cluster, "web", url)? == "the ledger\n", "not even without the mesh");
         Ok(())
     })?;
+    // What it would show if nobody protected it.
+    ensure!(capture.stop()?.contains(b"the ledger"), "the wire shows nothing of what is in clear");
+    let began = Instant::now();
     enforce(cluster)?;
     let refused = cluster.wait_until("the mesh to refuse", PATIENCE, |cluster| {
         match (get(cluster, "checkout", url), get(cluster, "web", url)) {
@@ -148,6 +154,8 @@ fn only_the_allowed_pod_connects(cluster: &Cluster) -> anyhow::Result<()> {
         Ok(text) => eprintln!("refused: {text}"),
         Err(error) => bail!("{error:#}\n{}", everything(cluster)),
     }
+    eprintln!("enforced {:?} after the label", began.elapsed());
+    let capture = cluster.wire().capture("node-b")?;
     cluster.apply(POLICY)?;
     let allowed =
         cluster.wait_until("the policy", PATIENCE, |cluster| get(cluster, "checkout", url));
@@ -155,7 +163,6 @@ fn only_the_allowed_pod_connects(cluster: &Cluster) -> anyhow::Result<()> {
         Ok(text) => ensure!(text == "the ledger\n", "{text}"),
         Err(error) => bail!("{error:#}\n{}", everything(cluster)),
     }
-    let capture = cluster.wire().capture("node-b")?;
     // As often as it takes to meet both address families of the service.
     for round in 0..10 {
         if let Err(error) = get(cluster, "checkout", url) {
@@ -163,9 +170,33 @@ fn only_the_allowed_pod_connects(cluster: &Cluster) -> anyhow::Result<()> {
         }
     }
     let captured = capture.stop()?;
+    ensure!(captured.is_complete(), "the capture has lost {} frames", captured.lost());
     ensure!(!captured.contains(b"the ledger"), "the wire shows what was said");
+    // What carried it.
+    let handshakes = captured.handshakes(15_008);
+    let servers = handshakes.iter().filter_map(|handshake| handshake.server.as_ref());
+    let versions: Vec<u16> = servers.map(|server| server.version).collect();
+    let is_13 = !versions.is_empty() && versions.iter().all(|version| *version == TLS13);
+    ensure!(is_13, "not TLS 1.3: {versions:x?}");
     ensure!(get(cluster, "web", url).is_err(), "nobody allowed it");
+    let after = self::pods(cluster)?;
+    ensure!(after == pods, "pods were replaced or restarted: {pods:?}, now {after:?}");
     Ok(())
+}
+
+/// The pods of these tests, with how often their containers were started anew.
+fn pods(cluster: &Cluster) -> anyhow::Result<BTreeSet<(String, i64)>> {
+    let mut found = BTreeSet::new();
+    for namespace in ["shop", "payments"] {
+        let pods = cluster.kubectl_json(&["get", "pods", &format!("--namespace={namespace}")])?;
+        for pod in pods["items"].as_array().into_iter().flatten() {
+            let uid = pod["metadata"]["uid"].as_str().context("no UID")?;
+            let restarts = pod["status"]["containerStatuses"][0]["restartCount"].as_i64();
+            found.insert((uid.to_owned(), restarts.context("no container")?));
+        }
+    }
+    ensure!(found.len() >= 3, "{found:?}");
+    Ok(found)
 }
 
 /// The status of a condition, and its message.
