@@ -1,6 +1,11 @@
 //! Three replicas of the control plane, lost one after the other.
 
-use std::time::Duration;
+use std::{
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context, bail, ensure};
 use hauberk_kubernetes_tests::Cluster;
@@ -9,6 +14,7 @@ use crate::{
     Test,
     control_plane::{NAMESPACE, kill, pods, rolled_out, scale, while_connecting},
     install::PATIENCE,
+    pods::address,
     policy::{POLICY, condition, get, ledger_policy},
 };
 
@@ -29,9 +35,35 @@ pub(crate) fn a_replica(cluster: &Cluster) -> anyhow::Result<String> {
     Ok(address.with_context(|| format!("no replica is ready: {found:#}"))?.to_owned())
 }
 
+/// Denials that come while somebody watches; of a port that nobody was denied before.
+fn what_is_denied_is_followed(cluster: &Cluster) -> anyhow::Result<()> {
+    let before = told(cluster, &["denied"])?;
+    ensure!(!before.contains("payments/ledger:9000"), "{before}");
+    let url = format!("http://{}:9000/", address(cluster, "payments", "ledger")?);
+    let (over, program) = (AtomicBool::new(false), std::env::current_exe()?);
+    let followed = thread::scope(|scope| {
+        scope.spawn(|| {
+            // By then it may follow or not: one of the next ones it sees come.
+            while !over.load(Ordering::Relaxed) {
+                drop(get(cluster, "web", &url));
+            }
+        });
+        let mut command = Command::new("timeout");
+        command.args(["--signal=INT", "10"]).arg(program).args([crate::AS_HAUBERK, "denied", "-f"]);
+        command.env("KUBECONFIG", cluster.kubeconfig()).env_remove("HAUBERK_SOCKET");
+        let output = cluster.in_control(&mut command);
+        over.store(true, Ordering::Relaxed);
+        output
+    })?;
+    let (out, err) = (String::from_utf8(followed.stdout)?, String::from_utf8(followed.stderr)?);
+    let seen = out.lines().filter(|line| line.contains("shop/web -> payments/ledger:9000")).count();
+    ensure!(seen > 1, "{seen} denials were followed:\n{out}{err}");
+    Ok(())
+}
+
 /// The `hauberk` command, as somebody with a kubeconfig runs it.
 fn hauberk(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<std::process::Output> {
-    let mut command = std::process::Command::new(std::env::current_exe()?);
+    let mut command = Command::new(std::env::current_exe()?);
     command.arg(crate::AS_HAUBERK).args(arguments).env("KUBECONFIG", cluster.kubeconfig());
     command.env_remove("HAUBERK_SOCKET");
     cluster.in_control(&mut command)
@@ -66,6 +98,7 @@ fn the_command_asks_through_the_kubeconfig(cluster: &Cluster) -> anyhow::Result<
         ensure!(denied.contains("shop/web -> payments/ledger"), "{denied}");
         Ok(())
     })?;
+    what_is_denied_is_followed(cluster)?;
     a_check_finds_what_is_wrong(cluster)?;
     // Another namespace has no control plane, and that is said.
     let output = hauberk(cluster, &["status", "--kube-namespace=default"])?;

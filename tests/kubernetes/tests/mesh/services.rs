@@ -40,7 +40,7 @@ const ZONES: [(&str, &str); 2] = [("node-a", "zone-a"), ("node-b", "zone-b")];
 
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
-/// A service with a server on each node, which says its own name.
+/// The service, whose pods are in [`near_pod`].
 const NEAR: &str = "
 apiVersion: v1
 kind: ServiceAccount
@@ -62,35 +62,32 @@ spec:
     ports: [8080]
     from:
     - serviceAccount: {namespace: shop, name: checkout}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: near-a, namespace: payments, labels: {app: near}}
-spec:
-  nodeName: node-a
-  serviceAccountName: near
-  terminationGracePeriodSeconds: 0
-  containers:
-  - name: it
-    image: hauberk.test/busybox:1
-    imagePullPolicy: Never
-    args: ['-c', 'mkdir /www; echo near-a >/www/index.html; exec httpd -f -h /www -p 8080']
-    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 10}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: near-b, namespace: payments, labels: {app: near}}
-spec:
-  nodeName: node-b
-  serviceAccountName: near
-  terminationGracePeriodSeconds: 0
-  containers:
-  - name: it
-    image: hauberk.test/busybox:1
-    imagePullPolicy: Never
-    args: ['-c', 'mkdir /www; echo near-b >/www/index.html; exec httpd -f -h /www -p 8080']
-    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 10}
 ";
+
+/// A server of that service, which says its own name.
+fn near_pod(name: &str, node: &str) -> String {
+    format!(
+        "---
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, namespace: payments, labels: {{app: near}}}}
+spec:
+  nodeName: {node}
+  serviceAccountName: near
+  terminationGracePeriodSeconds: 0
+  containers:
+  - name: it
+    image: hauberk.test/busybox:1
+    imagePullPolicy: Never
+    args: ['-c', 'mkdir /www; echo {name} >/www/index.html; exec httpd -f -h /www -p 8080']
+    readinessProbe: {{httpGet: {{path: /, port: 8080}}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 10}}
+"
+    )
+}
+
+fn near_objects() -> String {
+    format!("{NEAR}{}{}", near_pod("near-a", "node-a"), near_pod("near-b", "node-b"))
+}
 
 fn allowed(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply(POLICY)?;
@@ -133,7 +130,7 @@ fn connections_stay_as_near_as_the_service_asks(cluster: &Cluster) -> anyhow::Re
         cluster.kubectl(&["label", "--overwrite", "node", node, &label])?;
     }
     let outcome = near(cluster).with_context(|| everything(cluster));
-    cluster.delete(NEAR)?;
+    cluster.delete(&near_objects())?;
     for (node, _) in ZONES {
         cluster.kubectl(&["label", "node", node, &format!("{ZONE_LABEL}-")])?;
     }
@@ -153,7 +150,7 @@ fn near(cluster: &Cluster) -> anyhow::Result<()> {
             all_of_twenty_reach(cluster, name)
         })
     };
-    place(NEAR)?;
+    place(&near_objects())?;
     cluster.wait_until("the hints", PATIENCE, hinted)?;
     twenty("near-a")?;
     // By now the agents know of the hints, and no connection goes elsewhere.
@@ -174,7 +171,7 @@ fn near(cluster: &Cluster) -> anyhow::Result<()> {
         Ok(())
     })?;
     // What is applied does not speak of that field, which stays as it is.
-    place(&NEAR.replace(", trafficDistribution: PreferClose", ""))?;
+    place(&near_objects().replace(", trafficDistribution: PreferClose", ""))?;
     twenty("near-a")
 }
 
