@@ -248,7 +248,7 @@ pub async fn run(
     // A moment for the resets to leave.
     drain(&context, Duration::from_secs(1)).await;
     let ended = match end {
-        End::Stopped(off) => {
+        End::Stopped(mut off) => {
             // Whoever has the folder has the rules, but for an agent before that is about to take both back.
             if args.remove_rules_on_stop && own.is_some() && !stands_by.load(Ordering::Relaxed) {
                 remove_rules(off.captured(), &args);
@@ -296,7 +296,7 @@ fn attestation(args: &Args) -> Attestation {
     }
 }
 
-fn remove_rules(captured: &Captured, args: &Args) {
+fn remove_rules(captured: &mut Captured, args: &Args) {
     captured.remove_rules();
     // Nobody would answer the plugin any more.
     if args.cni_plugin.is_some()

@@ -110,8 +110,8 @@ impl OnDuty {
 
 impl OffDuty {
     /// What was captured when they ended.
-    pub(crate) fn captured(&self) -> &Captured {
-        &self.captured
+    pub(crate) fn captured(&mut self) -> &mut Captured {
+        &mut self.captured
     }
 
     /// Takes no more connections, and closes the sessions that carry nothing.

@@ -24,6 +24,6 @@ mod replaced;
 mod successor;
 
 pub(crate) use predecessor::{End, Incumbent, Successors};
-pub(crate) use protocol::Seat;
+pub(crate) use protocol::{Role, Seat};
 pub(crate) use replaced::Replaced;
 pub(crate) use successor::{Before, Inherited, tell_when_ready};

@@ -138,6 +138,9 @@ fn status_json(status: &v1::GetStatusResponse) -> serde_json::Value {
             "ports": workload.ports,
             "captured": workload.captured,
             "problem": workload.problem,
+            "restored": workload.restored,
+            "restored_at": time(workload.restored_at_unix_ms),
+            "restored_what": workload.restored_what,
             "certificate_not_after": time(workload.not_after_unix_ms),
             "serial": workload.serial,
         })).collect::<Vec<_>>(),
@@ -340,6 +343,9 @@ pub(crate) fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     Ok(if findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// How long `check` speaks of capture rules that somebody altered.
+const RESTORED_SHOWN: Duration = Duration::from_secs(24 * 60 * 60);
+
 fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut find = |problem: String, hint| findings.push(Finding { problem, hint });
@@ -408,6 +414,20 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
             find(
                 format!("{} has no valid certificate", workload.workload),
                 "look at the log of its agent for failed renewals",
+            );
+        }
+        let recently = now.saturating_sub(RESTORED_SHOWN).unix_millis();
+        if workload.restored_at_unix_ms > recently {
+            find(
+                format!(
+                    "the capture rules of {} on {} were altered and restored, {} times, last at {}: {}",
+                    workload.workload,
+                    workload.node,
+                    workload.restored,
+                    time(workload.restored_at_unix_ms),
+                    workload.restored_what
+                ),
+                "find out which program changes nftables or routing there; hauberk denied shows what was cut",
             );
         }
     }

@@ -87,7 +87,7 @@ impl Incumbent {
             };
             tracing::info!("another agent takes this one's place");
             drop(self.successors);
-            let off = self.duties.lay_down().await?;
+            let mut off = self.duties.lay_down().await?;
             let handed =
                 hand_over(&mut successor, off.captured(), &self.inherited, own, stop).await;
             let Err(error) = handed else { return Ok(End::Replaced(off, successor)) };

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use arc_swap::ArcSwap;
 use hauberk_core::{
     policy::resolve::MeshWorkload,
     rotation::{self, Failure, Jitter, Step, Validity},
@@ -38,7 +39,33 @@ pub(crate) struct LocalIdentity {
     pub(crate) client_tls: Arc<ClientConfig>,
     /// Counts up with each certificate that is put to use.
     pub(crate) installed: watch::Receiver<u64>,
+    subject: Arc<ArcSwap<Subject>>,
     task: JoinHandle<()>,
+}
+
+/// The workload that a certificate is for, by its present name.
+struct Subject {
+    key: String,
+    namespace: String,
+    name: String,
+    /// Where it is kept.
+    path: PathBuf,
+}
+
+impl Subject {
+    fn of(workload: &MeshWorkload, folder: &Path) -> Self {
+        let key = workload.key();
+        Self {
+            namespace: workload.namespace.as_ref().map(ToString::to_string).unwrap_or_default(),
+            name: workload.name.to_string(),
+            path: kept_at(folder, &key),
+            key,
+        }
+    }
+}
+
+fn kept_at(folder: &Path, key: &str) -> PathBuf {
+    folder.join(format!("{}.json", key.replace('/', "__")))
 }
 
 impl Drop for LocalIdentity {
@@ -83,11 +110,9 @@ impl Identities {
         let client_tls =
             Arc::new(mesh_client_config(slot.clone(), self.trust.clone(), session::ALPN)?);
         let (sender, installed) = watch::channel(0);
+        let subject = Arc::new(ArcSwap::from_pointee(Subject::of(workload, &self.folder)));
         let rotation = Rotation {
-            key: key.clone(),
-            namespace: workload.namespace.as_ref().map(ToString::to_string).unwrap_or_default(),
-            name: workload.name.to_string(),
-            path: self.folder.join(format!("{}.json", key.replace('/', "__"))),
+            subject: subject.clone(),
             slot: slot.clone(),
             control_plane: self.control_plane.clone(),
             trust: self.trust.clone(),
@@ -99,10 +124,25 @@ impl Identities {
             slot,
             client_tls,
             installed,
+            subject,
             task: tokio::spawn(rotation.run()),
         });
         self.current.insert(key, identity.clone());
         Ok(identity)
+    }
+
+    /// A workload has another name, and is the same one.
+    pub(crate) fn rename(&mut self, before: &str, workload: &MeshWorkload) {
+        let Some(identity) = self.current.remove(before) else { return };
+        let subject = Subject::of(workload, &self.folder);
+        let renamed = std::fs::rename(kept_at(&self.folder, before), &subject.path);
+        if let Err(error) = renamed
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, path = %subject.path.display(), "the key of a renamed workload is not kept until its next renewal");
+        }
+        identity.subject.store(Arc::new(subject));
+        self.current.insert(workload.key(), identity);
     }
 
     /// Forgets every workload but these, and its key on disk.
@@ -111,7 +151,7 @@ impl Identities {
         self.current.retain(|key, _| {
             let stays = keep(key);
             if !stays {
-                let path = folder.join(format!("{}.json", key.replace('/', "__")));
+                let path = kept_at(folder, key);
                 if let Err(error) = std::fs::remove_file(&path)
                     && error.kind() != std::io::ErrorKind::NotFound
                 {
@@ -124,10 +164,7 @@ impl Identities {
 }
 
 struct Rotation {
-    key: String,
-    namespace: String,
-    name: String,
-    path: PathBuf,
+    subject: Arc<ArcSwap<Subject>>,
     slot: Arc<CredentialSlot>,
     control_plane: ControlPlane,
     trust: Arc<TrustSlot>,
@@ -155,7 +192,7 @@ impl Rotation {
                 }
                 Step::Expired => {
                     tracing::warn!(
-                        workload = self.key,
+                        workload = self.subject.load().key,
                         "the certificate expired before it was renewed"
                     );
                     self.slot.clear();
@@ -169,7 +206,7 @@ impl Rotation {
                         let attempts = failure.map_or(1, |f| f.attempts.saturating_add(1));
                         failure = Some(Failure { at: hauberk_tls::now(), attempts });
                         tracing::warn!(
-                            workload = self.key,
+                            workload = self.subject.load().key,
                             attempts,
                             error = format!("{error:#}"),
                             "a certificate could not be renewed"
@@ -188,15 +225,17 @@ impl Rotation {
     }
 
     fn load(&self) {
-        let loaded = Kept::load(&self.path).map_err(anyhow::Error::from).and_then(|kept| {
+        let subject = self.subject.load();
+        let path = &subject.path;
+        let loaded = Kept::load(path).map_err(anyhow::Error::from).and_then(|kept| {
             let Some(kept) = kept else { return Ok(()) };
-            let chain = kept.chain(&self.path)?;
-            let credential = Credential::new(chain, &kept.key(&self.path)?, hauberk_tls::now())?;
+            let chain = kept.chain(path)?;
+            let credential = Credential::new(chain, &kept.key(path)?, hauberk_tls::now())?;
             self.install(credential)
         });
         if let Err(error) = loaded {
             tracing::info!(
-                workload = self.key,
+                workload = self.subject.load().key,
                 error = format!("{error:#}"),
                 "the kept certificate is not used, asking for another"
             );
@@ -206,7 +245,10 @@ impl Rotation {
     async fn renew(&self) -> anyhow::Result<()> {
         let (key, request) = signing_request()?;
         let answer = WorkloadIdentityClient::new(self.control_plane.channel())
-            .issue(v1::IssueRequest { workload: self.key.clone(), certificate_request: request })
+            .issue(v1::IssueRequest {
+                workload: self.subject.load().key.clone(),
+                certificate_request: request,
+            })
             .await
             .map_err(|status| explain(&status));
         self.metrics.certificate_renewal(RenewalStep::Call, Outcome::from(&answer));
@@ -239,11 +281,11 @@ impl Rotation {
             return Ok(());
         }
         // A full disk costs the certificate at the next restart, not the connections of now.
-        if let Err(error) =
-            Kept::new(key, &answer.certificate_chain, &answer.trust_bundle).save(&self.path)
+        if let Err(error) = Kept::new(key, &answer.certificate_chain, &answer.trust_bundle)
+            .save(&self.subject.load().path)
         {
             tracing::warn!(
-                workload = self.key,
+                workload = self.subject.load().key,
                 error = format!("{:#}", anyhow::Error::from(error)),
                 "the certificate is in use but could not be kept for a restart"
             );
@@ -256,8 +298,9 @@ impl Rotation {
         if let Err(other) = self.slot.store(credential) {
             anyhow::bail!("the certificate is for {}, not {}", other.facts().id(), self.slot.id());
         }
+        let subject = self.subject.load();
         self.metrics.set_certificate_expiry(
-            WorkloadLabels { namespace: &self.namespace, name: &self.name },
+            WorkloadLabels { namespace: &subject.namespace, name: &subject.name },
             system_time(not_after),
         );
         self.installed.send_modify(|count| *count += 1);

@@ -161,6 +161,9 @@ fn status(shared: &Shared) -> Result<v1::GetStatusResponse, Status> {
                 problem: report.problem,
                 not_after_unix_ms: report.not_after_unix_ms,
                 serial: report.serial,
+                restored: report.restored,
+                restored_at_unix_ms: report.restored_at_unix_ms,
+                restored_what: report.restored_what,
             }
         })
         .collect();

@@ -1167,6 +1167,14 @@ pub struct WorkloadStatus {
     pub not_after_unix_ms: i64,
     #[prost(string, tag = "5")]
     pub serial: ::prost::alloc::string::String,
+    /// How often somebody else altered its capture rules, and the agent restored them; when the last time was, in
+    /// milliseconds since the Unix epoch, and what had been altered.
+    #[prost(uint64, tag = "6")]
+    pub restored: u64,
+    #[prost(int64, tag = "7")]
+    pub restored_at_unix_ms: i64,
+    #[prost(string, tag = "8")]
+    pub restored_what: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -1618,6 +1626,13 @@ pub struct WorkloadInfo {
     pub not_after_unix_ms: i64,
     #[prost(string, tag = "10")]
     pub serial: ::prost::alloc::string::String,
+    /// As in WorkloadStatus.
+    #[prost(uint64, tag = "11")]
+    pub restored: u64,
+    #[prost(int64, tag = "12")]
+    pub restored_at_unix_ms: i64,
+    #[prost(string, tag = "13")]
+    pub restored_what: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WhyRequest {
