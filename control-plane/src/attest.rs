@@ -60,8 +60,7 @@ pub(crate) fn node(extensions: &Extensions, shared: &Shared) -> Result<Caller, S
         }
         Peer::Lapsed(lapsed) => {
             return Err(Status::unauthenticated(format!(
-                "the certificate of this connection expired at {}; it may be renewed, and is good for \
-                 nothing else",
+                "the certificate of this connection expired at {}, and is good for its renewal at most",
                 lapsed.facts().not_after()
             )));
         }
@@ -113,12 +112,12 @@ pub(crate) fn renewing(extensions: &Extensions, shared: &Shared) -> Result<Renew
             expired = %facts.not_after(), "the renewal of an expired node certificate was refused: {why}");
         status
     };
-    // The connection was made within it, and may have waited since.
     if now.since(facts.not_after()) > shared.renewal_grace {
         let status = Status::unauthenticated(format!(
-            "the certificate of node {name} expired at {}, which is longer ago than expired ones are \
-             renewed (--node-renewal-grace); join anew with a new token",
-            facts.not_after()
+            "the certificate of node {name} expired at {}, and it is {now}, which is more than the \
+             --node-renewal-grace of {} s later; join anew with a new token",
+            facts.not_after(),
+            shared.renewal_grace.as_secs()
         ));
         return Err(refused("it expired too long ago", status));
     }

@@ -65,7 +65,7 @@ impl Connected for AgentStream {
 }
 
 /// Accepts, shakes hands beside each other, hands the finished ones on. `grace` is how long ago a peer's certificate
-/// may have expired, for the one call that it is good for then.
+/// may have expired; it is good for one call at most then.
 pub(crate) fn tls_connections(
     listener: TcpListener,
     acceptor: TlsAcceptor,

@@ -203,9 +203,15 @@ fn a_next_agent_that_cannot_start_changes_nothing() -> anyhow::Result<()> {
     std::fs::write(&node, b"damaged")?;
     mesh.start_agent("machine-b", &["--take-over"])?;
     wait_for(&mesh, "machine-b", "node.json is damaged")?;
-    std::fs::write(&node, kept)?;
+    // It waits, and answers probes in the meantime.
+    let error = mesh.get("machine-b", METRICS, "/readyz").expect_err("it is ready");
+    ensure!(error.to_string().contains("503"), "{error}");
     ensure!(before.ended().is_none(), "the agent that ran does so no longer");
     still_carries(&mut open(&mesh, &listener, "checkout")?)?;
+    let log = std::fs::read_to_string(mesh.log("machine-b"))?;
+    ensure!(!log.contains("another agent takes this one's place"), "{log}");
+    mesh.kill("machine-b");
+    std::fs::write(&node, kept)?;
     // Its metrics are its own again.
     wait_for_answer(&mesh, "machine-b")?;
     drop(replace_from(&mut mesh, before)?);
