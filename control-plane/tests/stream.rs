@@ -4,10 +4,7 @@
 
 mod place;
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::collections::BTreeMap;
 
 use hauberk_proto::{
     convert::Resource,
