@@ -100,7 +100,7 @@ pub(crate) fn status(asking: &Asking) -> anyhow::Result<ExitCode> {
     let status = whole_status(asking)?;
     match asking.output {
         Output::Json => println!("{}", status_json(&status)),
-        Output::Text => print_status(&status),
+        Output::Text => print_status(&status, now()),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -125,6 +125,7 @@ fn status_json(status: &v1::GetStatusResponse) -> serde_json::Value {
             "enforced_revision": node.enforced_revision,
             "refused": node.refused,
             "certificate_not_after": time(node.certificate_not_after_unix_ms),
+            "renewable_until": time(node.renewable_until_unix_ms),
             "last_seen": time(node.last_seen_unix_ms),
             "agent_version": node.agent_version,
             "open_connections": node.open_connections,
@@ -147,7 +148,7 @@ fn status_json(status: &v1::GetStatusResponse) -> serde_json::Value {
     })
 }
 
-fn print_status(status: &v1::GetStatusResponse) {
+fn print_status(status: &v1::GetStatusResponse, now: Timestamp) {
     println!(
         "trust domain {}, revision {}, {} policies, {} guardrails",
         status.trust_domain, status.revision, status.policies, status.guardrails
@@ -157,6 +158,7 @@ fn print_status(status: &v1::GetStatusResponse) {
         let state = match (node.joined, node.connected) {
             _ if !node.locked.is_empty() => "locked",
             (false, _) => "not joined",
+            (true, false) if has_expired(node, now) => "expired",
             (true, false) => "away",
             (true, true) => "connected",
         };
@@ -321,8 +323,7 @@ struct Finding {
 
 pub(crate) fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let status = whole_status(&args.asking)?;
-    let findings =
-        findings(&status, args.expiry_warn, Timestamp::from(std::time::SystemTime::now()));
+    let findings = findings(&status, args.expiry_warn, now());
     match args.asking.output {
         Output::Json => println!(
             "{}",
@@ -345,6 +346,25 @@ pub(crate) fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
 
 /// How long `check` speaks of capture rules that somebody altered.
 const RESTORED_SHOWN: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Whether a node's last certificate is good no more. Those of a cluster have none that the registry keeps.
+fn has_expired(node: &v1::NodeInfo, now: Timestamp) -> bool {
+    let end = node.certificate_not_after_unix_ms;
+    end != 0 && end <= now.unix_millis()
+}
+
+/// What to do about a node whose certificate has expired.
+fn way_back(node: &v1::NodeInfo, now: Timestamp) -> &'static str {
+    if node.renewable_until_unix_ms > now.unix_millis() {
+        "start its agent and let it reach the control plane: it renews the certificate by itself until then"
+    } else {
+        "hauberk token create --node NAME here, hauberk join TOKEN there; its agent takes it up as it runs"
+    }
+}
+
+fn now() -> Timestamp {
+    Timestamp::from(std::time::SystemTime::now())
+}
 
 fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -378,6 +398,21 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
             find(
                 format!("node {} has not joined", node.name),
                 "hauberk token create --node NAME here, hauberk join TOKEN there",
+            );
+        } else if !node.connected && has_expired(node, now) {
+            let end = time(node.certificate_not_after_unix_ms);
+            let until = match node.renewable_until_unix_ms {
+                until if until > now.unix_millis() => {
+                    format!("may be renewed until {}", time(until))
+                }
+                _ => "is not renewed any more".to_owned(),
+            };
+            find(
+                format!(
+                    "node {} is away, and its certificate, which ended at {end}, {until}",
+                    node.name
+                ),
+                way_back(node, now),
             );
         } else if !node.connected {
             find(

@@ -16,6 +16,8 @@ pub(super) const VERSION: u32 = 2;
 
 /// The next one's words.
 pub(super) const TAKE: &str = "take";
+/// It has no identity yet, and is still there.
+pub(super) const WAIT: &str = "wait";
 pub(super) const READY: &str = "ready";
 
 /// The predecessor's last word.

@@ -23,7 +23,7 @@ use hauberk_tls::{
 use rustls::ClientConfig;
 use tokio::{sync::watch, task::JoinHandle};
 
-use super::{ControlPlane, Kept, node::explain};
+use super::{ControlPlane, Kept, explain};
 use crate::handover::Replaced;
 
 /// How far back the control plane dates the start of a certificate: its life begins that much later.
@@ -31,6 +31,9 @@ pub(super) const BACKDATE: Duration = Duration::from_secs(60);
 
 /// Wall-clock jumps and suspended machines are noticed at this pace.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
+
+/// How often an agent whose node has no certificate that it can use looks for what was kept of a workload's.
+const NODE_LOOK: Duration = Duration::from_secs(2);
 
 /// One local workload's certificate, and what is built on it.
 pub(crate) struct LocalIdentity {
@@ -163,6 +166,10 @@ impl Identities {
     }
 }
 
+fn pause(until: Timestamp, now: Timestamp) -> Duration {
+    until.since(now).max(Duration::from_millis(20)).min(LONGEST_SLEEP)
+}
+
 struct Rotation {
     subject: Arc<ArcSwap<Subject>>,
     slot: Arc<CredentialSlot>,
@@ -176,9 +183,10 @@ struct Rotation {
 
 impl Rotation {
     async fn run(self) {
-        self.load();
+        self.load(true);
         let mut jitter = draw_jitter();
         let mut failure: Option<Failure> = None;
+        let mut renewals = self.control_plane.renewals();
         loop {
             let now = hauberk_tls::now();
             let step = match self.validity() {
@@ -186,10 +194,12 @@ impl Rotation {
                 None => rotation::acquire(now, jitter, failure),
             };
             match step {
-                Step::Wait(until) | Step::RetryAt(until) => {
-                    let pause = until.since(now).max(Duration::from_millis(20)).min(LONGEST_SLEEP);
-                    tokio::time::sleep(pause).await;
-                }
+                Step::Wait(until) => tokio::time::sleep(pause(until, now)).await,
+                Step::RetryAt(until) => tokio::select! {
+                    () = tokio::time::sleep(pause(until, now)) => {}
+                    // What has failed may have failed for want of that.
+                    () = self.control_plane.renewed(&mut renewals) => failure = None,
+                },
                 Step::Expired => {
                     tracing::warn!(
                         workload = self.subject.load().key,
@@ -197,24 +207,39 @@ impl Rotation {
                     );
                     self.slot.clear();
                 }
+                Step::RenewNow if !self.may_ask(now).await => {
+                    failure = None;
+                    // What was kept may be good by now, if the clock was wrong.
+                    self.load(false);
+                }
                 Step::RenewNow => match self.renew().await {
                     Ok(()) => {
                         failure = None;
                         jitter = draw_jitter();
                     }
-                    Err(error) => {
-                        let attempts = failure.map_or(1, |f| f.attempts.saturating_add(1));
-                        failure = Some(Failure { at: hauberk_tls::now(), attempts });
-                        tracing::warn!(
-                            workload = self.subject.load().key,
-                            attempts,
-                            error = format!("{error:#}"),
-                            "a certificate could not be renewed"
-                        );
-                    }
+                    Err(error) => failure = Some(self.failed(failure, &error)),
                 },
             }
         }
+    }
+
+    fn failed(&self, before: Option<Failure>, error: &anyhow::Error) -> Failure {
+        let attempts = before.map_or(1, |failure| failure.attempts.saturating_add(1));
+        tracing::warn!(
+            workload = self.subject.load().key,
+            attempts,
+            error = format!("{error:#}"),
+            "a certificate could not be renewed"
+        );
+        Failure { at: hauberk_tls::now(), attempts }
+    }
+
+    /// Whether the control plane can be asked: not while the node has no certificate that it can use. Waits for
+    /// one, but not for long, and not beyond the end of what is in use.
+    async fn may_ask(&self, now: Timestamp) -> bool {
+        let end = self.validity().map(|validity| validity.not_after.since(now));
+        let patience = end.unwrap_or(NODE_LOOK).min(NODE_LOOK).max(Duration::from_millis(20));
+        tokio::time::timeout(patience, self.control_plane.usable()).await.is_ok()
     }
 
     fn validity(&self) -> Option<Validity> {
@@ -224,7 +249,12 @@ impl Rotation {
         Some(Validity { not_before: issued, not_after: facts.not_after() })
     }
 
-    fn load(&self) {
+    /// Takes up what is on disk, if nothing is in use and there are roots to trust beside it. `first` says what is
+    /// wrong with it.
+    fn load(&self, first: bool) {
+        if self.slot.load().is_some() || self.trust.load().roots().is_empty() {
+            return;
+        }
         let subject = self.subject.load();
         let path = &subject.path;
         let loaded = Kept::load(path).map_err(anyhow::Error::from).and_then(|kept| {
@@ -233,7 +263,9 @@ impl Rotation {
             let credential = Credential::new(chain, &kept.key(path)?, hauberk_tls::now())?;
             self.install(credential)
         });
-        if let Err(error) = loaded {
+        if let Err(error) = loaded
+            && first
+        {
             tracing::info!(
                 workload = self.subject.load().key,
                 error = format!("{error:#}"),
@@ -273,6 +305,9 @@ impl Rotation {
             now,
         )?;
         let credential = Credential::new(certificates(&answer.certificate_chain), key, now)?;
+        if bundle.roots().is_empty() {
+            anyhow::bail!("no root of the answer is valid by the clock of this machine");
+        }
         if bundle.roots() != self.trust.load().roots() {
             self.trust.store(bundle);
         }

@@ -1603,6 +1603,9 @@ pub struct NodeInfo {
     /// Why nothing is issued to it until it joins anew; empty if it is not locked.
     #[prost(string, tag = "10")]
     pub locked: ::prost::alloc::string::String,
+    /// Until when it may renew its certificate although that has expired; 0 if it may not.
+    #[prost(int64, tag = "11")]
+    pub renewable_until_unix_ms: i64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WorkloadInfo {

@@ -9,6 +9,7 @@
 )]
 
 mod attacks;
+mod away;
 mod command;
 mod control_plane;
 mod demo;
@@ -57,6 +58,7 @@ fn main() -> std::process::ExitCode {
         attacks::trials(),
         identity::trials(),
         restart::trials(),
+        away::trials(),
         handover::trials(),
         sessions::trials(),
         tls::trials(),
