@@ -27,6 +27,7 @@ use hauberk_telemetry::{Health, State as HealthState};
 use tokio::sync::watch;
 
 pub(crate) use board::StatusBoard;
+pub(crate) use host::closed_rules as closed_host_rules;
 pub(crate) use listeners::Arrival;
 pub(crate) use locals::Locals;
 pub(crate) use sandboxes::netns_file;
@@ -425,7 +426,15 @@ impl Captures {
         if current.host.is_none() {
             tokio::task::block_in_place(|| strays::release_host(&self.context.node));
         }
-        let known = current.inodes();
+        let mut known = current.inodes();
+        // What should be captured and could not be stays closed.
+        for workload in snapshot.on_node(&self.context.node) {
+            if let Some(Ok(path)) = self.namespace_path(workload, sandboxes)
+                && let Ok(netns) = hauberk_linux::Netns::open(&path)
+            {
+                known.insert(netns.inode());
+            }
+        }
         let folder = self.netns_dir.clone();
         let found =
             tokio::task::block_in_place(|| strays::find(&self.context.node, &folder, &known));

@@ -25,6 +25,7 @@ mod replaced;
 mod successor;
 
 pub(crate) use folder::is_taken;
+pub(crate) use folder::lock as own_folder;
 pub(crate) use predecessor::{End, Incumbent, Successors};
 pub(crate) use protocol::{Role, Seat};
 pub(crate) use replaced::Replaced;

@@ -13,6 +13,7 @@ pub mod probe;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 mod authorize;
+pub mod boot;
 mod capture;
 mod cni;
 mod context;

@@ -4,6 +4,6 @@ mod kept;
 mod snapshot;
 mod subscribe;
 
-pub(crate) use kept::{Owner, owner as kept_owner};
+pub(crate) use kept::{Owner, owner as kept_owner, state as kept_state};
 pub(crate) use snapshot::{Found, Snapshot};
 pub(crate) use subscribe::{Enforcer, POLICY_CHECK, Subscription};

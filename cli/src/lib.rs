@@ -77,6 +77,9 @@ struct AgentArgs {
 enum AgentAction {
     /// Remove every capture rule, of the host and of the named network namespaces.
     Cleanup,
+    /// Close what the workloads of this machine serve and refuse what they send, by the state on disk, until an
+    /// agent starts: for a unit that runs before the network is up.
+    Close,
 }
 
 #[derive(clap::Args)]
@@ -213,6 +216,9 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Action::Agent(AgentArgs { args, action: None }) => return hauberk_agent::app::main(args),
         Action::Agent(AgentArgs { args, action: Some(AgentAction::Cleanup) }) => {
             return hauberk_agent::app::cleanup(&args);
+        }
+        Action::Agent(AgentArgs { args, action: Some(AgentAction::Close) }) => {
+            return hauberk_agent::boot::close(&args);
         }
         Action::Join(JoinArgs { token, output, mut args }) => {
             args.join_token = Some(token);

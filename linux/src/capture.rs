@@ -27,7 +27,7 @@ mod transaction;
 
 pub use drift::Drift;
 pub use host::{HostRules, HostWorkload, ProcessMatch};
-pub use monitor::Monitor;
+pub use monitor::{Monitor, Reports};
 pub use namespace::NamespaceRules;
 pub use older::{Connection, older};
 pub use ruleset::Ruleset;

@@ -11,7 +11,7 @@ use std::{
 
 use hauberk_linux::{
     NetnsWorker,
-    capture::{Before, Connection, Installed, Monitor, Ruleset},
+    capture::{Before, Connection, Installed, Monitor, Reports, Ruleset},
 };
 use tokio::{io::Interest, net::UnixDatagram};
 use tokio_util::task::AbortOnDropHandle;
@@ -21,6 +21,9 @@ use crate::{context::Context, handover::Replaced};
 
 /// Between two looks that news has caused: other programs may change their own rules many times a second.
 const QUIET: Duration = Duration::from_millis(5);
+
+/// Between two tries to be told.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Where rules are put in place: the agent's own network namespace, or a workload's.
 #[derive(Clone)]
@@ -53,7 +56,7 @@ pub(super) struct Restored {
 /// The rules of one place.
 pub(super) struct Guard {
     watch: Arc<Watch>,
-    _task: AbortOnDropHandle<()>,
+    _tasks: [AbortOnDropHandle<()>; 2],
 }
 
 /// What the task shares with its owner.
@@ -87,8 +90,8 @@ impl Guard {
         replaced: &Replaced,
     ) -> anyhow::Result<Self> {
         let monitor = site.call(Monitor::start)?;
-        let [nftables, routing, reports] = monitor.sockets().map(|socket| waitable(&socket));
-        let sockets = [nftables?, routing?, reports?];
+        let [nftables, routing] = monitor.sockets().map(|socket| waitable(&socket));
+        let sockets = [nftables?, routing?];
         let watch = Arc::new(Watch {
             context: context.clone(),
             site,
@@ -97,8 +100,11 @@ impl Guard {
             replaced: replaced.clone(),
             state: Mutex::default(),
         });
-        let task = tokio::spawn(follow(watch.clone(), monitor, sockets));
-        Ok(Self { watch, _task: AbortOnDropHandle::new(task) })
+        let tasks = [
+            tokio::spawn(follow(watch.clone(), monitor, sockets)),
+            tokio::spawn(follow_reports(watch.clone())),
+        ];
+        Ok(Self { watch, _tasks: tasks.map(AbortOnDropHandle::new) })
     }
 
     /// Puts these rules in place, unless they are. Blocks.
@@ -173,62 +179,76 @@ fn waitable(socket: &BorrowedFd<'_>) -> std::io::Result<UnixDatagram> {
 }
 
 /// Waits until one of the sockets is readable, and takes what is there.
-async fn news(
-    monitor: &Monitor,
-    [nftables, routing, reports]: &[UnixDatagram; 3],
-) -> std::io::Result<(bool, Vec<(SocketAddr, SocketAddr)>)> {
-    let ready = tokio::select! {
-        ready = nftables.readable() => ready.map(|()| nftables),
-        ready = routing.readable() => ready.map(|()| routing),
-        ready = reports.readable() => ready.map(|()| reports),
-    }?;
-    let mut found = None;
+async fn news<T>(
+    sockets: &[UnixDatagram],
+    take: impl FnOnce() -> std::io::Result<T>,
+) -> std::io::Result<Option<T>> {
+    let waiting = sockets.iter().map(|socket| Box::pin(socket.readable()));
+    let (ready, which, _) = futures_util::future::select_all(waiting).await;
+    ready?;
+    let Some(socket) = sockets.get(which) else { return Ok(None) };
+    let mut taken = None;
     // That nothing is left is what makes the runtime wait again.
-    let emptied: std::io::Result<()> = ready.try_io(Interest::READABLE, || {
-        found = Some(monitor.drain().and_then(|concerned| Ok((concerned, monitor.reports()?))));
+    let emptied: std::io::Result<()> = socket.try_io(Interest::READABLE, || {
+        taken = Some(take());
         Err(std::io::ErrorKind::WouldBlock.into())
     });
-    match (found, emptied) {
-        (Some(found), _) => found,
+    match (taken, emptied) {
+        (Some(taken), _) => taken.map(Some),
         (None, Err(error)) if error.kind() != std::io::ErrorKind::WouldBlock => Err(error),
-        (None, Ok(()) | Err(_)) => Ok((false, Vec::new())),
+        (None, Ok(()) | Err(_)) => Ok(None),
     }
 }
 
-async fn follow(watch: Arc<Watch>, monitor: Monitor, sockets: [UnixDatagram; 3]) {
+async fn follow(watch: Arc<Watch>, monitor: Monitor, sockets: [UnixDatagram; 2]) {
     loop {
-        let outcome = news(&monitor, &sockets).await;
-        match outcome {
-            Ok((concerned, unroutable)) => {
-                for connection in unroutable {
-                    let watch = watch.clone();
-                    drop(tokio::task::spawn_blocking(move || watch.unroutable(&connection)));
-                }
-                if concerned && !watch.replaced.is_set() {
-                    let watch = watch.clone();
-                    let healed = tokio::task::spawn_blocking(move || {
-                        if let Err(error) = watch.enforce(None) {
-                            tracing::error!(
-                                place = watch.name,
-                                error = format!("{error:#}"),
-                                "the capture rules were altered and could not be restored"
-                            );
-                        }
-                    });
-                    drop(healed.await);
-                }
+        match news(&sockets, || monitor.drain()).await {
+            Ok(Some(true)) if !watch.replaced.is_set() => {
+                let watch = watch.clone();
+                let healed = tokio::task::spawn_blocking(move || {
+                    if let Err(error) = watch.enforce(None) {
+                        tracing::error!(
+                            place = watch.name,
+                            error = format!("{error:#}"),
+                            "the capture rules were altered and could not be restored"
+                        );
+                    }
+                });
+                drop(healed.await);
             }
+            Ok(_) => {}
             Err(error) => {
                 // The slow look goes on.
-                tracing::warn!(
-                    place = watch.name,
-                    error = format!("{error:#}"),
-                    "no news of the network"
-                );
-                tokio::time::sleep(Duration::from_secs(1)).await;
+                tracing::warn!(place = watch.name, %error, "no news of the network");
+                tokio::time::sleep(RETRY).await;
             }
         }
         tokio::time::sleep(QUIET).await;
+    }
+}
+
+/// The kernel tells one agent only: this one, for as long as it has its place.
+async fn follow_reports(watch: Arc<Watch>) {
+    loop {
+        watch.replaced.wait_clear().await;
+        let site = watch.site.clone();
+        let started = tokio::task::spawn_blocking(move || site.call(Reports::start)).await;
+        if let Ok(Ok(reports)) = started
+            && let Ok(socket) = waitable(&reports.socket())
+        {
+            let sockets = [socket];
+            loop {
+                let taken = tokio::select! {
+                    () = watch.replaced.wait_set() => break,
+                    taken = news(&sockets, || reports.take()) => taken,
+                };
+                for connection in taken.ok().flatten().unwrap_or_default() {
+                    let watch = watch.clone();
+                    drop(tokio::task::spawn_blocking(move || watch.unroutable(&connection)));
+                }
+            }
+        }
+        tokio::time::sleep(RETRY).await;
     }
 }
 

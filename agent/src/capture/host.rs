@@ -281,6 +281,13 @@ fn close_once(rules: &mut [HostWorkload]) {
     }
 }
 
+/// Rules that close these workloads of the host, and lead nothing anywhere.
+pub(crate) fn closed_rules(workloads: &[Arc<MeshWorkload>]) -> Vec<HostWorkload> {
+    let mut rules: Vec<_> = workloads.iter().map(|workload| closed(workload)).collect();
+    close_once(&mut rules);
+    rules
+}
+
 /// A workload that is not captured: its service ports lead nowhere but to the refusal, and neither does
 /// what it sends, if the kernel can tell its processes.
 fn closed(workload: &MeshWorkload) -> HostWorkload {

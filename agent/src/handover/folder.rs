@@ -14,7 +14,7 @@ pub(crate) type Lock = nix::fcntl::Flock<std::fs::File>;
 ///
 /// # Errors
 /// If another agent has it.
-pub(super) fn lock(data: &Path) -> anyhow::Result<Lock> {
+pub(crate) fn lock(data: &Path) -> anyhow::Result<Lock> {
     let path = data.join("lock");
     let file = std::fs::OpenOptions::new()
         .create(true)

@@ -75,6 +75,14 @@ pub(crate) fn owner(data: &Path) -> anyhow::Result<Option<Owner>> {
     Ok(load(&path(data), None)?.map(|(owner, _)| owner))
 }
 
+/// The state of a data folder, and whose it is; none if there is no file.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn state(data: &Path) -> anyhow::Result<Option<(Owner, Snapshot)>> {
+    load(&path(data), None)
+}
+
 /// Writes a state for a restart.
 ///
 /// # Errors

@@ -47,8 +47,11 @@ const REPORTED: u32 = 128;
 pub struct Monitor {
     nftables: OwnedFd,
     routing: OwnedFd,
-    reports: OwnedFd,
 }
+
+/// The reports of captured connections that cannot be led to the agent.
+#[derive(Debug)]
+pub struct Reports(OwnedFd);
 
 impl Monitor {
     /// Begins to listen in the calling thread's namespace.
@@ -59,6 +62,32 @@ impl Monitor {
         let operation = "listening for changes of the network";
         let nftables = listen(SockProtocol::NetlinkNetFilter, &[NFTABLES]).context(operation)?;
         let routing = listen(SockProtocol::NetlinkRoute, &ROUTING).context(operation)?;
+        Ok(Self { nftables, routing })
+    }
+
+    /// The two sockets, one of which becomes readable when there is something to [`drain`](Self::drain).
+    pub fn sockets(&self) -> [BorrowedFd<'_>; 2] {
+        [self.nftables.as_fd(), self.routing.as_fd()]
+    }
+
+    /// Takes all news, without waiting. Returns whether any of it may concern the rules.
+    ///
+    /// # Errors
+    /// If the kernel refuses it.
+    pub fn drain(&self) -> io::Result<bool> {
+        let of_table = drain(&self.nftables, concerns_table)?;
+        let of_routing = drain(&self.routing, |_| true)?;
+        Ok(of_table || of_routing)
+    }
+}
+
+impl Reports {
+    /// Begins to listen in the calling thread's namespace.
+    ///
+    /// # Errors
+    /// If the kernel does not allow it: it tells one listener only, which may be another agent.
+    pub fn start() -> Result<Self> {
+        let operation = "listening for connections that cannot be captured";
         let reports = listen(SockProtocol::NetlinkNetFilter, &[]).context(operation)?;
         for attributes in [
             attribute(LOG_COMMAND, &[BIND]),
@@ -74,13 +103,12 @@ impl Monitor {
         ] {
             configure_reports(&reports, &attributes).context(operation)?;
         }
-        Ok(Self { nftables, routing, reports })
+        Ok(Self(reports))
     }
 
-    /// The three sockets, one of which becomes readable when there is something to [`drain`](Self::drain) or to
-    /// take from the [`reports`](Self::reports).
-    pub fn sockets(&self) -> [BorrowedFd<'_>; 3] {
-        [self.nftables.as_fd(), self.routing.as_fd(), self.reports.as_fd()]
+    /// The socket, which becomes readable when there is something to [`take`](Self::take).
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 
     /// Takes all reports of captured connections that cannot be led to the agent, without waiting: their two ends,
@@ -88,23 +116,13 @@ impl Monitor {
     ///
     /// # Errors
     /// If the kernel refuses it.
-    pub fn reports(&self) -> io::Result<Vec<(SocketAddr, SocketAddr)>> {
+    pub fn take(&self) -> io::Result<Vec<(SocketAddr, SocketAddr)>> {
         let mut found = Vec::new();
-        drain(&self.reports, |messages| {
+        drain(&self.0, |messages| {
             found.extend(each(messages).filter_map(reported));
             true
         })?;
         Ok(found)
-    }
-
-    /// Takes all news, without waiting. Returns whether any of it may concern the rules.
-    ///
-    /// # Errors
-    /// If the kernel refuses it.
-    pub fn drain(&self) -> io::Result<bool> {
-        let of_table = drain(&self.nftables, concerns_table)?;
-        let of_routing = drain(&self.routing, |_| true)?;
-        Ok(of_table || of_routing)
     }
 }
 
