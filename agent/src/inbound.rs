@@ -33,7 +33,7 @@ use crate::{
     policy::{Found, Snapshot},
     relay::{Application, Relay},
     report::Report,
-    session::{self, HANDSHAKE_TIMEOUT, Session, SessionError},
+    session::{self, HANDSHAKE_TIMEOUT, ProofRefused, Session, SessionError},
 };
 
 /// A session on which no stream comes for this long is closed. Longer than the caller's agent keeps
@@ -94,8 +94,8 @@ pub(crate) async fn serve_mesh(
                 Box::pin(session.close()).await;
                 return;
             }
-            Next::Broken(error) => {
-                broken(context, &session, from, &error);
+            Next::Broken(refused) => {
+                broken(context, &session, from, refused);
                 return;
             }
         };
@@ -109,11 +109,11 @@ pub(crate) async fn serve_mesh(
 }
 
 /// The caller's agent broke the protocol between streams.
-fn broken(context: &Context, session: &Session, from: SocketAddr, error: &SessionError) {
+fn broken(context: &Context, session: &Session, from: SocketAddr, refused: ProofRefused) {
     let mut report = Report::new(context, Side::Destination, connection_id(), Some(from), None);
     report.tls(session.tls());
     report.source(session.peer().id(), None);
-    report.denied(&without_policy(Reason::NotReady, ""), Some(error.to_string()));
+    report.denied(&without_policy(refused.reason, ""), Some(refused.detail));
 }
 
 /// The agent stops: a moment for the goodbye to leave.
@@ -128,8 +128,8 @@ enum Next {
     Leave,
     /// The caller's agent has closed the session.
     Ended,
-    /// It broke the protocol, or the network failed in the middle of something.
-    Broken(SessionError),
+    /// It broke the protocol, or could not prove itself anew.
+    Broken(ProofRefused),
 }
 
 /// Waits for the next stream, as long as there may be one.
@@ -176,15 +176,18 @@ async fn next_stream(
         match event {
             Ok(Some(Event::Open(open))) => return Next::Stream(Box::new(open)),
             Ok(Some(Event::Reauthenticate(proof))) => {
-                if let Err(error) = session.take_proof(&proof, &trust, hauberk_tls::now()) {
-                    return Next::Broken(SessionError::Io(std::io::Error::other(error)));
+                if let Err(refused) = session.take_proof(&proof, &trust, hauberk_tls::now()) {
+                    return Next::Broken(refused);
                 }
             }
             Ok(_) => {}
             Err(SessionError::Closed) => return Next::Ended,
             // An idle session that is reset takes nothing away from anybody.
             Err(SessionError::Io(_)) => return Next::Ended,
-            Err(error) => return Next::Broken(error),
+            Err(error) => {
+                let (reason, detail) = (Reason::NotReady, error.to_string());
+                return Next::Broken(ProofRefused { reason, detail });
+            }
         }
     }
 }

@@ -17,6 +17,7 @@ mod capture;
 mod cni;
 mod context;
 mod copy;
+mod delivery;
 mod departed;
 mod duties;
 mod edges;

@@ -231,9 +231,7 @@ impl Rotation {
             now,
         )?;
         let credential = Credential::new(certificates(&answer.certificate_chain), key, now)?;
-        if bundle.roots() != self.trust.load().roots() {
-            self.trust.store(bundle);
-        }
+        self.trust.store(bundle);
         self.install(credential)?;
         if self.replaced.is_set() {
             return Ok(());

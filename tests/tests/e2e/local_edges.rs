@@ -14,7 +14,10 @@ use hauberk_linux::packets::{CaptureOptions, PacketCapture};
 use hauberk_tests::mesh::{CHECKOUT, Mesh, WEB, addresses, is};
 use serde_json::Value;
 
-use crate::policy::{expect_reset, still_carries};
+use crate::{
+    policy::{expect_reset, still_carries},
+    relay::answers_lost,
+};
 
 crate::trials!(
     local_edges_go_through_tls_by_default,
@@ -22,6 +25,7 @@ crate::trials!(
     a_verified_local_edge_carries_bulk_half_close_and_resets,
     a_policy_change_cuts_a_verified_local_edge,
     a_verified_local_edge_lives_and_ends_with_its_certificates,
+    a_verified_local_edge_delivers_an_answer_before_the_end_of_the_upload,
 );
 
 const VERIFIED: &[&str] = &["--local-edges", "verified-local"];
@@ -224,4 +228,12 @@ fn a_verified_local_edge_lives_and_ends_with_its_certificates() -> anyhow::Resul
         ensure!(is(&record, "reason", "expired_cert"), "{record}");
     }
     expect_reset(mesh.connect("web", checkout()))
+}
+
+fn a_verified_local_edge_delivers_an_answer_before_the_end_of_the_upload() -> anyhow::Result<()> {
+    let mesh = Mesh::start_with_agents(&[], VERIFIED)?;
+    allow(&mesh)?;
+    let lost = answers_lost(&mesh, "web", checkout())?;
+    ensure!(lost == 0, "{lost} answers were lost\n{}", mesh.logs());
+    Ok(())
 }

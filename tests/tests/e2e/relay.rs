@@ -2,13 +2,14 @@
 
 use std::{
     io::{ErrorKind, Read, Write},
-    net::{Shutdown, SocketAddr, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
+use hauberk_cli::lab::ipv4;
 use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, addresses, is};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -24,6 +25,7 @@ crate::trials!(
     an_idle_connection_outlives_the_keep_alive,
     a_reader_that_pauses_for_longer_than_any_timeout_loses_nothing,
     a_refused_application_port_looks_refused,
+    an_answer_before_the_end_of_the_upload_arrives,
 );
 
 fn both_families_carry_data_and_show_the_real_client() -> anyhow::Result<()> {
@@ -437,5 +439,64 @@ fn a_refused_application_port_looks_refused() -> anyhow::Result<()> {
     ensure!(error.kind() == ErrorKind::ConnectionReset, "got {error}");
     let record = mesh.record("machine-a", |record| is(record, "close_reason", "unreachable"))?;
     ensure!(is(&record, "decision", "allow"), "{record}");
+    Ok(())
+}
+
+/// What a server says that takes no more of an upload.
+const REFUSAL: &[u8] =
+    b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\n\r\nthat is too much\n";
+
+/// Answers each connection after its first bytes and closes it at once, whatever else has come.
+fn refusing(listener: TcpListener) {
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            // A client that is gone gets no answer.
+            if stream.read(&mut [0; 512]).is_ok() {
+                drop(stream.write_all(REFUSAL));
+            }
+        }
+    });
+}
+
+/// Uploads until it may no longer, and then reads what the server had to say.
+fn upload(mut client: TcpStream) -> anyhow::Result<Vec<u8>> {
+    let chunk = [7; 16 * 1024];
+    for _ in 0..64 {
+        if client.write_all(&chunk).is_err() {
+            break;
+        }
+    }
+    let mut answer = Vec::new();
+    match client.read_to_end(&mut answer) {
+        Ok(_) => Ok(answer),
+        // After the answer, as without the mesh.
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(answer),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Counts the uploads that got no answer, or only a part of it.
+pub(crate) fn answers_lost(mesh: &Mesh, from: &str, to: SocketAddr) -> anyhow::Result<usize> {
+    const ROUNDS: usize = 200;
+    let owner = if to.ip() == ipv4(CHECKOUT) { "checkout" } else { "ledger" };
+    refusing(mesh.listen(owner, to)?);
+    let mut lost = 0;
+    for round in 0..ROUNDS {
+        let client = mesh.connect(from, to)?;
+        let answer = upload(client).with_context(|| format!("round {round}"))?;
+        lost += usize::from(answer != REFUSAL);
+    }
+    Ok(lost)
+}
+
+fn an_answer_before_the_end_of_the_upload_arrives() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let lost = answers_lost(&mesh, "checkout", mesh.ledger(8080))?;
+    ensure!(lost == 0, "{lost} answers were lost\n{}", mesh.logs());
+    for (machine, field) in [("machine-a", "bytes_received"), ("machine-b", "bytes_sent")] {
+        for record in mesh.all_records(machine)? {
+            ensure!(record[field].as_u64() == Some(REFUSAL.len() as u64), "{machine}: {record}");
+        }
+    }
     Ok(())
 }
