@@ -29,6 +29,7 @@ use crate::{
     capture::Locals,
     context::{Context, Local, canonical, connection_id},
     forward::{Forward, Outcome},
+    order::Turn,
     passthrough,
     policy::{Found, Snapshot},
     relay::{Application, Relay},
@@ -230,6 +231,7 @@ async fn admit<'a>(
     let mut report =
         Report::new(context, Side::Destination, open.connection_id, Some(from), Some(wanted));
     report.tls(session.tls());
+    let mut turn = context.order.enter(session.peer().id(), open.order);
     let (snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
     let claimed = canonical(open.source_address);
@@ -240,7 +242,7 @@ async fn admit<'a>(
 
     let local = match find_local(&snapshot, locals, &session, wanted) {
         Ok(local) => local,
-        Err(denial) => return refuse(session, &denial, &mut report).await,
+        Err(denial) => return refuse(session, turn, &denial, &mut report).await,
     };
     report.destination(&local.workload.identity, Some(&local.workload));
     let checked =
@@ -248,10 +250,12 @@ async fn admit<'a>(
     drop(snapshot);
     let permit = match checked {
         Ok(permit) => permit,
-        Err(denial) => return refuse(session, &denial, &mut report).await,
+        Err(denial) => return refuse(session, turn, &denial, &mut report).await,
     };
     let counters = report.permitted(&permit);
-    let application = match local.place.dial_as(client, wanted).await {
+    let dialled = local.place.dial_as(client, wanted, &mut turn).await;
+    drop(turn);
+    let application = match dialled {
         Ok(application) => application,
         Err(error) => {
             report.closed("unreachable", Some(format!("the application: {error}")));
@@ -367,9 +371,12 @@ fn find_local(
 
 async fn refuse<'a>(
     session: Box<Session>,
+    turn: Turn,
     denial: &Denial,
     report: &mut Report<'_>,
 ) -> Admitted<'a> {
+    // The next one does not wait for the answer.
+    drop(turn);
     report.denied(denial, None);
     let text = |value: Option<String>| value.unwrap_or_default();
     let refusal = Refusal {

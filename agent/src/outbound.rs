@@ -19,6 +19,7 @@ use crate::{
     context::{Context, Local, MESH_PORT, canonical, connection_id},
     forward::{Forward, Outcome},
     local_edge::LocalEdge,
+    order::Arrival,
     passthrough,
     policy::{Found, Snapshot},
     pool::Edge,
@@ -38,6 +39,7 @@ struct Captured {
     from: SocketAddr,
     wanted: Option<SocketAddr>,
     id: [u8; 16],
+    arrival: Arrival,
 }
 
 /// What is to become of a captured connection.
@@ -82,10 +84,11 @@ struct PassWay {
 pub(crate) async fn serve(
     context: &Arc<Context>,
     local: &Arc<Local>,
+    arrival: Arrival,
     application: TcpStream,
     from: SocketAddr,
 ) {
-    let captured = Captured::new(application, from);
+    let captured = Captured::new(application, from, arrival);
     let (from, wanted) = (Some(captured.from), captured.wanted);
     let mut report = Report::new(context, Side::Source, captured.id, from, wanted);
     // In boxes that are gone by the time bytes flow: an open connection has only what it needs.
@@ -105,9 +108,9 @@ pub(crate) async fn serve(
 }
 
 impl Captured {
-    fn new(application: TcpStream, from: SocketAddr) -> Self {
+    fn new(application: TcpStream, from: SocketAddr, arrival: Arrival) -> Self {
         let wanted = original_destination(&application).map(canonical).ok();
-        Self { application, from: canonical(from), wanted, id: connection_id() }
+        Self { application, from: canonical(from), wanted, id: connection_id(), arrival }
     }
 
     /// Where it was going, if it was captured on its way and not dialled here directly.
@@ -131,7 +134,7 @@ async fn decide<'a>(
         report.denied(&without_policy(Reason::UnknownDestination, mend), None);
         return Decision::Refused(captured.application);
     };
-    let Captured { application, from, wanted: _, id } = captured;
+    let Captured { application, from, wanted: _, id, arrival } = captured;
     let (snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
     // Before workloads: nobody takes a service's place by claiming its address.
@@ -184,8 +187,14 @@ async fn decide<'a>(
     }
     // Best effort: the connection works without.
     drop(tune_local(&application));
+    let edge = Edge {
+        destination: destination.identity.clone(),
+        agent: SocketAddr::new(target.ip(), MESH_PORT),
+    };
+    let order = local.departures.number(arrival, &edge, port).await;
     if let Some(destination) = neighbour {
-        let edge = LocalEdge { context, source: local, destination, id, from, wanted: target };
+        let (source, wanted) = (local, target);
+        let edge = LocalEdge { context, source, destination, id, from, wanted, order };
         let way = LocalWay { application, edge, permit, snapshots, _chosen: chosen };
         return Decision::Local(Box::new(way));
     }
@@ -195,10 +204,7 @@ async fn decide<'a>(
         trace_id: [0; 16],
         original_destination: target,
         source_address: from,
-    };
-    let edge = Edge {
-        destination: destination.identity.clone(),
-        agent: SocketAddr::new(target.ip(), MESH_PORT),
+        order,
     };
     let forward = Forward::new(context, local.clone(), permit, snapshots);
     let application = Some(Application::new(application));

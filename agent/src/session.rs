@@ -283,7 +283,7 @@ impl Session {
     ) -> Result<(), ProofRefused> {
         let facts = &mut self.facts;
         // Before the work of verifying it.
-        if !facts.proofs_allowed.take(Instant::now()) {
+        if !facts.proofs_allowed.take(now) {
             let detail = "the peer shows newer certificates too often".to_owned();
             return Err(ProofRefused { reason: Reason::RateLimited, detail });
         }

@@ -96,7 +96,10 @@ fn sources(folder: &Path, into: &mut Vec<String>) {
 /// Whether a file has a test of this name that is run: by an attribute, or by a list of trials.
 fn runs(source: &str, test: &str) -> bool {
     let Some((before, _)) = source.split_once(&format!("fn {test}(")) else { return false };
-    let attribute = before.lines().rev().take(3).any(|line| line.trim_end().ends_with("test]"));
+    let is_attribute = |line: &str| {
+        line.trim_start().starts_with("#[test]") || line.trim_start().starts_with("#[tokio::test")
+    };
+    let attribute = before.lines().rev().take(3).any(is_attribute);
     attribute || source.contains(&format!("    {test},\n")) || source.contains("proptest! {")
 }
 

@@ -186,10 +186,12 @@ impl NamespaceCapture {
                     &self.context,
                     listener,
                     move |context, stream, from| {
-                        let local = locals.get(&key);
+                        // In the order in which they were accepted.
+                        let local =
+                            locals.get(&key).map(|local| (local.departures.arrive(), local));
                         async move {
-                            if let Some(local) = local {
-                                outbound::serve(&context, &local, stream, from).await;
+                            if let Some((arrival, local)) = local {
+                                outbound::serve(&context, &local, arrival, stream, from).await;
                             }
                         }
                     },
@@ -344,10 +346,11 @@ impl HostCapture {
         for listener in listeners {
             let (locals, key) = (self.locals.clone(), key.to_owned());
             accepting.push(accept(context, listener, move |context, stream, from| {
-                let local = locals.get(&key);
+                // In the order in which they were accepted.
+                let local = locals.get(&key).map(|local| (local.departures.arrive(), local));
                 async move {
-                    if let Some(local) = local {
-                        outbound::serve(&context, &local, stream, from).await;
+                    if let Some((arrival, local)) = local {
+                        outbound::serve(&context, &local, arrival, stream, from).await;
                     }
                 }
             })?);

@@ -171,7 +171,7 @@ impl Session {
                 made: Instant::now(),
                 proofs_sent: 0,
                 proofs_taken: 0,
-                proofs_allowed: ProofAllowance::new(Instant::now()),
+                proofs_allowed: ProofAllowance::new(hauberk_tls::now()),
             }),
             closed: false,
         }))

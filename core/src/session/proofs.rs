@@ -1,6 +1,8 @@
 //! How often a peer may prove itself anew: each proof costs a verification.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::time::Timestamp;
 
 /// Proofs that may come at once: several renewals in a row, as when roots are rotated, and more.
 const BURST: u64 = 16;
@@ -12,20 +14,21 @@ const INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Copy)]
 pub struct ProofAllowance {
     left: u64,
-    refilled: Instant,
+    refilled: Timestamp,
 }
 
 impl ProofAllowance {
     /// The full allowance.
     #[must_use]
-    pub fn new(now: Instant) -> Self {
+    pub fn new(now: Timestamp) -> Self {
         Self { left: BURST, refilled: now }
     }
 
     /// Uses one up. Returns whether there was one.
-    pub fn take(&mut self, now: Instant) -> bool {
-        let more = now.saturating_duration_since(self.refilled).as_secs() / INTERVAL.as_secs();
-        if more > 0 {
+    pub fn take(&mut self, now: Timestamp) -> bool {
+        let more = now.since(self.refilled).as_secs() / INTERVAL.as_secs();
+        // A clock that was put back begins to count anew.
+        if more > 0 || now < self.refilled {
             self.left = self.left.saturating_add(more).min(BURST);
             self.refilled = now;
         }
@@ -41,17 +44,19 @@ mod tests {
 
     #[test]
     fn sixteen_proofs_may_come_at_once_and_then_one_a_second() {
-        let start = Instant::now();
+        let start = Timestamp::from_unix_millis(1_000_000);
+        let after = |millis| start.saturating_add(Duration::from_millis(millis));
         let mut allowance = ProofAllowance::new(start);
-        let taken = |allowance: &mut ProofAllowance, now| {
-            (0..1_000).filter(|_| allowance.take(now)).count()
-        };
-        assert_eq!(taken(&mut allowance, start), 16);
-        assert_eq!(taken(&mut allowance, start + Duration::from_millis(999)), 0);
+        let mut taken = |now| (0..1_000).filter(|_| allowance.take(now)).count();
+        assert_eq!(taken(start), 16);
+        assert_eq!(taken(after(999)), 0);
         for second in 1..=3 {
-            assert_eq!(taken(&mut allowance, start + Duration::from_secs(second)), 1);
+            assert_eq!(taken(after(second * 1_000)), 1);
         }
         // What was not used is not saved up.
-        assert_eq!(taken(&mut allowance, start + Duration::from_secs(3_600)), 16);
+        assert_eq!(taken(after(3_600_000)), 16);
+        // Nor does a clock that is put back stop it for ever.
+        assert_eq!(taken(start), 0);
+        assert_eq!(taken(after(1_000)), 1);
     }
 }

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::{
     policy::{expect_reset, still_carries},
-    relay::answers_lost,
+    relay::{answers_lost, pairs_exchanged},
 };
 
 crate::trials!(
@@ -26,6 +26,7 @@ crate::trials!(
     a_policy_change_cuts_a_verified_local_edge,
     a_verified_local_edge_lives_and_ends_with_its_certificates,
     a_verified_local_edge_delivers_an_answer_before_the_end_of_the_upload,
+    a_verified_local_edge_keeps_the_order_of_connections,
 );
 
 const VERIFIED: &[&str] = &["--local-edges", "verified-local"];
@@ -235,5 +236,15 @@ fn a_verified_local_edge_delivers_an_answer_before_the_end_of_the_upload() -> an
     allow(&mesh)?;
     let lost = answers_lost(&mesh, "web", checkout())?;
     ensure!(lost == 0, "{lost} answers were lost\n{}", mesh.logs());
+    Ok(())
+}
+
+fn a_verified_local_edge_keeps_the_order_of_connections() -> anyhow::Result<()> {
+    const PAIRS: usize = 300;
+    let mesh = Mesh::start_with_agents(&[], VERIFIED)?;
+    allow(&mesh)?;
+    let listener = mesh.listen("checkout", checkout())?;
+    let exchanged = pairs_exchanged(&mesh, "web", &listener, PAIRS)?;
+    ensure!(exchanged == 0, "{exchanged} of {PAIRS} pairs were accepted in the other order");
     Ok(())
 }

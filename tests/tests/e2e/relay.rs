@@ -26,6 +26,7 @@ crate::trials!(
     a_reader_that_pauses_for_longer_than_any_timeout_loses_nothing,
     a_refused_application_port_looks_refused,
     an_answer_before_the_end_of_the_upload_arrives,
+    connections_are_accepted_in_the_order_in_which_they_were_opened,
 );
 
 fn both_families_carry_data_and_show_the_real_client() -> anyhow::Result<()> {
@@ -498,5 +499,39 @@ fn an_answer_before_the_end_of_the_upload_arrives() -> anyhow::Result<()> {
             ensure!(record[field].as_u64() == Some(REFUSAL.len() as u64), "{machine}: {record}");
         }
     }
+    Ok(())
+}
+
+/// Counts the pairs of connections of one client, opened one after the other, that the server
+/// accepts in the other order.
+pub(crate) fn pairs_exchanged(
+    mesh: &Mesh,
+    from: &str,
+    listener: &TcpListener,
+    pairs: usize,
+) -> anyhow::Result<usize> {
+    let to = listener.local_addr()?;
+    let mut exchanged = 0;
+    for pair in 0..pairs {
+        let (first, second) = (mesh.connect(from, to)?, mesh.connect(from, to)?);
+        let mut seen = Vec::new();
+        for _ in 0..2 {
+            let (stream, client) = listener.accept().with_context(|| format!("pair {pair}"))?;
+            seen.push(client.port());
+            drop(stream);
+        }
+        let opened = [first.local_addr()?.port(), second.local_addr()?.port()];
+        ensure!(seen.contains(&opened[0]) && seen.contains(&opened[1]), "{seen:?}, {opened:?}");
+        exchanged += usize::from(seen != opened);
+    }
+    Ok(exchanged)
+}
+
+fn connections_are_accepted_in_the_order_in_which_they_were_opened() -> anyhow::Result<()> {
+    const PAIRS: usize = 300;
+    let mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let exchanged = pairs_exchanged(&mesh, "checkout", &listener, PAIRS)?;
+    ensure!(exchanged == 0, "{exchanged} of {PAIRS} pairs were accepted in the other order");
     Ok(())
 }

@@ -17,7 +17,7 @@ use hauberk_core::{
     identity::SpiffeId,
     policy::Reason,
     session::{
-        ALPN, Event, Machine, Open, Reauthenticate, Refusal, RefusalCause, ResetCause, Role,
+        ALPN, Event, Machine, Open, Order, Reauthenticate, Refusal, RefusalCause, ResetCause, Role,
     },
 };
 use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, is, ledger_policy};
@@ -225,6 +225,8 @@ fn wish(id: u8, to: SocketAddr) -> Open {
         original_destination: to,
         // One of checkout's own, and another for each stream.
         source_address: SocketAddr::new(ipv4(CHECKOUT), 40_000 + u16::from(id)),
+        // Each has no order but its own.
+        order: Order { queue: u64::from(id), place: 0 },
     }
 }
 
