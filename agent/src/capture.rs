@@ -28,7 +28,7 @@ use tokio::sync::watch;
 
 pub(crate) use board::StatusBoard;
 pub(crate) use host::closed_rules as closed_host_rules;
-pub(crate) use listeners::Arrival;
+pub(crate) use listeners::CapturedConnection;
 pub(crate) use locals::Locals;
 pub(crate) use sandboxes::netns_file;
 

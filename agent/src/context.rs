@@ -16,14 +16,17 @@ use hauberk_core::policy::resolve::MeshWorkload;
 use hauberk_linux::{NetnsWorker, socket};
 use hauberk_telemetry::{RecordSink, metrics::AgentMetrics};
 use hauberk_tls::{TrustSlot, turns::Handshakes};
-use tokio::{
-    net::{TcpSocket, TcpStream},
-    sync::watch,
-};
+use nix::libc;
+use tokio::{net::TcpStream, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::LocalEdges, edges::Edges, identity::LocalIdentity, policy::Snapshot, pool::Pool,
+    config::LocalEdges,
+    edges::Edges,
+    identity::LocalIdentity,
+    order::{ConnectOrder, Departures, Turn},
+    policy::Snapshot,
+    pool::Pool,
     services::Balancer,
 };
 
@@ -47,6 +50,8 @@ pub(crate) struct Context {
     /// Records that are sent under one key, if that is less than TLS allows.
     pub(crate) records_per_key: u64,
     pub(crate) handshakes: Arc<Handshakes>,
+    /// In which order streams dial their applications.
+    pub(crate) order: Arc<ConnectOrder>,
     /// Which backends of services get this node's connections.
     pub(crate) balancer: Arc<Balancer>,
     /// The captured workloads of this node by their keys, for `verified-local`; none under `mtls`.
@@ -86,6 +91,7 @@ impl Context {
             edges: Arc::new(Edges::new(SystemTime::now().into())),
             records_per_key,
             handshakes: Arc::default(),
+            order: Arc::default(),
             balancer: Arc::default(),
             neighbours: match local_edges {
                 LocalEdges::Mtls => None,
@@ -152,6 +158,8 @@ pub(crate) struct Local {
     pub(crate) place: Place,
     /// Sessions to other agents that are idle.
     pub(crate) pool: Pool,
+    /// The order of its connections.
+    pub(crate) departures: Departures,
 }
 
 /// Where a workload's sockets are.
@@ -171,7 +179,7 @@ impl Local {
         place: Place,
     ) -> Self {
         let pool = Pool::new(identity.slot.clone(), context.trust.clone(), context.metrics.clone());
-        Self { workload, identity, place, pool }
+        Self { workload, identity, place, pool, departures: Departures::new() }
     }
 
     /// Whether it is a process of this host, rather than having a network namespace of its own.
@@ -201,13 +209,15 @@ impl Place {
         connect(socket, destination).await
     }
 
-    /// Connects to the local application, which sees `source` as the caller.
+    /// Connects to the local application, which sees `source` as the caller, when it is its turn.
     pub(crate) async fn dial_as(
         &self,
         source: SocketAddr,
         destination: SocketAddr,
+        turn: &mut Turn,
     ) -> io::Result<TcpStream> {
         let socket = self.socket(move || socket::transparent_socket(source)).await?;
+        turn.come().await;
         match connect(socket, destination).await {
             // The caller's port is in use towards this destination, by a connection that is ending.
             Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
@@ -251,10 +261,22 @@ impl Place {
 }
 
 async fn connect(socket: socket2::Socket, destination: SocketAddr) -> io::Result<TcpStream> {
-    let connecting = TcpSocket::from_std_stream(socket.into()).connect(destination);
-    tokio::time::timeout(DIAL_TIMEOUT, connecting)
-        .await
-        .unwrap_or(Err(io::ErrorKind::TimedOut.into()))
+    match socket.connect(&destination.into()) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let stream = TcpStream::from_std(socket.into())?;
+    // An application of this machine has answered by now: streams that wait for their turn wait no longer than
+    // for the system call.
+    if stream.peer_addr().is_err() {
+        Box::pin(tokio::time::timeout(DIAL_TIMEOUT, stream.writable()))
+            .await
+            .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        if let Some(error) = stream.take_error()? {
+            return Err(error);
+        }
+    }
+    Ok(stream)
 }
 
 /// Whether an address is one of this host's own, loopback included.

@@ -21,7 +21,7 @@ use crate::{
     quietly::Quietly,
     relay::{Application, End, Event, Relay},
     report::Report,
-    session::{OPEN_TIMEOUT, Session, SessionError},
+    session::{OPEN_TIMEOUT, ProofRefused, Session, SessionError},
 };
 
 /// How often a connection looks whether its peer is still there, and whether the wall clock has jumped.
@@ -70,9 +70,16 @@ enum Cut {
     Unregistered,
     Certificate,
     Draining,
-    Proof(String),
+    Proof(ProofRefused),
     Unanswered,
     Silent,
+}
+
+impl Cut {
+    /// The new certificate of the own workload cannot be shown.
+    fn unproven(detail: String) -> Self {
+        Self::Proof(ProofRefused { reason: Reason::BadSvid, detail })
+    }
 }
 
 /// Why nothing is copied any more.
@@ -141,7 +148,7 @@ impl<'a> Forward<'a> {
             Some(own) if !relay.session.was_made_with(&own) => relay
                 .session
                 .show_proof(&own)
-                .map_err(|error| Box::new(Ending::Cut(Cut::Proof(error)))),
+                .map_err(|error| Box::new(Ending::Cut(Cut::unproven(error)))),
             Some(_) | None => Ok(()),
         }
     }
@@ -229,7 +236,7 @@ impl<'a> Forward<'a> {
             if let Some(credential) = self.local.identity.slot.load()
                 && let Err(error) = relay.session.show_proof(&credential)
             {
-                return Some(Cut::Proof(error));
+                return Some(Cut::unproven(error));
             }
         }
         if relay.session.machine.awaits_answer() && now >= self.unanswered {
@@ -335,8 +342,8 @@ async fn cut_off(relay: Box<Relay>, cut: &Cut, report: &mut Report<'_>) {
             report.terminated(Reason::ExpiredCert, text);
             ResetCause::CertificateExpired
         }
-        Cut::Proof(detail) => {
-            report.terminated(Reason::BadSvid, detail.clone());
+        Cut::Proof(ProofRefused { reason, detail }) => {
+            report.terminated(*reason, detail.clone());
             ResetCause::Protocol
         }
         Cut::Draining => {
@@ -369,6 +376,7 @@ async fn break_off(relay: Box<Relay>, cause: ResetCause) {
 
 /// The session, if another stream may come on it.
 async fn finish(relay: Box<Relay>, end: End, report: &mut Report<'_>) -> Option<Box<Session>> {
+    let by_application = matches!(end, End::Reset(ResetCause::Application | ResetCause::Answer));
     let answer = match end {
         End::Complete => {
             report.closed("complete", None);
@@ -393,12 +401,12 @@ async fn finish(relay: Box<Relay>, end: End, report: &mut Report<'_>) -> Option<
         }
         End::Truncated => {
             report.closed("truncated", Some("the session ended before the stream did".to_owned()));
-            relay.into_parts().0.reset();
+            relay.into_parts().0.reset_when_delivered().await;
             return None;
         }
         End::SessionFailed(error) => {
             failed(&error, report);
-            relay.into_parts().0.reset();
+            relay.into_parts().0.reset_when_delivered().await;
             return None;
         }
         End::Protocol(error) => {
@@ -414,9 +422,17 @@ async fn finish(relay: Box<Relay>, end: End, report: &mut Report<'_>) -> Option<
         End::NotTaken => return None,
     };
     let (application, mut session) = relay.into_parts();
-    application.reset();
     session.reset(answer);
-    session.settle().await.then_some(session)
+    let reset = async {
+        if by_application {
+            application.reset_when_delivered().await;
+        } else {
+            application.reset();
+        }
+    };
+    // Neither waits for the other: an application that does not read costs no session.
+    let (settled, ()) = tokio::join!(session.settle(), reset);
+    settled.then_some(session)
 }
 
 fn reset_by_peer(cause: ResetCause, report: &mut Report<'_>) {

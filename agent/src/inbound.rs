@@ -23,14 +23,15 @@ use tokio::net::TcpStream;
 
 use crate::{
     authorize::{self, Asked, without_policy},
-    capture::{Arrival, Locals},
+    capture::{CapturedConnection, Locals},
     context::{Context, Local, canonical, connection_id, is_own_address},
     forward::{Forward, Outcome},
+    order::Turn,
     passthrough,
     policy::{Found, Snapshot},
     relay::{Application, Relay},
     report::Report,
-    session::{self, HANDSHAKE_TIMEOUT, Session, SessionError},
+    session::{self, HANDSHAKE_TIMEOUT, ProofRefused, Session, SessionError},
 };
 
 /// A session on which no stream comes for this long is closed. Longer than the caller's agent keeps
@@ -88,8 +89,8 @@ pub(crate) async fn serve_mesh(
                 Box::pin(session.close()).await;
                 return;
             }
-            Next::Broken(error) => {
-                broken(context, &session, from, &error);
+            Next::Broken(refused) => {
+                broken(context, &session, from, refused);
                 return;
             }
         };
@@ -103,11 +104,11 @@ pub(crate) async fn serve_mesh(
 }
 
 /// The caller's agent broke the protocol between streams.
-fn broken(context: &Context, session: &Session, from: SocketAddr, error: &SessionError) {
+fn broken(context: &Context, session: &Session, from: SocketAddr, refused: ProofRefused) {
     let mut report = Report::new(context, Side::Destination, connection_id(), Some(from), None);
     report.tls(session.tls());
     report.source(session.peer().id(), None);
-    report.denied(&without_policy(Reason::NotReady, ""), Some(error.to_string()));
+    report.denied(&without_policy(refused.reason, ""), Some(refused.detail));
 }
 
 /// The agent stops: a moment for the goodbye to leave.
@@ -122,8 +123,8 @@ enum Next {
     Leave,
     /// The caller's agent has closed the session.
     Ended,
-    /// It broke the protocol, or the network failed in the middle of something.
-    Broken(SessionError),
+    /// It broke the protocol, or could not prove itself anew.
+    Broken(ProofRefused),
 }
 
 /// Waits for the next stream, as long as there may be one.
@@ -170,15 +171,18 @@ async fn next_stream(
         match event {
             Ok(Some(Event::Open(open))) => return Next::Stream(Box::new(open)),
             Ok(Some(Event::Reauthenticate(proof))) => {
-                if let Err(error) = session.take_proof(&proof, &trust, hauberk_tls::now()) {
-                    return Next::Broken(SessionError::Io(std::io::Error::other(error)));
+                if let Err(refused) = session.take_proof(&proof, &trust, hauberk_tls::now()) {
+                    return Next::Broken(refused);
                 }
             }
             Ok(_) => {}
             Err(SessionError::Closed) => return Next::Ended,
             // An idle session that is reset takes nothing away from anybody.
             Err(SessionError::Io(_)) => return Next::Ended,
-            Err(error) => return Next::Broken(error),
+            Err(error) => {
+                let (reason, detail) = (Reason::NotReady, error.to_string());
+                return Next::Broken(ProofRefused { reason, detail });
+            }
         }
     }
 }
@@ -221,6 +225,7 @@ async fn admit<'a>(
     let mut report =
         Report::new(context, Side::Destination, open.connection_id, Some(from), Some(wanted));
     report.tls(session.tls());
+    let mut turn = context.order.enter(session.peer().id(), open.order);
     let (snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
     let claimed = canonical(open.source_address);
@@ -231,7 +236,7 @@ async fn admit<'a>(
 
     let local = match find_local(&snapshot, locals, &session, wanted, from) {
         Ok(local) => local,
-        Err(denial) => return refuse(session, &denial, &mut report).await,
+        Err(denial) => return refuse(session, turn, &denial, &mut report).await,
     };
     report.destination(&local.workload.identity, Some(&local.workload));
     let checked =
@@ -239,10 +244,12 @@ async fn admit<'a>(
     drop(snapshot);
     let permit = match checked {
         Ok(permit) => permit,
-        Err(denial) => return refuse(session, &denial, &mut report).await,
+        Err(denial) => return refuse(session, turn, &denial, &mut report).await,
     };
     let counters = report.permitted(&permit);
-    let application = match local.place.dial_as(client, wanted).await {
+    let dialled = local.place.dial_as(client, wanted, &mut turn).await;
+    drop(turn);
+    let application = match dialled {
         Ok(application) => application,
         Err(error) => {
             report.closed("unreachable", Some(format!("the application: {error}")));
@@ -366,9 +373,12 @@ fn find_local(
 
 async fn refuse<'a>(
     session: Box<Session>,
+    turn: Turn,
     denial: &Denial,
     report: &mut Report<'_>,
 ) -> Admitted<'a> {
+    // The next one does not wait for the answer.
+    drop(turn);
     report.denied(denial, None);
     let text = |value: Option<String>| value.unwrap_or_default();
     let refusal = Refusal {
@@ -392,8 +402,12 @@ async fn answer_no<'a>(mut session: Box<Session>, refusal: &Refusal) -> Admitted
 
 /// A connection that came in clear: refused, or let through and recorded if the workload is only
 /// audited.
-pub(crate) async fn serve_plaintext(context: &Context, locals: &Locals, arrival: Arrival) {
-    let Arrival { stream, from, wanted } = arrival;
+pub(crate) async fn serve_plaintext(
+    context: &Context,
+    locals: &Locals,
+    captured: CapturedConnection,
+) {
+    let CapturedConnection { stream, from, wanted } = captured;
     context.metrics.connection_captured(Direction::Inbound);
     let mut report = Report::new(context, Side::Destination, connection_id(), Some(from), wanted);
     let (_snapshots, snapshot) = context.snapshots().await;

@@ -8,7 +8,10 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use hauberk_core::policy::{Denial, Reason};
+use hauberk_core::{
+    policy::{Denial, Reason},
+    session::Order,
+};
 use hauberk_telemetry::{Side, metrics::SessionKind, record::Path};
 use hauberk_tls::{Credential, TrustBundle, verify_chain};
 use tokio::{net::TcpStream, sync::watch};
@@ -33,6 +36,7 @@ pub(crate) struct LocalEdge<'a> {
     /// The caller's real address, which is one of its workload's.
     pub(crate) from: SocketAddr,
     pub(crate) wanted: SocketAddr,
+    pub(crate) order: Order,
 }
 
 enum Cut {
@@ -56,13 +60,16 @@ impl LocalEdge<'_> {
         let mut there = Report::new(self.context, Side::Destination, self.id, client, wanted);
         there.source(&self.source.workload.identity, Some(&self.source.workload));
         there.destination(&self.destination.workload.identity, Some(&self.destination.workload));
+        let mut turn = self.context.order.enter(&self.source.workload.identity, self.order);
         if let Err((denial, detail)) = self.prove_both().await {
             report.denied(&denial, detail.clone());
             there.denied(&denial, detail);
             return Some(application);
         }
         let (of_caller, of_called) = (report.permitted(&permit), there.permitted(&permit));
-        let called = match self.destination.place.dial_as(self.from, self.wanted).await {
+        let dialled = self.destination.place.dial_as(self.from, self.wanted, &mut turn).await;
+        drop(turn);
+        let called = match dialled {
             Ok(called) => called,
             Err(error) => {
                 let text = format!("the application: {error}");

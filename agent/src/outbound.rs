@@ -16,10 +16,11 @@ use tokio::{net::TcpStream, sync::watch};
 
 use crate::{
     authorize::{self, Pass, Permit, not_ready, without_policy},
-    capture::Arrival,
+    capture::CapturedConnection,
     context::{Context, Local, MESH_PORT, connection_id, is_own_address},
     forward::{Forward, Outcome},
     local_edge::LocalEdge,
+    order::Arrival,
     passthrough,
     policy::{Found, Snapshot},
     pool::Edge,
@@ -72,12 +73,17 @@ struct PassWay {
 }
 
 /// Carries one captured connection to its end.
-pub(crate) async fn serve(context: &Arc<Context>, local: &Arc<Local>, arrival: Arrival) {
+pub(crate) async fn serve(
+    context: &Arc<Context>,
+    local: &Arc<Local>,
+    arrival: Arrival,
+    captured: CapturedConnection,
+) {
     let id = connection_id();
-    let (from, wanted) = (Some(arrival.from), arrival.wanted);
+    let (from, wanted) = (Some(captured.from), captured.wanted);
     let mut report = Report::new(context, Side::Source, id, from, wanted);
     // In boxes that are gone by the time bytes flow: an open connection has only what it needs.
-    let refused = match Box::pin(decide(context, local, arrival, id, &mut report)).await {
+    let refused = match Box::pin(decide(context, local, arrival, captured, id, &mut report)).await {
         Decision::Refused(application) => Some(application),
         Decision::Carry(way) => carry(context, local, way, &mut report).await,
         Decision::Local(way) => Box::pin(way.carry(&mut report)).await,
@@ -96,12 +102,13 @@ async fn decide<'a>(
     context: &'a Arc<Context>,
     local: &'a Arc<Local>,
     arrival: Arrival,
+    captured: CapturedConnection,
     id: [u8; 16],
     report: &mut Report<'_>,
 ) -> Decision<'a> {
     context.metrics.connection_captured(Direction::Outbound);
     report.source(&local.workload.identity, Some(&local.workload));
-    let Arrival { stream: application, from, wanted } = arrival;
+    let CapturedConnection { stream: application, from, wanted } = captured;
     let Some(wanted) = wanted else {
         let mend = "this is the agent's own port; connect to the destination's address, and the \
                     connection is taken up on its way";
@@ -164,8 +171,14 @@ async fn decide<'a>(
         report.denied(&not_ready("the workload has no certificate yet"), None);
         return Decision::Refused(application);
     }
+    let edge = Edge {
+        destination: destination.identity.clone(),
+        agent: SocketAddr::new(target.ip(), MESH_PORT),
+    };
+    let order = local.departures.number(arrival, &edge, port).await;
     if let Some(destination) = neighbour {
-        let edge = LocalEdge { context, source: local, destination, id, from, wanted: target };
+        let (source, wanted) = (local, target);
+        let edge = LocalEdge { context, source, destination, id, from, wanted, order };
         let way = LocalWay { application, edge, permit, snapshots, _chosen: chosen };
         return Decision::Local(Box::new(way));
     }
@@ -175,10 +188,7 @@ async fn decide<'a>(
         trace_id: [0; 16],
         original_destination: target,
         source_address: from,
-    };
-    let edge = Edge {
-        destination: destination.identity.clone(),
-        agent: SocketAddr::new(target.ip(), MESH_PORT),
+        order,
     };
     let forward = Forward::new(context, local.clone(), permit, snapshots);
     let application = Some(Application::new(application));

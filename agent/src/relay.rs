@@ -4,6 +4,9 @@
 //! places where records will be, are sealed there and sent in one write; what comes from the session
 //! is read many records at once, opened into one run, and written in one call. The buffers are the
 //! thread's (`session/scratch.rs`); a relay keeps only what a socket did not take.
+//!
+//! A failed write ends nothing by itself: what that side said before is still in the receive queue of its
+//! socket, and is passed on first. A server that refuses an upload answers and resets its connection at once.
 
 use std::{
     future::Future,
@@ -26,7 +29,10 @@ use tokio::{
     time::Sleep,
 };
 
-use crate::session::{RECORD, SLOTS, Scratch, Session, SessionError, owned, with_scratch};
+use crate::{
+    delivery::delivered,
+    session::{RECORD, SLOTS, Scratch, Session, SessionError, owned, with_scratch},
+};
 
 /// Bursts in one direction before other connections of the thread get their turn.
 const BURSTS: usize = 1;
@@ -101,6 +107,12 @@ impl Application {
     pub(crate) fn reset(self) {
         drop(self.stream);
     }
+
+    /// The same once its kernel has what was written before, so that the reset takes none of that away.
+    pub(crate) async fn reset_when_delivered(self) {
+        delivered(&self.stream).await;
+        self.reset();
+    }
 }
 
 /// Both directions of one stream.
@@ -118,6 +130,11 @@ pub(crate) struct Relay {
     then: Option<Box<Frame<'static>>>,
     /// The application does not read.
     pub(crate) held_back: bool,
+    /// How writing to the application failed. What it said before is read to its end and sent; what comes for
+    /// it is thrown away.
+    broken: Option<io::Error>,
+    /// How writing to the session's socket failed. What the peer said before is read to its end.
+    unsendable: Option<io::Error>,
     /// Nothing is sent to a peer whose certificate has ended.
     pub(crate) suspended: bool,
     /// What waits to go out is only the answer to the open frame, and waits on until then.
@@ -152,6 +169,8 @@ impl Relay {
             undelivered: 0,
             then: None,
             held_back: false,
+            broken: None,
+            unsendable: None,
             suspended: false,
             held: None,
             sent,
@@ -191,13 +210,28 @@ impl Relay {
             return Poll::Ready(event);
         }
         if let Poll::Ready(end) = self.poll_up(cx, scratch) {
-            return Poll::Ready(Event::End(end));
+            return self.ended_sending(cx, end).map(Event::End);
         }
         if self.is_complete() {
             self.application.complete();
             return Poll::Ready(Event::End(End::Complete));
         }
         Poll::Pending
+    }
+
+    /// A session that takes nothing more may still have something to say, which tells more than the failure.
+    fn ended_sending(&mut self, cx: &mut Context<'_>, end: End) -> Poll<End> {
+        match end {
+            // The kernel's own errors only: then reading comes to an end as well.
+            End::SessionFailed(SessionError::Io(error))
+                if error.raw_os_error().is_some() && !self.is_over() =>
+            {
+                self.unsendable = Some(error);
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+            end => Poll::Ready(end),
+        }
     }
 
     /// Both directions are over, and all that came is delivered.
@@ -211,9 +245,19 @@ impl Relay {
 
     /// Application → session. Ready only at an end that is not the good one.
     fn poll_up(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Poll<End> {
+        if self.unsendable.is_some() {
+            if self.is_over() {
+                return Poll::Ready(self.end_of(SessionError::Closed));
+            }
+            return Poll::Pending;
+        }
         for _ in 0..BURSTS {
             if let Err(error) = ready!(self.session.poll_unsent(cx)) {
                 return Poll::Ready(end_of(error));
+            }
+            let may_send = self.session.machine.may_send() && !self.suspended;
+            if let Some(error) = self.broken.take_if(|_| !may_send) {
+                return Poll::Ready(End::ApplicationFailed(error));
             }
             match self.poll_burst(cx, scratch) {
                 Poll::Ready(Ok(())) => {}
@@ -234,12 +278,19 @@ impl Relay {
         let start = waiting + HEADER_LENGTH;
         let read = match self.poll_read(cx, scratch, start) {
             Poll::Ready(Ok(read)) => read,
-            Poll::Ready(Err(error)) => return Poll::Ready(Err(End::ApplicationFailed(error))),
+            Poll::Ready(Err(error)) => {
+                let first = self.broken.take().unwrap_or(error);
+                return Poll::Ready(Err(End::ApplicationFailed(first)));
+            }
             Poll::Pending if waiting == 0 || self.is_held(cx) => return Poll::Pending,
             Poll::Pending => return Poll::Ready(self.session.seal_control().map_err(end_of)),
         };
         self.held = None;
         if read == 0 {
+            // The kernel reports a reset once, and to the write that failed.
+            if let Some(error) = self.broken.take() {
+                return Poll::Ready(Err(End::ApplicationFailed(error)));
+            }
             self.application.ended = true;
             return Poll::Ready(self.session.fin().map_err(end_of));
         }
@@ -368,7 +419,7 @@ impl Relay {
             let limit = usize::from(self.down) * RECORD;
             let length = match ready!(self.session.poll_fill(cx, scratch, limit)) {
                 Ok(length) => length,
-                Err(error) => return Poll::Ready(Event::End(end_of(error))),
+                Err(error) => return Poll::Ready(Event::End(self.end_of(error))),
             };
             if length + RECORD >= limit {
                 self.down = (self.down * 2).min(u8::try_from(SLOTS).unwrap_or(u8::MAX));
@@ -435,16 +486,7 @@ impl Relay {
             if total > 0 {
                 let filled = RUNS - places.len();
                 let runs = runs.get(..filled).unwrap_or_default();
-                let stream = Pin::new(&mut self.application.stream);
-                let written = match stream.poll_write_vectored(cx, runs) {
-                    Poll::Ready(Ok(written)) => written,
-                    Poll::Ready(Err(error)) => {
-                        return Delivered::Event(Event::End(End::ApplicationFailed(error)), used);
-                    }
-                    Poll::Pending => 0,
-                };
-                self.received += count(written);
-                self.counters.add_received(count(written));
+                let written = self.write(cx, runs, total);
                 self.undelivered = total - written;
                 self.held_back = written < total;
                 if written < total {
@@ -471,6 +513,26 @@ impl Relay {
         }
     }
 
+    /// Writes to the application. Returns how many bytes are done with: all of them if it takes nothing any
+    /// more.
+    fn write(&mut self, cx: &mut Context<'_>, runs: &[IoSlice<'_>], total: usize) -> usize {
+        if self.broken.is_some() {
+            return total;
+        }
+        match Pin::new(&mut self.application.stream).poll_write_vectored(cx, runs) {
+            Poll::Ready(Ok(written)) => {
+                self.received += count(written);
+                self.counters.add_received(count(written));
+                written
+            }
+            Poll::Ready(Err(error)) => {
+                self.broken = Some(error);
+                total
+            }
+            Poll::Pending => 0,
+        }
+    }
+
     /// A short write clears the socket's readiness: asks to be woken when there is room again.
     fn poll_again(&mut self, cx: &mut Context<'_>, kept: Vec<u8>) -> Delivered {
         if self.application.stream.poll_write_ready(cx).is_ready() {
@@ -493,15 +555,26 @@ impl Relay {
             Frame::Fin => {
                 let stream = socket2::SockRef::from(&self.application.stream);
                 match stream.shutdown(Shutdown::Write) {
-                    Ok(()) => None,
-                    // It has closed both ways already: its last read said so.
-                    Err(error) if error.kind() == io::ErrorKind::NotConnected => None,
-                    Err(error) => Some(Event::End(End::ApplicationFailed(error))),
+                    Ok(()) => {}
+                    // It has closed both ways already: its last read says so.
+                    Err(error) if error.kind() == io::ErrorKind::NotConnected => {}
+                    Err(error) => self.broken = self.broken.take().or(Some(error)),
                 }
+                None
             }
             Frame::Open(_) | Frame::Data(_) => Some(Event::End(End::Protocol(
                 FrameError::OutOfTurn(hauberk_core::session::FrameType::Open),
             ))),
+        }
+    }
+}
+
+impl Relay {
+    /// The end of a session that cannot be read any more.
+    fn end_of(&mut self, error: SessionError) -> End {
+        match self.unsendable.take() {
+            Some(first) => End::SessionFailed(first.into()),
+            None => end_of(error),
         }
     }
 }

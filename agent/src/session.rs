@@ -20,7 +20,10 @@ use std::{
 };
 
 use hauberk_core::{
-    session::{Event, FrameError, Machine, Open, Reauthenticate, Refusal, ResetCause},
+    policy::Reason,
+    session::{
+        Event, FrameError, Machine, Open, ProofAllowance, Reauthenticate, Refusal, ResetCause,
+    },
     svid::VerifiedSvid,
     time::Timestamp,
 };
@@ -92,6 +95,14 @@ struct Facts {
     made: Instant,
     proofs_sent: u32,
     proofs_taken: u32,
+    proofs_allowed: ProofAllowance,
+}
+
+/// Why a peer's newer certificate is not taken. The session must end.
+#[derive(Debug)]
+pub(crate) struct ProofRefused {
+    pub(crate) reason: Reason,
+    pub(crate) detail: String,
 }
 
 /// Why there is no session, or no stream on it.
@@ -261,13 +272,21 @@ impl Session {
     }
 
     /// Takes the peer's newer certificate.
+    ///
+    /// # Errors
+    /// If it does not prove what it should, or proofs come too often.
     pub(crate) fn take_proof(
         &mut self,
         frame: &Reauthenticate,
         trust: &TrustBundle,
         now: Timestamp,
-    ) -> Result<(), String> {
+    ) -> Result<(), ProofRefused> {
         let facts = &mut self.facts;
+        // Before the work of verifying it.
+        if !facts.proofs_allowed.take(now) {
+            let detail = "the peer shows newer certificates too often".to_owned();
+            return Err(ProofRefused { reason: Reason::RateLimited, detail });
+        }
         facts.peer = verify_proof(
             frame,
             &facts.peer,
@@ -277,7 +296,7 @@ impl Session {
             facts.proofs_taken,
             now,
         )
-        .map_err(|error| error.to_string())?;
+        .map_err(|error| ProofRefused { reason: Reason::BadSvid, detail: error.to_string() })?;
         facts.proofs_taken = frame.sequence;
         Ok(())
     }

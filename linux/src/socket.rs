@@ -116,11 +116,12 @@ pub fn transparent_socket_other_port(source: SocketAddr) -> io::Result<Socket> {
     Ok(second)
 }
 
+/// `TCP_CLOSE` of `include/net/tcp_states.h`: the peer reset the connection.
+const CLOSED: u8 = 7;
+
 /// How long the peer's kernel has acknowledged nothing although something was sent to it; none if
 /// nothing is under way, as when its reader pauses. The longest time there is if the connection is closed.
 pub fn unacknowledged_for(socket: &impl AsFd) -> io::Result<Option<Duration>> {
-    /// `TCP_CLOSE` of `include/net/tcp_states.h`: the peer reset it, and nobody has looked since.
-    const CLOSED: u8 = 7;
     let info = sys::tcp_info(socket)?;
     if info.tcpi_state == CLOSED {
         return Ok(Some(Duration::MAX));
@@ -129,6 +130,12 @@ pub fn unacknowledged_for(socket: &impl AsFd) -> io::Result<Option<Duration>> {
     let silent = info.tcpi_last_ack_recv.min(info.tcpi_last_data_recv);
     let lost = info.tcpi_unacked > 0 && info.tcpi_retransmits > 0;
     Ok(lost.then_some(Duration::from_millis(silent.into())))
+}
+
+/// Whether the peer's kernel has everything that was written. True as well if the connection is closed: then
+/// nothing more gets there.
+pub fn is_delivered(socket: &impl AsFd) -> io::Result<bool> {
+    Ok(sys::send_queue(socket)? == 0 || sys::tcp_info(socket)?.tcpi_state == CLOSED)
 }
 
 /// Makes closing the socket send a reset, so that the peer sees a refusal and not a clean end.

@@ -98,6 +98,14 @@ pub fn tcp_sockets() -> Result<Vec<TcpSocket>> {
     Ok(found)
 }
 
+/// The TCP sockets that listen.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn tcp_listeners() -> Result<Vec<TcpSocket>> {
+    Ok(tcp_sockets()?.into_iter().filter(TcpSocket::listens).collect())
+}
+
 fn read(family: Family, message: &Msg, attributes: &IterableReplyAttrs<'_>) -> Option<TcpSocket> {
     let ports = (u16::from_be(message.sockid._sport_be), u16::from_be(message.sockid._dport_be));
     Some(TcpSocket {

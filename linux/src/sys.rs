@@ -50,6 +50,21 @@ pub(crate) fn tcp_info(socket: &impl AsFd) -> io::Result<libc::tcp_info> {
     if result == 0 { Ok(info) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Bytes in a connection's send queue that its peer has not acknowledged, sent or not.
+pub(crate) fn send_queue(socket: &impl AsFd) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the pointer is to a live local value of the type that this request writes.
+    let result = unsafe {
+        // SIOCOUTQ, which is TIOCOUTQ on every architecture.
+        libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes)
+    };
+    if result == 0 {
+        usize::try_from(bytes).map_err(io::Error::other)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// A descriptor that has just come in a message.
 pub(crate) fn received(descriptor: RawFd) -> OwnedFd {
     // SAFETY: the kernel has made it for this process, and nobody else knows of it.

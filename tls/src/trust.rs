@@ -131,6 +131,13 @@ impl TrustBundle {
         self.first_expiry
     }
 
+    /// Whether both trust the same roots of the same domain, in whatever order they are listed.
+    fn is_same(&self, other: &Self) -> bool {
+        let within =
+            |one: &Self, other: &Self| one.roots.iter().all(|root| other.roots.contains(root));
+        self.trust_domain == other.trust_domain && within(self, other) && within(other, self)
+    }
+
     pub(crate) fn verified(&self) -> &VerifiedChains {
         &self.verified
     }
@@ -202,8 +209,17 @@ impl TrustSlot {
     }
 
     /// Puts another bundle in force for every verification from now on.
+    ///
+    /// A bundle with the same roots changes nothing: [`Self::load`] goes on returning the one that is in
+    /// force, with the chains that were verified against it. Sessions compare the bundle they were made
+    /// with by its address, so they stay usable, too.
     pub fn store(&self, bundle: TrustBundle) {
-        self.0.store(Arc::new(bundle));
+        let bundle = Arc::new(bundle);
+        self.0.rcu(
+            |current| {
+                if current.is_same(&bundle) { current.clone() } else { bundle.clone() }
+            },
+        );
     }
 }
 

@@ -8,14 +8,19 @@ use std::{
     time::Duration,
 };
 
-use hauberk_core::{identity::SpiffeId, policy::Reason, session::ALPN};
+use hauberk_core::{
+    identity::SpiffeId,
+    policy::Reason,
+    session::{ALPN, Reauthenticate},
+};
 use hauberk_tls::{
     ByServerName, Credential, CredentialSlot, PrivateKey, TrustBundle, TrustSlot,
     channel::{
         Channel, Established, Handshake, HelloName, MAX_PLAINTEXT, Opened, Progress, RECORD_HEADER,
         RECORD_OVERHEAD, hello_name,
     },
-    failure_of, mesh_client_config, mesh_server_config, shared_server_config, verify_chain,
+    failure_of, mesh_client_config, mesh_server_config, prove, shared_server_config, verify_chain,
+    verify_proof,
 };
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer,
@@ -527,6 +532,80 @@ fn a_chain_that_was_verified_is_refused_once_it_has_ended() {
     // Other roots remember nothing of it.
     verify(leaf, &World::new().bundle, now).expect_err("a foreign leaf was taken");
     assert_eq!(verify(leaf, &bundle, now).unwrap(), LEDGER);
+}
+
+/// A proof of the ledger, as destination, on the connection with this binding.
+fn proof(world: &World, binding: &[u8; 32], sequence: u32) -> Reauthenticate {
+    prove(&world.ledger.load().unwrap(), binding, false, sequence).unwrap()
+}
+
+/// Whether the peer of a connection takes a proof, if its last one had this sequence.
+fn is_taken(
+    world: &World,
+    peer: &Established,
+    proof: &Reauthenticate,
+    from_source: bool,
+    last: u32,
+) -> Result<(), String> {
+    let (before, binding) = (&peer.peer, &peer.binding);
+    let now = hauberk_tls::now();
+    verify_proof(proof, before, &world.bundle, binding, from_source, last, now)
+        .map(drop)
+        .map_err(|error| error.to_string())
+}
+
+#[test]
+fn the_sequences_of_proofs_go_up_and_may_leave_numbers_out() {
+    let world = World::new();
+    let (client, _) = world.connect();
+    for (sequence, last, is_good) in [(1, 0, true), (9, 1, true), (9, 9, false), (8, 9, false)] {
+        let proof = proof(&world, &client.binding, sequence);
+        let taken = is_taken(&world, &client, &proof, false, last);
+        assert_eq!(taken.is_ok(), is_good, "{sequence} after {last}: {taken:?}");
+    }
+}
+
+#[test]
+fn a_proof_is_good_for_one_connection_one_side_and_one_identity() {
+    let world = World::new();
+    let ((client, server), (other, _)) = (world.connect(), world.connect());
+    let own = proof(&world, &client.binding, 1);
+    is_taken(&world, &client, &own, false, 0).unwrap();
+    for (name, peer, proof, from_source) in [
+        ("of another connection", &client, proof(&world, &other.binding, 1), false),
+        ("of the other side", &client, own.clone(), true),
+        // Its peer is checkout.
+        ("of another identity", &server, own.clone(), false),
+        ("with another sequence", &client, Reauthenticate { sequence: 2, ..own.clone() }, false),
+    ] {
+        is_taken(&world, peer, &proof, from_source, 0).expect_err(name);
+    }
+}
+
+#[test]
+fn a_trust_bundle_with_the_same_roots_changes_nothing() {
+    let (world, other) = (World::new(), World::new());
+    let domain = world.bundle.trust_domain().clone();
+    let [one, two] = [&world, &other].map(|world| world.bundle.roots()[0].clone());
+    let bundle = |roots: Vec<CertificateDer<'static>>| {
+        TrustBundle::new(domain.clone(), roots, hauberk_tls::now()).unwrap()
+    };
+    let trust = TrustSlot::new(bundle(vec![one.clone(), two.clone()]));
+    let first = trust.load();
+    for same in [
+        TrustBundle::clone(&first),
+        bundle(vec![one.clone(), two.clone()]),
+        // Roots are a set.
+        bundle(vec![two.clone(), one.clone()]),
+    ] {
+        trust.store(same);
+        assert!(Arc::ptr_eq(&first, &trust.load()));
+    }
+    for roots in [vec![one.clone()], vec![two.clone()], vec![one, two]] {
+        let before = trust.load();
+        trust.store(bundle(roots));
+        assert!(!Arc::ptr_eq(&before, &trust.load()));
+    }
 }
 
 #[test]

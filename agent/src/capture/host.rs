@@ -175,11 +175,12 @@ impl HostCapture {
         let mut accepting = Vec::new();
         for listener in listeners {
             let (locals, key) = (self.locals.clone(), key.to_owned());
-            accepting.push(accept(context, listener, move |context, arrival| {
-                let local = locals.get(&key);
+            accepting.push(accept(context, listener, move |context, captured| {
+                // In the order in which they were accepted.
+                let local = locals.get(&key).map(|local| (local.departures.arrive(), local));
                 async move {
-                    if let Some(local) = local {
-                        outbound::serve(&context, &local, arrival).await;
+                    if let Some((arrival, local)) = local {
+                        outbound::serve(&context, &local, arrival, captured).await;
                     }
                 }
             })?);

@@ -139,7 +139,7 @@ fn listen(v6: bool, port: u16, role: &Role) -> io::Result<std::net::TcpListener>
 }
 
 /// A connection that was accepted.
-pub(crate) struct Arrival {
+pub(crate) struct CapturedConnection {
     pub(crate) stream: TcpStream,
     pub(crate) from: SocketAddr,
     /// Where it was going; nothing if it was dialled to the listener itself, where no capture rule led it.
@@ -150,7 +150,7 @@ pub(crate) struct Arrival {
 pub(super) fn accept<F>(
     context: &Arc<Context>,
     bound: Bound,
-    serve: impl Fn(Arc<Context>, Arrival) -> F + Send + 'static,
+    serve: impl Fn(Arc<Context>, CapturedConnection) -> F + Send + 'static,
 ) -> anyhow::Result<Accepting>
 where
     F: Future<Output = ()> + Send + 'static,
@@ -170,10 +170,13 @@ where
             match accepted {
                 Ok((stream, from)) => {
                     let wanted = stream.local_addr().ok().filter(|address| *address != own);
-                    let arrival =
-                        Arrival { stream, from: canonical(from), wanted: wanted.map(canonical) };
+                    let captured = CapturedConnection {
+                        stream,
+                        from: canonical(from),
+                        wanted: wanted.map(canonical),
+                    };
                     // In a box of its own: a future that is moved into a task is in it twice.
-                    let served = Box::pin(serve(context.clone(), arrival));
+                    let served = Box::pin(serve(context.clone(), captured));
                     let open = context.opened();
                     tokio::spawn(async move {
                         served.await;

@@ -173,11 +173,13 @@ impl NamespaceCapture {
         self.ports.outbound = Some(port);
         for listener in listeners {
             let locals = self.locals.clone();
-            self.listeners.push(accept(&self.context, listener, move |context, arrival| {
-                let local = locals.all().into_iter().next();
+            self.listeners.push(accept(&self.context, listener, move |context, captured| {
+                // In the order in which they were accepted.
+                let local =
+                    locals.all().into_iter().next().map(|local| (local.departures.arrive(), local));
                 async move {
-                    if let Some(local) = local {
-                        outbound::serve(&context, &local, arrival).await;
+                    if let Some((arrival, local)) = local {
+                        outbound::serve(&context, &local, arrival, captured).await;
                     }
                 }
             })?);

@@ -9,7 +9,7 @@ use rustls::ServerConfig;
 
 use super::{
     Locals,
-    listeners::{Accepting, Arrival, Bound, accept},
+    listeners::{Accepting, Bound, CapturedConnection, accept},
 };
 use crate::{context::Context, inbound};
 
@@ -25,10 +25,10 @@ pub(super) fn accept_mesh(
     tls: &Arc<ServerConfig>,
 ) -> anyhow::Result<Accepting> {
     let (locals, tls) = (locals.clone(), tls.clone());
-    accept(context, listener, move |context, arrival| {
+    accept(context, listener, move |context, captured| {
         let (locals, tls) = (locals.clone(), tls.clone());
         async move {
-            let Arrival { stream, from, wanted } = arrival;
+            let CapturedConnection { stream, from, wanted } = captured;
             match wanted {
                 Some(_) => inbound::serve_mesh(&context, &locals, tls, stream, from).await,
                 // A program of this machine, which has no business here.
@@ -44,8 +44,8 @@ pub(super) fn accept_plaintext(
     locals: &Arc<Locals>,
 ) -> anyhow::Result<Accepting> {
     let locals = locals.clone();
-    accept(context, listener, move |context, arrival| {
+    accept(context, listener, move |context, captured| {
         let locals = locals.clone();
-        async move { inbound::serve_plaintext(&context, &locals, arrival).await }
+        async move { inbound::serve_plaintext(&context, &locals, captured).await }
     })
 }

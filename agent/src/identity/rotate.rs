@@ -308,9 +308,7 @@ impl Rotation {
         if bundle.roots().is_empty() {
             anyhow::bail!("no root of the answer is valid by the clock of this machine");
         }
-        if bundle.roots() != self.trust.load().roots() {
-            self.trust.store(bundle);
-        }
+        self.trust.store(bundle);
         self.install(credential)?;
         if self.replaced.is_set() {
             return Ok(());

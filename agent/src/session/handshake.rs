@@ -7,7 +7,7 @@ use std::{
 
 use hauberk_core::{
     policy::Reason,
-    session::{ALPN, Machine, Role},
+    session::{ALPN, Machine, ProofAllowance, Role},
 };
 use hauberk_telemetry::record::TlsInfo;
 use hauberk_tls::{
@@ -171,6 +171,7 @@ impl Session {
                 made: Instant::now(),
                 proofs_sent: 0,
                 proofs_taken: 0,
+                proofs_allowed: ProofAllowance::new(hauberk_tls::now()),
             }),
             closed: false,
         }))

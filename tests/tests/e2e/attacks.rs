@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use hauberk_cli::lab::{ipv4, ipv6};
-use hauberk_core::session::{FrameType, HEADER_LENGTH, Header, Open};
+use hauberk_core::session::{FrameType, HEADER_LENGTH, Header, Open, Order};
 use hauberk_linux::packets::{CaptureOptions, PacketCapture};
 use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, is, ledger_policy};
 
@@ -92,19 +92,28 @@ fn plaintext_from_the_same_machine_is_refused_and_counted() -> anyhow::Result<()
     Ok(())
 }
 
+/// Where the agent listens in a namespace.
+fn agent_listeners(mesh: &Mesh, namespace: &str) -> anyhow::Result<Vec<SocketAddr>> {
+    let sockets = mesh.namespace(namespace)?.run(hauberk_linux::sockets::tcp_listeners)??;
+    Ok(sockets.into_iter().filter(|socket| socket.is_agents()).map(|socket| socket.local).collect())
+}
+
 fn the_listeners_of_the_agent_cannot_be_dialled_around() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let listener = mesh.listen("ledger", mesh.ledger(8080))?;
     listener.set_nonblocking(true)?;
-    for (count, port) in [15_001, 15_006].into_iter().enumerate() {
+    // A listener's port, and one that is nobody's.
+    let ports = [agent_listeners(&mesh, "ledger")?.first().context("no listener")?.port(), 15_006];
+    for (count, port) in ports.into_iter().enumerate() {
         let target = mesh.ledger(port);
         no_answer(mesh.connect("outside", target)).with_context(|| format!("port {port}"))?;
         // They lead nowhere but to the refusal of what comes in clear.
         refused_in_clear(&mesh, "machine-b", target, count)?;
     }
-    // From inside, straight to the agent's own listener.
-    let inside = SocketAddr::from(([127, 0, 0, 1], 15_001));
-    no_answer(mesh.connect("web", inside))?;
+    // From inside, straight to the agent's own listeners: only the one for what the workload sends tells of it.
+    for inside in agent_listeners(&mesh, "web")?.into_iter().filter(SocketAddr::is_ipv4) {
+        no_answer(mesh.connect("web", inside))?;
+    }
     ensure!(listener.accept().is_err(), "somebody came through");
     let record = mesh.record("machine-a", |record| record["src"]["workload"] == "web")?;
     ensure!(
@@ -483,6 +492,7 @@ fn an_agent_that_never_reads(mesh: &Mesh, listener: &TcpListener) -> anyhow::Res
         connection_id: [7; 16],
         original_destination: listener.local_addr()?,
         source_address: SocketAddr::new(ipv4(CHECKOUT), 40_000),
+        order: Order { queue: 1, place: 0 },
     }
     .encode();
     hostile.write_all(&Header::encode(FrameType::Open, wish.len())?)?;

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{ErrorKind, Read, Write},
+    io::{Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     thread,
 };
@@ -18,6 +18,7 @@ use crate::programs::Process;
 crate::trials!(
     a_service_port_stays_closed_while_its_cgroup_is_gone,
     a_host_on_which_the_agent_cannot_listen_stays_closed,
+    another_programs_listeners_are_in_nobodys_way,
     a_host_that_was_only_closed_is_opened_when_its_workload_is_gone,
     a_cgroup_made_anew_is_captured_again,
 );
@@ -85,42 +86,69 @@ fn a_service_port_stays_closed_while_its_cgroup_is_gone() -> anyhow::Result<()> 
     Ok(())
 }
 
+/// All ports that the agent would choose from.
+fn take_all_ports(mesh: &Mesh) -> anyhow::Result<Vec<TcpListener>> {
+    let any = |port| SocketAddr::from(([0, 0, 0, 0], port));
+    (15_100..16_000).map(|port| mesh.listen("machine-b", any(port))).collect()
+}
+
 fn a_host_on_which_the_agent_cannot_listen_stays_closed() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let before = mesh.wait_revision(0)?;
     let address = answering(&mesh)?;
-    // Somebody has the port where connections in clear would be refused.
-    let taken: TcpListener = mesh.listen("machine-b", SocketAddr::from(([0, 0, 0, 0], 15_006)))?;
+    let taken = take_all_ports(&mesh)?;
     mesh.write_manifest("store.yaml", &store("{user: '4343'}"))?;
     mesh.wait_revision(before)?;
     mesh.wait("the closed port", PATIENCE, |mesh| is_closed(mesh, address))?;
-    taken.set_nonblocking(true)?;
-    match taken.accept() {
-        Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-        Err(error) => bail!("{error}"),
-        Ok((_, from)) => bail!("{from} was led to a foreign program"),
+    for listener in &taken {
+        listener.set_nonblocking(true)?;
+        ensure!(listener.accept().is_err(), "somebody was led to a foreign program");
     }
     mesh.wait("the reason", PATIENCE, |mesh| {
         let text = mesh.ask(&["check"])?.stdout;
         let text = String::from_utf8_lossy(&text).into_owned();
-        ensure!(text.contains("listen on 0.0.0.0:15006"), "{text}");
+        ensure!(text.contains("listen on any of the ports 15100 to 15999"), "{text}");
         Ok(())
     })?;
     drop(taken);
+    captured(&mesh, "jobs/store")?;
+    is_closed(&mesh, address)
+}
+
+fn captured(mesh: &Mesh, key: &str) -> anyhow::Result<()> {
     mesh.wait("the capture", PATIENCE, |mesh| {
         let status = mesh.status()?;
-        let store = status.workloads.iter().find(|workload| workload.workload == "jobs/store");
-        ensure!(store.is_some_and(|workload| workload.captured), "{status:?}");
+        let found = status.workloads.iter().find(|workload| workload.workload == key);
+        ensure!(found.is_some_and(|workload| workload.captured), "{status:?}");
         Ok(())
-    })?;
-    is_closed(&mesh, address)
+    })
+}
+
+/// Ports that other designs need, and that of the agents themselves: whoever has them gets nothing, and the agent
+/// captures all the same.
+fn another_programs_listeners_are_in_nobodys_way() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let before = mesh.wait_revision(0)?;
+    let address = answering(&mesh)?;
+    let taken = [15_001, 15_006, 15_008]
+        .map(|port| mesh.listen("machine-b", SocketAddr::from(([0, 0, 0, 0], port))));
+    mesh.write_manifest("store.yaml", &store("{user: '4343'}"))?;
+    mesh.wait_revision(before)?;
+    captured(&mesh, "jobs/store")?;
+    is_closed(&mesh, address)?;
+    for listener in taken {
+        let listener = listener?;
+        listener.set_nonblocking(true)?;
+        ensure!(listener.accept().is_err(), "somebody was led to a foreign program");
+    }
+    Ok(())
 }
 
 fn a_host_that_was_only_closed_is_opened_when_its_workload_is_gone() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let before = mesh.wait_revision(0)?;
     let address = answering(&mesh)?;
-    let _taken = mesh.listen("machine-b", SocketAddr::from(([0, 0, 0, 0], 15_006)))?;
+    let _taken = take_all_ports(&mesh)?;
     mesh.write_manifest("store.yaml", &store("{user: '4343'}"))?;
     let with_store = mesh.wait_revision(before)?;
     mesh.wait("the closed port", PATIENCE, |mesh| is_closed(mesh, address))?;

@@ -64,6 +64,11 @@ impl Forged {
         Ok(config)
     }
 
+    /// For who makes a credential of it.
+    pub(crate) fn chain_and_key(self) -> (Vec<CertificateDer<'static>>, Vec<u8>) {
+        (self.chain, self.key.serialize_der())
+    }
+
     /// A client that shows it, and takes whatever certificate the server shows.
     fn client_config(
         forged: Option<Self>,

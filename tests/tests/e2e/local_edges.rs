@@ -14,7 +14,10 @@ use hauberk_linux::packets::{CaptureOptions, PacketCapture};
 use hauberk_tests::mesh::{CHECKOUT, Mesh, WEB, addresses, is};
 use serde_json::Value;
 
-use crate::policy::{expect_reset, still_carries};
+use crate::{
+    policy::{expect_reset, still_carries},
+    relay::{answers_lost, pairs_exchanged},
+};
 
 crate::trials!(
     local_edges_go_through_tls_by_default,
@@ -22,6 +25,8 @@ crate::trials!(
     a_verified_local_edge_carries_bulk_half_close_and_resets,
     a_policy_change_cuts_a_verified_local_edge,
     a_verified_local_edge_lives_and_ends_with_its_certificates,
+    a_verified_local_edge_delivers_an_answer_before_the_end_of_the_upload,
+    a_verified_local_edge_keeps_the_order_of_connections,
 );
 
 const VERIFIED: &[&str] = &["--local-edges", "verified-local"];
@@ -224,4 +229,22 @@ fn a_verified_local_edge_lives_and_ends_with_its_certificates() -> anyhow::Resul
         ensure!(is(&record, "reason", "expired_cert"), "{record}");
     }
     expect_reset(mesh.connect("web", checkout()))
+}
+
+fn a_verified_local_edge_delivers_an_answer_before_the_end_of_the_upload() -> anyhow::Result<()> {
+    let mesh = Mesh::start_with_agents(&[], VERIFIED)?;
+    allow(&mesh)?;
+    let lost = answers_lost(&mesh, "web", checkout())?;
+    ensure!(lost == 0, "{lost} answers were lost\n{}", mesh.logs());
+    Ok(())
+}
+
+fn a_verified_local_edge_keeps_the_order_of_connections() -> anyhow::Result<()> {
+    const PAIRS: usize = 300;
+    let mesh = Mesh::start_with_agents(&[], VERIFIED)?;
+    allow(&mesh)?;
+    let listener = mesh.listen("checkout", checkout())?;
+    let exchanged = pairs_exchanged(&mesh, "web", &listener, PAIRS)?;
+    ensure!(exchanged == 0, "{exchanged} of {PAIRS} pairs were accepted in the other order");
+    Ok(())
 }

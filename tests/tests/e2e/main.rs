@@ -9,6 +9,7 @@
 )]
 
 mod attacks;
+mod capture;
 mod away;
 mod command;
 mod control_plane;
@@ -56,6 +57,7 @@ fn main() -> std::process::ExitCode {
         relay::trials(),
         policy::trials(),
         attacks::trials(),
+        capture::trials(),
         identity::trials(),
         restart::trials(),
         away::trials(),

@@ -10,12 +10,14 @@ use std::{
 
 use anyhow::{Context, ensure};
 use hauberk_tests::mesh::{Mesh, PATIENCE};
+use serde_json::Value;
 
 crate::trials!(
     nginx_serves_curl_and_wrk,
     postgresql_serves_psql_and_pgbench,
     redis_serves_redis_benchmark,
     a_mail_server_takes_a_letter_of_curl,
+    iperf3_moves_bytes_both_ways_at_once,
     users_of_a_host_are_captured,
     cgroups_of_a_host_are_captured,
     one_process_is_a_whole_mesh,
@@ -152,6 +154,33 @@ fn redis_serves_redis_benchmark() -> anyhow::Result<()> {
     let denied =
         mesh.output("web", Command::new("redis-cli").args(["-h", &host, "-t", "5", "ping"]))?;
     ensure!(!String::from_utf8_lossy(&denied.stdout).contains("PONG"), "web was served");
+    Ok(())
+}
+
+/// It opens a connection for its orders and then one for each way, which the server tells apart by their order.
+fn iperf3_moves_bytes_both_ways_at_once() -> anyhow::Result<()> {
+    const ROUNDS: usize = 20;
+    let mesh = Mesh::start()?;
+    let host = mesh.ledger(8080).ip().to_string();
+    let mut server = Command::new("iperf3");
+    let _server = mesh.spawn("ledger", "iperf3", server.args(["-s", "-p", "8080", "-B", &host]))?;
+    reachable(&mesh, 8080)?;
+    for round in 0..ROUNDS {
+        let mut client = Command::new("iperf3");
+        client.args(["-c", &host, "-p", "8080", "--bidir", "-t", "1", "-J"]);
+        // The server may still be busy with the end of the round before.
+        let mut report = Value::Null;
+        mesh.wait("the server", PATIENCE, |mesh| {
+            report = serde_json::from_str(&mesh.run("checkout", &mut client)?)?;
+            let error = report["error"].as_str().unwrap_or_default();
+            ensure!(!error.contains("busy"), "{error}");
+            Ok(())
+        })?;
+        for way in ["sum_received", "sum_received_bidir_reverse"] {
+            let bytes = report["end"][way]["bytes"].as_u64().unwrap_or_default();
+            ensure!(bytes > 1 << 20, "round {round}, {way}: {report}");
+        }
+    }
     Ok(())
 }
 

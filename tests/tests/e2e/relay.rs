@@ -2,13 +2,14 @@
 
 use std::{
     io::{ErrorKind, Read, Write},
-    net::{Shutdown, SocketAddr, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
+use hauberk_cli::lab::ipv4;
 use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, addresses, is};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -24,6 +25,8 @@ crate::trials!(
     an_idle_connection_outlives_the_keep_alive,
     a_reader_that_pauses_for_longer_than_any_timeout_loses_nothing,
     a_refused_application_port_looks_refused,
+    an_answer_before_the_end_of_the_upload_arrives,
+    connections_are_accepted_in_the_order_in_which_they_were_opened,
 );
 
 fn both_families_carry_data_and_show_the_real_client() -> anyhow::Result<()> {
@@ -437,5 +440,98 @@ fn a_refused_application_port_looks_refused() -> anyhow::Result<()> {
     ensure!(error.kind() == ErrorKind::ConnectionReset, "got {error}");
     let record = mesh.record("machine-a", |record| is(record, "close_reason", "unreachable"))?;
     ensure!(is(&record, "decision", "allow"), "{record}");
+    Ok(())
+}
+
+/// What a server says that takes no more of an upload.
+const REFUSAL: &[u8] =
+    b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\n\r\nthat is too much\n";
+
+/// Answers each connection after its first bytes and closes it at once, whatever else has come.
+fn refusing(listener: TcpListener) {
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            // A client that is gone gets no answer.
+            if stream.read(&mut [0; 512]).is_ok() {
+                drop(stream.write_all(REFUSAL));
+            }
+        }
+    });
+}
+
+/// Uploads until it may no longer, and then reads what the server had to say.
+fn upload(mut client: TcpStream) -> anyhow::Result<Vec<u8>> {
+    let chunk = [7; 16 * 1024];
+    for _ in 0..64 {
+        if client.write_all(&chunk).is_err() {
+            break;
+        }
+    }
+    let mut answer = Vec::new();
+    match client.read_to_end(&mut answer) {
+        Ok(_) => Ok(answer),
+        // After the answer, as without the mesh.
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(answer),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Counts the uploads that got no answer, or only a part of it.
+pub(crate) fn answers_lost(mesh: &Mesh, from: &str, to: SocketAddr) -> anyhow::Result<usize> {
+    const ROUNDS: usize = 200;
+    let owner = if to.ip() == ipv4(CHECKOUT) { "checkout" } else { "ledger" };
+    refusing(mesh.listen(owner, to)?);
+    let mut lost = 0;
+    for round in 0..ROUNDS {
+        let client = mesh.connect(from, to)?;
+        let answer = upload(client).with_context(|| format!("round {round}"))?;
+        lost += usize::from(answer != REFUSAL);
+    }
+    Ok(lost)
+}
+
+fn an_answer_before_the_end_of_the_upload_arrives() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let lost = answers_lost(&mesh, "checkout", mesh.ledger(8080))?;
+    ensure!(lost == 0, "{lost} answers were lost\n{}", mesh.logs());
+    for (machine, field) in [("machine-a", "bytes_received"), ("machine-b", "bytes_sent")] {
+        for record in mesh.all_records(machine)? {
+            ensure!(record[field].as_u64() == Some(REFUSAL.len() as u64), "{machine}: {record}");
+        }
+    }
+    Ok(())
+}
+
+/// Counts the pairs of connections of one client, opened one after the other, that the server
+/// accepts in the other order.
+pub(crate) fn pairs_exchanged(
+    mesh: &Mesh,
+    from: &str,
+    listener: &TcpListener,
+    pairs: usize,
+) -> anyhow::Result<usize> {
+    let to = listener.local_addr()?;
+    let mut exchanged = 0;
+    for pair in 0..pairs {
+        let (first, second) = (mesh.connect(from, to)?, mesh.connect(from, to)?);
+        let mut seen = Vec::new();
+        for _ in 0..2 {
+            let (stream, client) = listener.accept().with_context(|| format!("pair {pair}"))?;
+            seen.push(client.port());
+            drop(stream);
+        }
+        let opened = [first.local_addr()?.port(), second.local_addr()?.port()];
+        ensure!(seen.contains(&opened[0]) && seen.contains(&opened[1]), "{seen:?}, {opened:?}");
+        exchanged += usize::from(seen != opened);
+    }
+    Ok(exchanged)
+}
+
+fn connections_are_accepted_in_the_order_in_which_they_were_opened() -> anyhow::Result<()> {
+    const PAIRS: usize = 300;
+    let mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let exchanged = pairs_exchanged(&mesh, "checkout", &listener, PAIRS)?;
+    ensure!(exchanged == 0, "{exchanged} of {PAIRS} pairs were accepted in the other order");
     Ok(())
 }

@@ -6,6 +6,7 @@ use std::{
     fs,
     io::{ErrorKind, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -13,11 +14,20 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use hauberk_cli::lab::ipv4;
 use hauberk_core::{
+    identity::SpiffeId,
     policy::Reason,
-    session::{Event, Machine, Open, Refusal, RefusalCause, ResetCause, Role},
+    session::{
+        ALPN, Event, Machine, Open, Order, Reauthenticate, Refusal, RefusalCause, ResetCause, Role,
+    },
 };
 use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, is, ledger_policy};
+use hauberk_tls::{
+    Credential, CredentialSlot, PrivateKey, TrustBundle, TrustSlot,
+    channel::{Channel, Handshake, Progress},
+    mesh_client_config,
+};
 use rustls::{ClientConnection, StreamOwned};
+use rustls_pki_types::ServerName;
 use serde_json::Value;
 
 use crate::{
@@ -31,6 +41,9 @@ crate::trials!(
     sessions_of_two_identities_never_meet,
     a_policy_change_closes_idle_sessions,
     a_rotation_closes_idle_sessions,
+    a_node_certificates_renewal_closes_no_session,
+    a_failed_proof_is_a_bad_svid_whether_a_stream_is_open_or_not,
+    proofs_without_end_are_cut_off,
     a_restarted_destination_costs_no_later_connection,
     a_frame_out_of_turn_ends_the_session,
     a_stream_that_is_opened_on_a_leaving_session_is_opened_again,
@@ -88,16 +101,18 @@ fn connection(mesh: &Mesh, from: &str, to: SocketAddr) -> anyhow::Result<SocketA
 /// Leaves at least so many idle sessions behind: by as many connections at once, so that none uses
 /// the session of another.
 fn warm(mesh: &Mesh, from: &str, to: SocketAddr, sessions: u32) -> anyhow::Result<()> {
-    let mut clients = Vec::new();
-    for _ in 0..sessions {
-        clients.push(echoed(mesh, from, to)?);
-    }
-    clients.into_iter().try_for_each(end)?;
+    at_once(mesh, from, to, sessions)?;
     mesh.wait("the idle sessions", Duration::from_secs(2), |mesh| {
         let idle = idle_sessions(mesh)?;
         ensure!(idle >= f64::from(sessions), "{idle} sessions are idle");
         Ok(())
     })
+}
+
+fn at_once(mesh: &Mesh, from: &str, to: SocketAddr, connections: u32) -> anyhow::Result<()> {
+    let clients: anyhow::Result<Vec<TcpStream>> =
+        (0..connections).map(|_| echoed(mesh, from, to)).collect();
+    clients?.into_iter().try_for_each(end)
 }
 
 /// What machine-a keeps for the next connection.
@@ -210,6 +225,8 @@ fn wish(id: u8, to: SocketAddr) -> Open {
         original_destination: to,
         // One of checkout's own, and another for each stream.
         source_address: SocketAddr::new(ipv4(CHECKOUT), 40_000 + u16::from(id)),
+        // Each has no order but its own.
+        order: Order { queue: u64::from(id), place: 0 },
     }
 }
 
@@ -421,6 +438,156 @@ fn a_rotation_closes_idle_sessions() -> anyhow::Result<()> {
     let first = records.first().context("no record")?;
     let last = records.last().context("no record")?;
     ensure!(serial(first)? != serial(last)?, "a session outlived its certificate: {first} {last}");
+    Ok(())
+}
+
+/// How often each agent has kept another node certificate, as seen by looking all the time.
+struct NodeRenewals {
+    kept: [Vec<u8>; 2],
+    seen: [usize; 2],
+}
+
+impl NodeRenewals {
+    fn read(mesh: &Mesh) -> anyhow::Result<[Vec<u8>; 2]> {
+        let of = |machine: &str| fs::read(mesh.folder().join(machine).join("node.json"));
+        Ok([of("machine-a")?, of("machine-b")?])
+    }
+
+    fn begin(mesh: &Mesh) -> anyhow::Result<Self> {
+        Ok(Self { kept: Self::read(mesh)?, seen: [0; 2] })
+    }
+
+    /// The fewest of any agent.
+    fn look(&mut self, mesh: &Mesh) -> anyhow::Result<usize> {
+        let now = Self::read(mesh)?;
+        for ((kept, now), seen) in self.kept.iter_mut().zip(now).zip(&mut self.seen) {
+            if *kept != now {
+                *kept = now;
+                *seen += 1;
+            }
+        }
+        Ok(self.seen[0].min(self.seen[1]))
+    }
+}
+
+fn a_node_certificates_renewal_closes_no_session() -> anyhow::Result<()> {
+    const RENEWALS: usize = 10;
+    const LONG: Duration = Duration::from_secs(150);
+    // Of the node only: a workload's renewal does close its idle sessions.
+    let mesh = Mesh::start_with(&["--node-certificate-lifetime", "10s"])?;
+    let ledger = echoing(&mesh, 8080)?;
+    warm(&mesh, "checkout", ledger, 3)?;
+    let (new, made) = (streams(&mesh, "new")?, handshakes(&mesh, "success")?);
+    let mut renewals = NodeRenewals::begin(&mesh)?;
+    let started = Instant::now();
+    while renewals.look(&mesh)? < RENEWALS {
+        ensure!(started.elapsed() < LONG, "{:?} renewals\n{}", renewals.seen, mesh.logs());
+        // All at once, so that none of the sessions grows old; and not more often than needed.
+        at_once(&mesh, "checkout", ledger, 3)?;
+        thread::sleep(Duration::from_millis(200));
+    }
+    let (new, made) = (streams(&mesh, "new")? - new, handshakes(&mesh, "success")? - made);
+    ensure!(new == 0.0, "{new} connections needed a session of their own");
+    // A spare session that nobody used for a minute is closed and made anew.
+    ensure!(made <= 2.0, "{made} handshakes in {RENEWALS} renewals");
+    Ok(())
+}
+
+fn a_failed_proof_is_a_bad_svid_whether_a_stream_is_open_or_not() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let false_proof = Reauthenticate {
+        sequence: 1,
+        // ecdsa_secp256r1_sha256
+        scheme: 0x0403,
+        signature: vec![0; 70],
+        chain: vec![b"no certificate".to_vec()],
+    };
+    // On an idle session.
+    let mut caller = Caller::connect(&mesh)?;
+    caller.whole_stream(1, &listener)?;
+    let mut frame = Vec::new();
+    caller.machine.reauthenticate(&false_proof, &mut frame);
+    caller.send(&frame)?;
+    caller.is_given_up()?;
+    let record = mesh.record("machine-b", |record| is(record, "decision", "deny"))?;
+    ensure!(is(&record, "reason", "bad_svid"), "{record}");
+    ensure!(
+        is(&record["src"], "spiffe_id", "spiffe://example.org/ns/shop/sa/checkout"),
+        "{record}"
+    );
+    // And while a stream is open.
+    let mut caller = Caller::connect(&mesh)?;
+    caller.open(2, listener.local_addr()?, b"a")?;
+    caller.expects(&Said::Accept)?;
+    caller.send(&frame)?;
+    caller.is_given_up()?;
+    let record = told(&mesh, 2)?;
+    ensure!(is(&record, "close_reason", "bad_svid"), "{record}");
+    Ok(())
+}
+
+/// An agent that we did not write, which has nothing to say but that it is who it is.
+struct Prover {
+    stream: TcpStream,
+    channel: Channel,
+    binding: [u8; 32],
+    credential: Credential,
+}
+
+impl Prover {
+    fn connect(mesh: &Mesh) -> anyhow::Result<Self> {
+        let forger = Forger::with_the_key_of(mesh)?;
+        let leaf = forger.leaf("spiffe://example.org/ns/shop/sa/checkout", |_| {})?;
+        let (chain, key) = leaf.chain_and_key();
+        let credential = Credential::new(chain, &PrivateKey::from_pkcs8(key), hauberk_tls::now())?;
+        let id: SpiffeId = "spiffe://example.org/ns/payments/sa/ledger".parse()?;
+        let root = fs::read(mesh.folder().join("control-plane/ca/root.crt.der"))?;
+        let domain = id.trust_domain().clone();
+        let trust = TrustBundle::new(domain, vec![root.into()], hauberk_tls::now())?;
+        let slot = CredentialSlot::new("spiffe://example.org/ns/shop/sa/checkout".parse()?);
+        ensure!(slot.store(credential.clone()).is_ok(), "the certificate is not checkout's");
+        let config = mesh_client_config(slot, TrustSlot::new(trust.clone()), ALPN)?;
+        let name = ServerName::try_from(id.server_name())?;
+        let mut handshake = Handshake::client(Arc::new(config), name)?;
+        let mut stream = mesh.connect("outside", mesh.ledger(15_008))?;
+        let (mut input, mut out) = (Vec::new(), Vec::new());
+        while handshake.advance(&input, &mut out)? == Progress::NeedsBytes {
+            stream.write_all(&out)?;
+            out.clear();
+            let mut buffer = [0; 4096];
+            let count = stream.read(&mut buffer)?;
+            ensure!(count > 0, "the handshake was not answered");
+            input = buffer[..count].to_vec();
+        }
+        stream.write_all(&out)?;
+        let established = handshake.finish(&trust, hauberk_tls::now())?;
+        let (channel, binding) = (established.channel, established.binding);
+        Ok(Self { stream, channel, binding, credential })
+    }
+
+    fn prove(&mut self, sequence: u32) -> anyhow::Result<()> {
+        let proof = hauberk_tls::prove(&self.credential, &self.binding, true, sequence)?;
+        let (mut frame, mut record) = (Vec::new(), Vec::new());
+        Machine::new(Role::Source).reauthenticate(&proof, &mut frame);
+        self.channel.seal(&frame, &mut record)?;
+        Ok(self.stream.write_all(&record)?)
+    }
+}
+
+fn proofs_without_end_are_cut_off() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let mut prover = Prover::connect(&mesh)?;
+    // Each of them is good.
+    let cut = (1..=1_000).find(|sequence| prover.prove(*sequence).is_err());
+    let end = prover.stream.read(&mut [0; 512]);
+    ensure!(cut.is_some() || !matches!(end, Ok(count) if count > 0), "they were all taken");
+    let record = mesh.record("machine-b", |record| is(record, "decision", "deny"))?;
+    ensure!(is(&record, "reason", "rate_limited"), "{record}");
+    ensure!(
+        is(&record["src"], "spiffe_id", "spiffe://example.org/ns/shop/sa/checkout"),
+        "{record}"
+    );
     Ok(())
 }
 

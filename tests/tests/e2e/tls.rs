@@ -13,7 +13,9 @@ use hauberk_cli::lab::ipv4;
 use hauberk_core::{
     identity::SpiffeId,
     policy::Reason,
-    session::{ALPN, FrameType, HEADER_LENGTH, Header, Machine, Open, Refusal, RefusalCause, Role},
+    session::{
+        ALPN, FrameType, HEADER_LENGTH, Header, Machine, Open, Order, Refusal, RefusalCause, Role,
+    },
 };
 use hauberk_tests::mesh::{CHECKOUT, Mesh, PATIENCE, WEB, is};
 use serde_json::Value;
@@ -52,6 +54,7 @@ pub(crate) fn asked(
         trace_id: [0; 16],
         original_destination: to,
         source_address: SocketAddr::new(ipv4(CHECKOUT), 40_000 + u16::from(id)),
+        order: Order { queue: 1, place: 0 },
     };
     let mut machine = Machine::new(Role::Source);
     let mut frames = Vec::new();
@@ -103,6 +106,8 @@ fn a_destination_with_a_bad_certificate_is_refused_by_its_callers() -> anyhow::R
     let (own, foreign) = (Forger::with_the_key_of(&mesh)?, Forger::foreign()?);
     // Somebody sits in the ledger's network, in the place of its agent.
     mesh.stop("machine-b");
+    // Whose rules would refuse everybody in its stead.
+    mesh.namespace("ledger")?.run(hauberk_linux::capture::remove)??;
     let listener = mesh.listen("ledger", mesh.ledger(15_008))?;
     let minute = time::Duration::minutes(1);
     let expired = own.leaf(LEDGER, |leaf| {
