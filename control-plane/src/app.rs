@@ -38,7 +38,7 @@ use crate::{
     custody::{self, Custody, Look, Pace},
     issuance::IssuanceRate,
     kubernetes,
-    policy::{HEALTH_CHECK, Publisher},
+    policy::{Emptied, HEALTH_CHECK, Publisher},
     serve,
     store::Store,
 };
@@ -126,6 +126,7 @@ pub async fn run(
     };
     let publisher = Publisher::start(
         cluster.is_none().then(|| args.manifests.clone()),
+        if args.allow_empty { Emptied::Confirmed } else { Emptied::Refused },
         args.trust_domain.clone(),
         store.clone(),
         metrics.clone(),

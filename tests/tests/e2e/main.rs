@@ -17,6 +17,7 @@ mod hosts;
 mod identity;
 mod learn;
 mod local_edges;
+mod manifests;
 mod policy;
 mod programs;
 mod relay;
@@ -63,6 +64,7 @@ fn main() -> std::process::ExitCode {
         local_edges::trials(),
         hosts::trials(),
         control_plane::trials(),
+        manifests::trials(),
         command::trials(),
         learn::trials(),
         demo::trials(),
