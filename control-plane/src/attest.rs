@@ -3,12 +3,13 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use hauberk_core::{admission::AttestedNode, identity::IdentityKind, svid::VerifiedSvid};
+use hauberk_core::{
+    admission::AttestedNode, clock::NOT_BEFORE_BACKDATE, identity::IdentityKind, svid::VerifiedSvid,
+};
 use tonic::{Extensions, Status};
 
 use crate::{
     api::Shared,
-    ca::BACKDATE,
     store::{SerialCheck, Shown},
 };
 
@@ -65,7 +66,8 @@ pub(crate) fn node(extensions: &Extensions, shared: &Shared) -> Result<Caller, S
     let now = hauberk_tls::now();
     let grace = shared.clone_grace();
     // Whole seconds are in the certificate: rounded up, so that the one of a join is not older than that.
-    let issued = svid.facts().not_before().saturating_add(BACKDATE + Duration::from_secs(1));
+    let issued =
+        svid.facts().not_before().saturating_add(NOT_BEFORE_BACKDATE + Duration::from_secs(1));
     let shown = Shown { serial: &serial, issued_unix_ms: issued.unix_millis() };
     match shared.store.check_serial(&name, shown, now.unix_millis(), grace).map_err(internal)? {
         SerialCheck::Good => {}

@@ -9,11 +9,14 @@ use std::{
     net::{SocketAddr, TcpListener},
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use hauberk_control_plane::{app, config::Args};
-use hauberk_core::identity::{SpiffeId, TrustDomain};
+use hauberk_core::{
+    identity::{SpiffeId, TrustDomain},
+    time::Timestamp,
+};
 use hauberk_proto::{
     convert::Resource,
     state::state_hash,
@@ -321,6 +324,55 @@ async fn a_refused_update_ends_the_stream_and_the_next_one_has_everything() {
         let status = status.into_inner();
         let node = status.nodes.iter().find(|node| node.name == "machine-a").unwrap();
         assert_eq!(node.refused, format!("revision {}: no", first.revision));
+    };
+    place.serve(test).await;
+}
+
+fn system_time_ms() -> i64 {
+    Timestamp::from(SystemTime::now()).unix_millis()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn revisions_and_the_time_are_told_to_the_millisecond() {
+    let place = Place::new(&[HOSTS, &policy("[5432]")].concat());
+    let test = async {
+        let channel = place.join().await;
+        let mut agent = Agent::subscribe(&channel, &nothing()).await;
+        agent.next().await;
+        // Several times, as one may fall on a whole second.
+        for port in 6000..6003 {
+            let before = system_time_ms();
+            place.put(&[HOSTS, &policy(&format!("[{port}]"))].concat());
+            let made = agent.next().await.made_at_unix_ms;
+            assert!((before..=system_time_ms()).contains(&made), "made {} ms early", before - made);
+            let before = system_time_ms();
+            let mut client = StateClient::new(channel.clone());
+            let told = client.get_time(v1::GetTimeRequest {}).await.unwrap().into_inner();
+            assert!((before..=system_time_ms()).contains(&told.now_unix_ms), "{told:?} {before}");
+        }
+    };
+    place.serve(test).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_has_the_clock_skew_that_an_agent_reports() {
+    let place = Place::new(&[HOSTS, &policy("[5432]")].concat());
+    let test = async {
+        let channel = place.join().await;
+        let agent = Agent::subscribe(&channel, &nothing()).await;
+        let skew = async || {
+            let status = place.operator().await.get_status(v1::GetStatusRequest {}).await.unwrap();
+            status.into_inner().nodes[0].clock_skew_ms
+        };
+        assert_eq!(skew().await, None);
+        let report = v1::AgentStatus { clock_skew_ms: Some(-90_000), ..v1::AgentStatus::default() };
+        let report = v1::AgentReport { kind: Some(Kind::Status(report)) };
+        agent.reports.send(report).await.unwrap();
+        let begun = Instant::now();
+        while skew().await != Some(-90_000) {
+            assert!(begun.elapsed() < PATIENCE, "it is not told");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     };
     place.serve(test).await;
 }

@@ -300,11 +300,7 @@ fn from_kept(kept: &Kept, path: &Path, address: Option<&str>) -> anyhow::Result<
     let id = hauberk_core::identity::SpiffeId::node(&trust_domain, &kept.node)
         .with_context(|| format!("{}: node {:?}", path.display(), kept.node))?;
     let facts = credential.facts();
-    let validity = Validity::observed(
-        facts.not_before().saturating_add(super::rotate::BACKDATE),
-        facts.not_after(),
-        facts.not_before().saturating_add(super::rotate::BACKDATE),
-    );
+    let validity = Validity::of_issued(facts.not_before(), facts.not_after(), now);
     let slot = CredentialSlot::new(id);
     if slot.store(credential).is_err() {
         bail!("{}: the certificate is not that of node {}", path.display(), kept.node);

@@ -25,9 +25,6 @@ use tokio::{sync::watch, task::JoinHandle};
 use super::{ControlPlane, Kept, node::explain};
 use crate::handover::Replaced;
 
-/// How far back the control plane dates the start of a certificate: its life begins that much later.
-pub(super) const BACKDATE: Duration = Duration::from_secs(60);
-
 /// Wall-clock jumps and suspended machines are noticed at this pace.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 
@@ -140,11 +137,12 @@ struct Rotation {
 impl Rotation {
     async fn run(self) {
         self.load();
+        let mut obtained_at = hauberk_tls::now();
         let mut jitter = draw_jitter();
         let mut failure: Option<Failure> = None;
         loop {
             let now = hauberk_tls::now();
-            let step = match self.validity() {
+            let step = match self.validity(obtained_at) {
                 Some(validity) => rotation::next(validity, now, jitter, failure),
                 None => rotation::acquire(now, jitter, failure),
             };
@@ -162,6 +160,7 @@ impl Rotation {
                 }
                 Step::RenewNow => match self.renew().await {
                     Ok(()) => {
+                        obtained_at = hauberk_tls::now();
                         failure = None;
                         jitter = draw_jitter();
                     }
@@ -180,11 +179,10 @@ impl Rotation {
         }
     }
 
-    fn validity(&self) -> Option<Validity> {
+    fn validity(&self, obtained_at: Timestamp) -> Option<Validity> {
         let credential = self.slot.load()?;
         let facts = credential.facts();
-        let issued = facts.not_before().saturating_add(BACKDATE);
-        Some(Validity { not_before: issued, not_after: facts.not_after() })
+        Some(Validity::of_issued(facts.not_before(), facts.not_after(), obtained_at))
     }
 
     fn load(&self) {

@@ -66,6 +66,15 @@ impl state_server::State for State {
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
+
+    async fn get_time(
+        &self,
+        request: Request<v1::GetTimeRequest>,
+    ) -> Result<Response<v1::GetTimeResponse>, Status> {
+        attest::node(request.extensions(), &self.0)?;
+        let now_unix_ms = hauberk_tls::now().unix_millis();
+        Ok(Response::new(v1::GetTimeResponse { now_unix_ms }))
+    }
 }
 
 /// Counts the stream for as long as it lives.

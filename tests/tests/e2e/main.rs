@@ -9,6 +9,7 @@
 )]
 
 mod attacks;
+mod clock;
 mod command;
 mod control_plane;
 mod demo;
@@ -64,6 +65,7 @@ fn main() -> std::process::ExitCode {
         local_edges::trials(),
         hosts::trials(),
         control_plane::trials(),
+        clock::trials(),
         manifests::trials(),
         command::trials(),
         learn::trials(),
