@@ -164,6 +164,7 @@ pub async fn run(
         stopping: stopping.clone(),
     });
     health.set(custody::HEALTH_CHECK, HealthState::Ready);
+    tokio::spawn(forget_gone_nodes(shared.clone()));
     match cluster {
         None => drop(tokio::spawn(publisher.watch())),
         Some(cluster) => {
@@ -228,6 +229,14 @@ pub async fn run(
     }
     drop(std::fs::remove_file(&operator_path));
     Ok(())
+}
+
+/// With each revision nodes may have left the mesh.
+async fn forget_gone_nodes(shared: Arc<Shared>) {
+    let mut published = shared.publisher.subscribe();
+    while published.changed().await.is_ok() {
+        shared.forget_gone_nodes();
+    }
 }
 
 /// Serves metrics and health until the program ends.

@@ -376,3 +376,46 @@ async fn status_has_the_clock_skew_that_an_agent_reports() {
     };
     place.serve(test).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_agent_said_is_forgotten_when_its_machine_is_gone() {
+    const OTHER: &str = "
+apiVersion: hauberk.dev/v1alpha1
+kind: Machine
+metadata: {name: machine-b}
+spec: {addresses: [10.0.0.2]}
+---
+apiVersion: hauberk.dev/v1alpha1
+kind: Workload
+metadata: {name: other, namespace: shop}
+spec: {machine: machine-b, serviceAccount: other, process: {user: other}, ports: []}
+---
+";
+    let place = Place::new(&[HOSTS, OTHER].concat());
+    let test = async {
+        let channel = place.join().await;
+        let mut agent = Agent::subscribe(&channel, &nothing()).await;
+        agent.next().await;
+        // What of machine-a the status says, once `wanted` holds.
+        let status = async |wanted: fn(Option<&v1::NodeInfo>) -> bool| {
+            let begun = Instant::now();
+            loop {
+                let answer = place.operator().await.get_status(v1::GetStatusRequest {}).await;
+                let nodes = answer.unwrap().into_inner().nodes;
+                if wanted(nodes.iter().find(|node| node.name == "machine-a")) {
+                    return;
+                }
+                assert!(begun.elapsed() < PATIENCE, "{nodes:?}");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        status(|node| node.is_some_and(|node| node.connected)).await;
+        drop(agent);
+        status(|node| node.is_some_and(|node| !node.connected && node.last_seen_unix_ms > 0)).await;
+        place.put(OTHER);
+        status(|node| node.is_none()).await;
+        place.put(&[HOSTS, OTHER].concat());
+        status(|node| node.is_some_and(|node| node.last_seen_unix_ms == 0)).await;
+    };
+    place.serve(test).await;
+}

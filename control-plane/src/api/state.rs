@@ -97,6 +97,7 @@ impl Drop for Connected<'_> {
         self.shared.fleet.update(self.node, hauberk_tls::now(), |agent| {
             agent.streams = agent.streams.saturating_sub(1);
         });
+        self.shared.forget_gone_nodes();
         self.shared.metrics.set_agents_connected(connected(self.shared));
         tracing::info!(node = self.node, "an agent disconnected");
     }

@@ -49,6 +49,7 @@ pub(crate) struct Published {
     pub(crate) state_hash: [u8; 32],
     pub(crate) table: DecisionTable,
     pub(crate) workloads: Vec<MeshWorkload>,
+    /// In order.
     pub(crate) machines: Vec<String>,
     pub(crate) warnings: Vec<String>,
     /// Each as `namespace/name`, those that bind to nothing included.
@@ -66,6 +67,11 @@ impl Published {
     /// The registered workload that people call so: by its key, or by that of a pod without the UID.
     pub(crate) fn named(&self, name: &str) -> Option<&MeshWorkload> {
         self.workloads.iter().find(|workload| workload.shown() == name || workload.key() == name)
+    }
+
+    /// Whether a machine, or a node of the cluster, is in the mesh.
+    pub(crate) fn has_machine(&self, name: &str) -> bool {
+        self.machines.binary_search_by(|known| known.as_str().cmp(name)).is_ok()
     }
 
     /// Whether an identity is registered.

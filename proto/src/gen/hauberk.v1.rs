@@ -1777,6 +1777,9 @@ pub struct LearnResponse {
     /// Every AccessPolicy, as "namespace/name".
     #[prost(string, repeated, tag = "5")]
     pub policies: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// How many nodes have left the mesh whose edges this replica has dropped, to make room for those of others.
+    #[prost(uint64, tag = "6")]
+    pub forgotten_nodes: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LearnedEdge {

@@ -154,6 +154,9 @@ fn workloads_are_removed_one_after_the_other_but_for_the_last() {
     assert!(refused(&publisher).contains("have 1 workload:"), "{}", refused(&publisher));
 }
 
+/// Puts something in a folder's place.
+type Make = fn(&Path);
+
 #[test]
 fn a_folder_that_cannot_be_read_is_not_an_empty_one() {
     let place = Place::new();
@@ -168,7 +171,7 @@ fn a_folder_that_cannot_be_read_is_not_an_empty_one() {
     place.write("all.yaml", &[MACHINE, "---", &workload("web")].concat());
     let publisher = place.start(Emptied::Refused);
     let kept = fs::read(place.manifests().join("all.yaml")).unwrap();
-    let ways: [(&str, fn(&Path)); 3] = [
+    let ways: [(&str, Make); 3] = [
         ("missing", |_| {}),
         ("no folder", |path| fs::write(path, "").unwrap()),
         ("a broken link in it", |path| {
