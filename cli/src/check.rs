@@ -182,6 +182,15 @@ mod tests {
             .iter()
             .map(|finding| format!("{}\n    {}", finding.problem, finding.hint))
             .collect();
-        insta::assert_snapshot!("clocks", text.join("\n"));
+        insta::assert_snapshot!(text.join("\n"), @r"
+        node away is away; it enforces revision 1
+            is its agent running, and does it reach the control plane?
+        the clock of node ahead is 12.3 s ahead of the control plane's
+            set the clock of the node, or that of the control plane if every node is off; a clock that is behind by 2 minutes refuses new certificates, one that is ahead takes them for expired too early
+        the clock of node behind is 90.0 s behind the control plane's
+            set the clock of the node, or that of the control plane if every node is off; a clock that is behind by 2 minutes refuses new certificates, one that is ahead takes them for expired too early
+        the clock of node far-behind is 3600.0 s behind the control plane's: it refuses new certificates
+            set the clock of the node, or that of the control plane if every node is off; a clock that is behind by 2 minutes refuses new certificates, one that is ahead takes them for expired too early
+        ");
     }
 }
