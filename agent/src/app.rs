@@ -1,4 +1,5 @@
-//! The wiring: identity first, then what is enforced, then captures; and the way down.
+//! The wiring: which node this is, what is enforced there, then captures; its certificate meanwhile; and the way
+//! down.
 
 use std::{
     future::Future,
@@ -15,7 +16,7 @@ use hauberk_telemetry::{
     metrics::AgentMetrics,
     record::{Destination, RecordOptions},
 };
-use tokio::sync::{Mutex, watch};
+use tokio::sync::Mutex;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
@@ -25,10 +26,13 @@ use crate::{
     context::Context,
     departed::Departed,
     duties::{Means, OnDuty},
-    handover::{Before, End, Incumbent, Replaced, Successors, tell_when_ready},
-    identity::{Attestation, Identities, NODE_CHECK, PodToken, open_node, tend_or_follow},
+    handover::{Before, End, Incumbent, Replaced, Successors, is_taken, tell_when_ready},
+    identity::{
+        Attestation, Identities, NODE_CHECK, Node, PodToken, join_for_another, regain_beside,
+        tend_or_follow,
+    },
     pages::Pages,
-    policy::{Enforcer, POLICY_CHECK, Subscription},
+    policy::{Enforcer, Owner, POLICY_CHECK, Subscription, kept_owner},
 };
 
 /// Turns of tasks between two looks for what the network has. A turn of a bulk stream is some 150 µs: at
@@ -78,14 +82,17 @@ pub fn main(args: Args) -> ExitCode {
 /// Runs the agent until `stop` is done, then drains.
 ///
 /// # Errors
-/// If it has no identity and cannot get one, cannot open or bind what it needs, or was replaced by another agent
-/// that then went away.
+/// If nothing says which node this is and it cannot join or be attested, if it cannot open or bind what it needs,
+/// or was replaced by another agent that then went away.
 pub async fn run(
     args: Args,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> anyhow::Result<()> {
     hauberk_tls::files::private_folder(&args.data).context("open the data folder")?;
     let stop = token(stop);
+    if joined_for_another(&args).await? {
+        return Ok(());
+    }
     let Some(mut before) = Before::find(&args.data, args.take_over, &stop).await? else {
         return Ok(());
     };
@@ -103,29 +110,23 @@ pub async fn run(
         Destination::File(args.records.clone())
     };
     let records = RecordSink::start(RecordOptions::new(destination), metrics.records_lost())?;
-    let attestation = attestation(&args);
-    // A pod tries for a while, when the control plane is away; a token's only try is over soon, and whoever
-    // gave it wants to hear how it went.
-    let tries_again = matches!(attestation, Attestation::Pod(_));
-    let opening = open_node(&args.data, attestation, args.control_plane.as_deref());
-    let mut node = tokio::select! {
-        node = opening => node?,
-        () = stop.cancelled(), if tries_again => return Ok(()),
-    };
+    let Some(mut node) = open_node(&args, &stop).await? else { return Ok(()) };
     // Whoever is to stop takes nobody's place.
     if stop.is_cancelled() {
         return Ok(());
     }
+    let regaining = regain_beside(&mut node, &health);
+    let Some(before) = before.wait(&args.data, regaining, &stop).await? else { return Ok(()) };
     let Some((own, inherited, taken)) = before.take(&args.data, &stop).await? else {
         return Ok(());
     };
     let mut own = Some(own);
     // The agent before may have renewed it since.
-    node.reload().context("the node's identity")?;
+    node.reload();
     let successors = Successors::listen(&args.data)?;
     let replaced = Replaced::default();
     let enforcer = Arc::new(Enforcer::open(
-        node.name.clone(),
+        Owner { node: node.name.clone(), trust_domain: node.slot.id().trust_domain().clone() },
         &args.data,
         metrics.clone(),
         health.clone(),
@@ -185,7 +186,6 @@ pub async fn run(
         since: None,
         departed: Departed::default(),
     };
-    let (renewed, node_renewed) = watch::channel(0);
     let subscription = Subscription {
         enforcer: enforcer.clone(),
         control_plane: node.control_plane.clone(),
@@ -193,7 +193,7 @@ pub async fn run(
         records: records.clone(),
         edges: context.edges.clone(),
         status: board,
-        node_renewed,
+        node_renewed: node.renewals(),
     };
     if args.local_edges == LocalEdges::VerifiedLocal {
         tracing::info!(
@@ -213,7 +213,7 @@ pub async fn run(
         replaced: replaced.clone(),
     };
     let duties = OnDuty::begin(means, captures, Captured::default())?;
-    let tending = tokio::spawn(tend_or_follow(node, health.clone(), metrics, renewed, replaced));
+    let tending = tokio::spawn(tend_or_follow(node, health.clone(), metrics, replaced));
     let stands_by = taken.stands_by();
     let taken = tokio::spawn(tell_when_ready(taken, inherited.clone(), health));
     let incumbent = Incumbent {
@@ -248,7 +248,7 @@ pub async fn run(
     // A moment for the resets to leave.
     drain(&context, Duration::from_secs(1)).await;
     let ended = match end {
-        End::Stopped(off) => {
+        End::Stopped(mut off) => {
             // Whoever has the folder has the rules, but for an agent before that is about to take both back.
             if args.remove_rules_on_stop && own.is_some() && !stands_by.load(Ordering::Relaxed) {
                 remove_rules(off.captured(), &args);
@@ -285,6 +285,47 @@ fn token(done: impl Future<Output = ()> + Send + 'static) -> CancellationToken {
     token
 }
 
+/// Which node this is; nothing if this agent is to stop meanwhile.
+async fn open_node(args: &Args, stop: &CancellationToken) -> anyhow::Result<Option<Node>> {
+    let attestation = attestation(args);
+    // A pod tries for a while, when the control plane is away; a token's only try is over soon, and whoever
+    // gave it wants to hear how it went.
+    let tries_again = matches!(attestation, Attestation::Pod(_));
+    let address = args.control_plane.as_deref();
+    let opening = Node::open(&args.data, attestation, address, owner_of(args));
+    tokio::select! {
+        node = opening => node.map(Some),
+        () = stop.cancelled(), if tries_again => Ok(None),
+    }
+}
+
+/// Whose state is on disk.
+fn owner_of(args: &Args) -> Option<Owner> {
+    kept_owner(&args.data).unwrap_or_else(|error| {
+        // Whoever enforces it says so aloud.
+        tracing::debug!(error = format!("{error:#}"), "the state on disk");
+        None
+    })
+}
+
+/// With a join token, beside an agent that runs and has no identity that it can use: that one gets it, and goes on.
+async fn joined_for_another(args: &Args) -> anyhow::Result<bool> {
+    let Some(token) = args.join_token.as_ref().filter(|_| !args.take_over) else {
+        return Ok(false);
+    };
+    if !is_taken(&args.data) {
+        return Ok(false);
+    }
+    let address = args.control_plane.as_deref();
+    match join_for_another(&args.data, token, address, owner_of(args)).await? {
+        None => Ok(false),
+        Some(node) => {
+            tracing::info!(node, "joined; the agent that runs here goes on with it");
+            Ok(true)
+        }
+    }
+}
+
 fn attestation(args: &Args) -> Attestation {
     match (&args.kubernetes_token, &args.trust_bundle, &args.control_plane) {
         (Some(token), Some(roots), Some(address)) => Attestation::Pod(PodToken {
@@ -296,7 +337,7 @@ fn attestation(args: &Args) -> Attestation {
     }
 }
 
-fn remove_rules(captured: &Captured, args: &Args) {
+fn remove_rules(captured: &mut Captured, args: &Args) {
     captured.remove_rules();
     // Nobody would answer the plugin any more.
     if args.cni_plugin.is_some()

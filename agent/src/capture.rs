@@ -3,10 +3,16 @@
 //! is made anew, or whose rules somebody removed, heals by itself.
 
 mod board;
+mod guard;
+mod host;
 mod listeners;
 mod locals;
-mod place;
+mod namespace;
 mod sandboxes;
+mod serve;
+mod strays;
+mod uncaptured;
+mod users;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -21,6 +27,7 @@ use hauberk_telemetry::{Health, State as HealthState};
 use tokio::sync::watch;
 
 pub(crate) use board::StatusBoard;
+pub(crate) use listeners::Arrival;
 pub(crate) use locals::Locals;
 pub(crate) use sandboxes::netns_file;
 
@@ -32,9 +39,12 @@ use crate::{
     identity::Identities,
     policy::Snapshot,
 };
+use guard::Restored;
+use host::HostCapture;
 use listeners::Accepting;
-use place::{Departure, HostCapture, NamespaceCapture};
+use namespace::{Departure, NamespaceCapture};
 use sandboxes::Sandboxes;
+use users::UserNews;
 
 /// How often what is there is compared with what should be.
 const RECONCILE: Duration = Duration::from_secs(2);
@@ -42,9 +52,11 @@ const RECONCILE: Duration = Duration::from_secs(2);
 /// How often cgroups are looked at: a service that is started anew has another one, which no rule knows yet.
 const CGROUP_LOOK: Duration = Duration::from_millis(50);
 
-/// How long the rules of a workload that is gone stay, for the resets of its connections. These are
-/// cut at once.
-const LEAVING: Duration = Duration::from_secs(2);
+/// How often it is looked for rules of ours where no workload is.
+const STRAYS: Duration = Duration::from_secs(30);
+
+/// How long the rules of a workload that is gone stay, for its connections to end. These are cut at once.
+const REMOVAL_GRACE: Duration = Duration::from_secs(2);
 
 /// How long an agent waits, before it says that it is ready, for workloads that the one before had captured: a
 /// container runtime may be slow to say where they are.
@@ -80,13 +92,12 @@ pub(crate) struct Captures {
 pub(crate) struct Captured {
     namespaces: BTreeMap<String, NamespaceCapture>,
     host: Option<HostCapture>,
-    /// The agent could not listen on the host: rules are there that only close.
-    host_closed: bool,
-    /// Those whose workload is gone, since when. The resets of their connections pass through the
-    /// rules: without them the kernel would no longer translate the addresses, and the
-    /// applications would wait for ever.
-    leaving: BTreeMap<String, (NamespaceCapture, Instant)>,
+    /// Those whose workload is gone, or is somewhere else now, since when. The resets of their connections pass
+    /// through the rules.
+    leaving: Vec<(String, NamespaceCapture, Instant)>,
     host_leaving: Option<Instant>,
+    /// When it was looked for strays last.
+    strays_looked: Option<Instant>,
 }
 
 impl Captured {
@@ -103,7 +114,7 @@ impl Captured {
     /// Takes no more connections, and closes the sessions that carry nothing.
     pub(crate) fn close(&mut self) {
         self.locals().for_each(Locals::retire_pools);
-        let leaving = self.leaving.values_mut().map(|(capture, _)| capture);
+        let leaving = self.leaving.iter_mut().map(|(_, capture, _)| capture);
         self.namespaces.values_mut().chain(leaving).for_each(NamespaceCapture::close);
         if let Some(host) = &mut self.host {
             host.close_listeners();
@@ -111,13 +122,14 @@ impl Captured {
     }
 
     /// Gives the workloads their plain network back.
-    pub(crate) fn remove_rules(&self) {
-        let leaving = self.leaving.values().map(|(capture, _)| capture);
-        for capture in self.namespaces.values().chain(leaving) {
-            capture.remove_rules();
-        }
-        if self.host.is_some() || self.host_closed {
-            HostCapture::remove_rules();
+    pub(crate) fn remove_rules(&mut self) {
+        let leaving = std::mem::take(&mut self.leaving).into_iter().map(|(_, capture, _)| capture);
+        std::mem::take(&mut self.namespaces)
+            .into_values()
+            .chain(leaving)
+            .for_each(NamespaceCapture::remove_rules);
+        if let Some(host) = self.host.take() {
+            host.remove_rules();
         }
     }
 
@@ -132,30 +144,74 @@ impl Captured {
         let gone: Vec<String> =
             self.namespaces.keys().filter(|key| !keys.contains(*key)).cloned().collect();
         for key in gone {
-            if let Some(capture) = self.namespaces.remove(&key) {
-                capture.locals().retire_pools();
-                self.leaving.insert(key, (capture, Instant::now()));
-            }
+            self.leave(&key);
         }
-        let back: Vec<String> =
-            self.leaving.keys().filter(|key| keys.contains(*key)).cloned().collect();
-        for key in back {
-            if let Some((capture, _)) = self.leaving.remove(&key) {
+        let mut staying = Vec::new();
+        for (key, capture, since) in std::mem::take(&mut self.leaving) {
+            if keys.contains(&key) && !self.namespaces.contains_key(&key) {
+                self.namespaces.insert(key, capture);
+                continue;
+            }
+            if since.elapsed() < REMOVAL_GRACE {
+                staying.push((key, capture, since));
+                continue;
+            }
+            match capture.departure(|namespace| snapshot.is_enrolled(namespace)) {
+                Departure::Stays => {
+                    staying.push((key, capture, since));
+                    continue;
+                }
+                Departure::Free => capture.remove_rules(),
+                Departure::Gone => drop(capture),
+            }
+            tracing::info!(workload = key, "no longer captured");
+        }
+        self.leaving = staying;
+    }
+
+    /// What is captured under this key is no place of its workload any more.
+    fn leave(&mut self, key: &str) {
+        if let Some(capture) = self.namespaces.remove(key) {
+            capture.locals().retire_pools();
+            self.leaving.push((key.to_owned(), capture, Instant::now()));
+        }
+    }
+
+    /// A workload that has got another name is where it was: nothing about its connections has changed.
+    fn rename(&mut self, wanted: &[(Arc<MeshWorkload>, PathBuf)], identities: &mut Identities) {
+        for (workload, path) in wanted {
+            let key = workload.key();
+            if self.namespaces.contains_key(&key) {
+                continue;
+            }
+            let is_wanted = |key: &str| wanted.iter().any(|(workload, _)| workload.key() == key);
+            let old = self.namespaces.iter().find(|(old, capture)| {
+                !is_wanted(old)
+                    && capture.is_at(path)
+                    && capture.still_there(path).unwrap_or(false)
+                    && capture
+                        .locals()
+                        .all()
+                        .iter()
+                        .all(|l| l.workload.identity == workload.identity)
+            });
+            let Some(old) = old.map(|(old, _)| old.clone()) else { continue };
+            if let Some(capture) = self.namespaces.remove(&old) {
+                identities.rename(&old, workload);
+                tracing::info!(
+                    before = old,
+                    workload = key,
+                    "a captured workload has another name"
+                );
                 self.namespaces.insert(key, capture);
             }
         }
-        self.leaving.retain(|key, (capture, since)| {
-            if since.elapsed() < LEAVING {
-                return true;
-            }
-            match capture.departure(|namespace| snapshot.is_enrolled(namespace)) {
-                Departure::Stays => return true,
-                Departure::Free => capture.remove_rules(),
-                Departure::Gone => {}
-            }
-            tracing::info!(workload = key, "no longer captured");
-            false
-        });
+    }
+
+    /// The namespaces that are captured.
+    fn inodes(&self) -> HashSet<u64> {
+        let leaving = self.leaving.iter().map(|(_, capture, _)| capture);
+        self.namespaces.values().chain(leaving).map(NamespaceCapture::inode).collect()
     }
 }
 
@@ -187,6 +243,7 @@ impl Captures {
         // A pod that starts before there is any state waits.
         self.look_after_plugin();
         let mut sandboxes = Sandboxes::new(self.cri_socket.clone(), self.netns_dir.clone());
+        let mut users = UserNews::listen();
         loop {
             let snapshot = self.snapshots.borrow_and_update().clone();
             if snapshot.revision > 0 {
@@ -196,6 +253,7 @@ impl Captures {
                     self.reconcile(&snapshot, &sandboxes, &mut current, known);
                 });
                 known = true;
+                self.release_strays(&snapshot, &mut sandboxes, &mut current).await;
                 self.note_ready();
                 self.look_after_plugin();
                 for (namespace, name) in self.departed.look(&snapshot, Instant::now()) {
@@ -209,6 +267,7 @@ impl Captures {
                     if changed.is_err() { return (self, current) }
                 }
                 () = self.starting.news() => {}
+                () = users.next() => {}
                 () = next_reconcile(&current) => {}
             }
         }
@@ -237,22 +296,23 @@ impl Captures {
         let node = self.context.node.clone();
         let wanted: Vec<Arc<MeshWorkload>> = snapshot.on_node(&node).cloned().collect();
         let keys: BTreeSet<String> = wanted.iter().map(|workload| workload.key()).collect();
+        let in_namespaces: Vec<_> = wanted
+            .iter()
+            .filter_map(|workload| {
+                Some((workload.clone(), self.namespace_path(workload, sandboxes)?.ok()?))
+            })
+            .collect();
+        current.rename(&in_namespaces, &mut self.identities);
         current.retain(&keys, snapshot);
         self.identities.retain(|key| keys.contains(key));
         self.board.retain(&keys);
 
         let mut on_host = Vec::new();
         for workload in wanted {
-            match &workload.process {
-                ProcessSelector::NetworkNamespace { name, .. } => {
-                    let path = self.netns_dir.join(name);
-                    self.namespace(&workload, &path, current);
-                }
-                ProcessSelector::Pod { uid, .. } => match sandboxes.path(uid) {
-                    Ok(path) => self.namespace(&workload, path, current),
-                    Err(error) => self.note(&workload, Err(error)),
-                },
-                ProcessSelector::User(_) | ProcessSelector::Cgroup(_) => on_host.push(workload),
+            match self.namespace_path(&workload, sandboxes) {
+                Some(Ok(path)) => self.namespace(&workload, &path, current),
+                Some(Err(error)) => self.note(&workload, Err(error)),
+                None => on_host.push(workload),
             }
         }
         self.host(&on_host, current);
@@ -267,8 +327,26 @@ impl Captures {
         self.context.metrics.set_workloads(enrolled, unenrolled);
     }
 
+    /// Where the network namespace of a workload is; nothing for one of the host's.
+    fn namespace_path(
+        &self,
+        workload: &MeshWorkload,
+        sandboxes: &Sandboxes,
+    ) -> Option<anyhow::Result<PathBuf>> {
+        match &workload.process {
+            ProcessSelector::NetworkNamespace { name, .. } => Some(Ok(self.netns_dir.join(name))),
+            ProcessSelector::Pod { uid, .. } => Some(sandboxes.path(uid).map(Path::to_owned)),
+            ProcessSelector::User(_) | ProcessSelector::Cgroup(_) => None,
+        }
+    }
+
     fn namespace(&mut self, workload: &Arc<MeshWorkload>, path: &Path, current: &mut Captured) {
         let key = workload.key();
+        // Its workload is elsewhere now: what was captured is let go, and where it is now is captured.
+        if current.namespaces.get(&key).is_some_and(|capture| !capture.is_at(path)) {
+            tracing::info!(workload = key, namespace = %path.display(), "its network namespace is another one now");
+            current.leave(&key);
+        }
         let outcome = match current.namespaces.get_mut(&key) {
             Some(capture) => match capture.still_there(path) {
                 Ok(true) => capture.update(workload, &mut self.identities),
@@ -278,58 +356,107 @@ impl Captures {
                 }
                 Err(error) => Err(error),
             },
-            None => {
-                let identities = &mut self.identities;
-                NamespaceCapture::start(&self.context, workload, path, identities, &self.inherited)
-                    .map(|capture| {
-                        tracing::info!(workload = key, namespace = %path.display(), "captured");
-                        current.namespaces.insert(key.clone(), capture);
-                    })
-            }
+            None => NamespaceCapture::start(
+                &self.context,
+                workload,
+                path,
+                &mut self.identities,
+                &self.inherited,
+                &self.replaced,
+            )
+            .map(|capture| {
+                tracing::info!(workload = key, namespace = %path.display(), "captured");
+                current.namespaces.insert(key.clone(), capture);
+            }),
         };
-        let netns = current.namespaces.get(&key).map(NamespaceCapture::inode);
-        self.note_in(workload, outcome, netns);
+        let capture = current.namespaces.get(&key);
+        let netns = capture.map(NamespaceCapture::inode);
+        let restored = capture.map(NamespaceCapture::restored).unwrap_or_default();
+        self.note_in(workload, outcome, netns, restored);
     }
 
     fn host(&mut self, workloads: &[Arc<MeshWorkload>], current: &mut Captured) {
         if workloads.is_empty() {
-            if std::mem::take(&mut current.host_closed) {
-                HostCapture::remove_rules();
-            }
             let Some(host) = &mut current.host else { return };
             let since = *current.host_leaving.get_or_insert_with(Instant::now);
-            if since.elapsed() < LEAVING {
-                host.update(&self.context, &[], &mut self.identities);
-            } else {
-                HostCapture::remove_rules();
-                current.host = None;
+            if since.elapsed() < REMOVAL_GRACE {
+                // Their processes are captured still, while their connections end.
+                host.locals().retire_pools();
+            } else if let Some(host) = current.host.take() {
+                host.remove_rules();
+                tracing::info!(
+                    "no workload is a process of this host any more; its rules are removed"
+                );
             }
             return;
         }
         current.host_leaving = None;
         let host = match &mut current.host {
             Some(host) => host,
-            None => match HostCapture::start(&self.context, &self.inherited) {
-                Ok(host) => {
-                    current.host_closed = false;
-                    current.host.insert(host)
-                }
+            None => match HostCapture::start(&self.context, &self.inherited, &self.replaced) {
+                Ok(host) => current.host.insert(host),
                 Err(error) => {
-                    let mut text = format!("{error:#}");
-                    current.host_closed = true;
-                    if let Err(error) = HostCapture::close(workloads) {
-                        text = format!("{text}; nor could its ports be closed: {error:#}");
-                    }
                     for workload in workloads {
-                        self.note(workload, Err(anyhow::anyhow!("{text}")));
+                        self.note(workload, Err(anyhow::anyhow!("{error:#}")));
                     }
                     return;
                 }
             },
         };
         let outcomes = host.update(&self.context, workloads, &mut self.identities);
+        let restored = host.restored();
         for (workload, outcome) in workloads.iter().zip(outcomes) {
-            self.note(workload, outcome);
+            self.note_in(workload, outcome, None, restored.clone());
+        }
+    }
+
+    /// Removes rules of ours from where no workload is, as after one that was removed while no agent ran.
+    async fn release_strays(
+        &self,
+        snapshot: &Snapshot,
+        sandboxes: &mut Sandboxes,
+        current: &mut Captured,
+    ) {
+        let due = current.strays_looked.is_none_or(|last| last.elapsed() >= STRAYS);
+        if !due {
+            return;
+        }
+        current.strays_looked = Some(Instant::now());
+        if current.host.is_none() {
+            tokio::task::block_in_place(|| strays::release_host(&self.context.node));
+        }
+        let known = current.inodes();
+        let folder = self.netns_dir.clone();
+        let found =
+            tokio::task::block_in_place(|| strays::find(&self.context.node, &folder, &known));
+        if found.is_empty() {
+            return;
+        }
+        let has_pods =
+            self.installation.is_some() || !pods(snapshot, &self.context.node).is_empty();
+        let of_pods = if has_pods {
+            match sandboxes.pod_namespaces().await {
+                Ok(all) => Some(all),
+                Err(error) => {
+                    tracing::warn!(
+                        error = format!("{error:#}"),
+                        "whose the network namespaces are that are captured for no workload is not known; they stay closed"
+                    );
+                    return;
+                }
+            }
+        } else {
+            None
+        };
+        for stray in found {
+            let free = match of_pods.as_ref().and_then(|all| all.get(&stray.path)) {
+                // Only leaving the mesh frees a pod.
+                Some(namespace) => snapshot.is_enrolled(namespace) == Some(false),
+                None => true,
+            };
+            if free {
+                tokio::task::block_in_place(|| stray.release());
+            }
         }
     }
 
@@ -346,7 +473,7 @@ impl Captures {
     }
 
     fn note(&mut self, workload: &MeshWorkload, outcome: anyhow::Result<()>) {
-        self.note_in(workload, outcome, None);
+        self.note_in(workload, outcome, None, Restored::default());
     }
 
     fn note_in(
@@ -354,10 +481,11 @@ impl Captures {
         workload: &MeshWorkload,
         outcome: anyhow::Result<()>,
         netns: Option<u64>,
+        restored: Restored,
     ) {
         let slot = self.identities.ensure(workload).ok().map(|identity| identity.slot.clone());
         let problem = outcome.err().map(|error| format!("{error:#}"));
-        if self.board.set(&workload.key(), slot, problem.clone(), netns)
+        if self.board.set(&workload.key(), slot, problem.clone(), netns, restored)
             && let Some(problem) = problem
         {
             tracing::warn!(

@@ -18,7 +18,9 @@ pub struct Args {
     )]
     pub data: PathBuf,
 
-    /// The join token, on the first start; not needed again while the node certificate is good.
+    /// The join token, on the first start, or to replace a node certificate that cannot be used; not needed while
+    /// that is good. If an agent runs on the same --data and has none that it can use, it gets this one's, and goes
+    /// on with it.
     #[arg(long, env = "HAUBERK_JOIN_TOKEN", value_name = "TOKEN", hide_env_values = true)]
     pub join_token: Option<JoinToken>,
 

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     io,
-    net::{Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -174,6 +174,14 @@ impl Local {
         Self { workload, identity, place, pool }
     }
 
+    /// Whether it is a process of this host, rather than having a network namespace of its own.
+    pub(crate) fn is_on_host(&self) -> bool {
+        match self.place {
+            Place::Host => true,
+            Place::Namespace(_) => false,
+        }
+    }
+
     /// Waits for the first certificate, but not for long. Returns whether there is one.
     pub(crate) async fn has_certificate(&self) -> bool {
         if self.identity.slot.load().is_some() {
@@ -247,6 +255,12 @@ async fn connect(socket: socket2::Socket, destination: SocketAddr) -> io::Result
     tokio::time::timeout(DIAL_TIMEOUT, connecting)
         .await
         .unwrap_or(Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// Whether an address is one of this host's own, loopback included.
+pub(crate) fn is_own_address(ip: IpAddr) -> bool {
+    // Only such an address can be bound to. Nothing is sent.
+    ip.is_loopback() || std::net::UdpSocket::bind((ip, 0)).is_ok()
 }
 
 /// An address without the IPv4-in-IPv6 form.

@@ -110,8 +110,8 @@ impl OnDuty {
 
 impl OffDuty {
     /// What was captured when they ended.
-    pub(crate) fn captured(&self) -> &Captured {
-        &self.captured
+    pub(crate) fn captured(&mut self) -> &mut Captured {
+        &mut self.captured
     }
 
     /// Takes no more connections, and closes the sessions that carry nothing.
@@ -128,7 +128,9 @@ impl OffDuty {
         let Self { means, captures, captured, subscribed } = self;
         // Before anything is asked for: with a certificate that was renewed since, this agent would pass for a
         // thief of it.
-        means.node.lock().await.reload().context("the node's identity")?;
+        if means.node.lock().await.reload() {
+            tracing::info!("uses the node certificate that the other agent got");
+        }
         // Nothing is applied while it is seen which state is the newer one. The stream that is opened then tells
         // the control plane anew what is in force here, and how the workloads stand.
         subscribed.abort();

@@ -191,6 +191,10 @@ impl<'a> Forward<'a> {
     }
 
     fn ask_again(&mut self, snapshot: &Snapshot) -> Option<Cut> {
+        // Before its capture ends, whatever its peer's mode.
+        if !snapshot.has_on(&self.context.node, &self.local.workload) {
+            return Some(Cut::Unregistered);
+        }
         match self.permit.renew(snapshot) {
             Ok(renewed) => self.permit = renewed,
             Err(denial) => return Some(Cut::Policy(denial)),

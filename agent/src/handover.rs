@@ -1,7 +1,8 @@
 //! One agent takes the place of another on the same data folder, and no connection fails for it.
 //!
 //! The next agent connects to the socket in the data folder of the one that runs, its predecessor, and gets
-//! the metrics' listener at once, so that probes ask the one that starts. When it has an identity it says
+//! the metrics' listener at once, so that probes ask the one that starts. While it has no identity that it can use
+//! it says [`protocol::WAIT`] and takes nothing from an agent that works. When it has one it says
 //! [`protocol::TAKE`]: the predecessor stops changing rules and files, passes its listeners on, lets go of the
 //! folder, and says [`protocol::END`]. Both take connections from the same listeners then, until the next one
 //! has taken up its workloads and says [`protocol::READY`]: from there on the predecessor only carries what it
@@ -23,7 +24,8 @@ mod protocol;
 mod replaced;
 mod successor;
 
+pub(crate) use folder::is_taken;
 pub(crate) use predecessor::{End, Incumbent, Successors};
-pub(crate) use protocol::Seat;
+pub(crate) use protocol::{Role, Seat};
 pub(crate) use replaced::Replaced;
 pub(crate) use successor::{Before, Inherited, tell_when_ready};

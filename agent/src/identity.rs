@@ -2,13 +2,17 @@
 //! speaks for them. Keys are made here and never leave the node.
 
 mod control_plane;
+mod enroll;
+mod found;
 mod kept;
 mod node;
 mod rotate;
 mod tend;
+mod trouble;
 
-pub(crate) use control_plane::ControlPlane;
+pub(crate) use control_plane::{ControlPlane, explain};
+pub(crate) use enroll::{PodToken, roots};
 pub(crate) use kept::Kept;
-pub(crate) use node::{Attestation, Node, PodToken, explain, open_node, roots};
+pub(crate) use node::{Attestation, Node, join_for_another};
 pub(crate) use rotate::{Identities, LocalIdentity};
-pub(crate) use tend::{NODE_CHECK, tend_or_follow};
+pub(crate) use tend::{NODE_CHECK, regain_beside, tend_or_follow};

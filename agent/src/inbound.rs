@@ -11,10 +11,7 @@ use hauberk_core::{
     policy::{Denial, Reason},
     session::{Event, Open, Refusal, RefusalCause},
 };
-use hauberk_linux::{
-    owner,
-    socket::{original_destination, reset_on_close, tune_mesh},
-};
+use hauberk_linux::{owner, socket::reset_on_close};
 use hauberk_telemetry::{
     Side,
     metrics::{Direction, Outcome as Handshake},
@@ -26,8 +23,8 @@ use tokio::net::TcpStream;
 
 use crate::{
     authorize::{self, Asked, without_policy},
-    capture::Locals,
-    context::{Context, Local, canonical, connection_id},
+    capture::{Arrival, Locals},
+    context::{Context, Local, canonical, connection_id, is_own_address},
     forward::{Forward, Outcome},
     passthrough,
     policy::{Found, Snapshot},
@@ -55,9 +52,6 @@ pub(crate) async fn serve_mesh(
     stream: TcpStream,
     from: SocketAddr,
 ) {
-    // Best effort: the connection works without them.
-    drop(tune_mesh(&stream));
-    let from = canonical(from);
     let mut session = match Box::pin(handshake(context, locals, tls, stream, from)).await {
         Ok(session) => session,
         Err(error) => {
@@ -235,7 +229,7 @@ async fn admit<'a>(
     let caller = snapshot.by_identity(session.peer().id(), Some(client.ip()));
     report.source(session.peer().id(), caller);
 
-    let local = match find_local(&snapshot, locals, &session, wanted) {
+    let local = match find_local(&snapshot, locals, &session, wanted, from) {
         Ok(local) => local,
         Err(denial) => return refuse(session, &denial, &mut report).await,
     };
@@ -340,19 +334,27 @@ fn find_local(
     locals: &Locals,
     session: &Session,
     wanted: SocketAddr,
+    from: SocketAddr,
 ) -> Result<Arc<Local>, Denial> {
     if snapshot.revision == 0 {
         return Err(authorize::not_ready("the agent has no policy yet"));
     }
-    let Found::Workload(workload) = snapshot.find(wanted) else {
-        return Err(without_policy(
-            Reason::UnknownDestination,
-            format!("no workload here has the address {wanted}"),
-        ));
+    let local = match snapshot.find(wanted) {
+        Found::Workload(workload) => locals.get(&workload.key()).ok_or_else(|| {
+            let text = format!("{} does not live here", workload.key());
+            without_policy(Reason::UnknownDestination, text)
+        })?,
+        // Between two workloads of one host, addresses are good that mean something only there. Another host must
+        // not reach what serves loopback alone.
+        Found::UndeclaredPort | Found::Unknown => Some(wanted)
+            .filter(|wanted| is_own_address(from.ip()) && is_own_address(wanted.ip()))
+            .and_then(|wanted| locals.serving(wanted.port()))
+            .filter(|local| local.is_on_host())
+            .ok_or_else(|| {
+                let text = format!("no workload here has the address {wanted}");
+                without_policy(Reason::UnknownDestination, text)
+            })?,
     };
-    let local = locals.get(&workload.key()).ok_or_else(|| {
-        without_policy(Reason::UnknownDestination, format!("{} does not live here", workload.key()))
-    })?;
     if session.server_name() != Some(local.workload.identity.server_name().as_str()) {
         return Err(without_policy(
             Reason::IdentityMismatch,
@@ -390,22 +392,13 @@ async fn answer_no<'a>(mut session: Box<Session>, refusal: &Refusal) -> Admitted
 
 /// A connection that came in clear: refused, or let through and recorded if the workload is only
 /// audited.
-pub(crate) async fn serve_plaintext(
-    context: &Context,
-    locals: &Locals,
-    stream: TcpStream,
-    from: SocketAddr,
-) {
+pub(crate) async fn serve_plaintext(context: &Context, locals: &Locals, arrival: Arrival) {
+    let Arrival { stream, from, wanted } = arrival;
     context.metrics.connection_captured(Direction::Inbound);
-    let from = canonical(from);
-    let wanted = original_destination(&stream).map(canonical).ok();
     let mut report = Report::new(context, Side::Destination, connection_id(), Some(from), wanted);
     let (_snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
-    let local = wanted.and_then(|wanted| match snapshot.find(wanted) {
-        Found::Workload(workload) => locals.get(&workload.key()),
-        Found::UndeclaredPort | Found::Unknown => None,
-    });
+    let local = wanted.and_then(|wanted| locals.serving(wanted.port()));
     if let Some(local) = &local {
         report.destination(&local.workload.identity, Some(&local.workload));
     }

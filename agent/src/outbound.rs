@@ -6,7 +6,7 @@ use hauberk_core::{
     policy::{Backends, Denial, Reason, resolve::MeshWorkload},
     session::Open,
 };
-use hauberk_linux::socket::{original_destination, reset_on_close, tune_local};
+use hauberk_linux::socket::reset_on_close;
 use hauberk_telemetry::{
     Side,
     metrics::{Direction, Outcome as Handshake, SessionKind},
@@ -16,7 +16,8 @@ use tokio::{net::TcpStream, sync::watch};
 
 use crate::{
     authorize::{self, Pass, Permit, not_ready, without_policy},
-    context::{Context, Local, MESH_PORT, canonical, connection_id},
+    capture::Arrival,
+    context::{Context, Local, MESH_PORT, connection_id, is_own_address},
     forward::{Forward, Outcome},
     local_edge::LocalEdge,
     passthrough,
@@ -31,14 +32,6 @@ use crate::{
 /// Sessions that are tried for one connection: each one before the last had a destination that went
 /// away before it saw the stream.
 const ATTEMPTS: usize = 3;
-
-/// A captured connection.
-struct Captured {
-    application: TcpStream,
-    from: SocketAddr,
-    wanted: Option<SocketAddr>,
-    id: [u8; 16],
-}
 
 /// What is to become of a captured connection.
 enum Decision<'a> {
@@ -79,17 +72,12 @@ struct PassWay {
 }
 
 /// Carries one captured connection to its end.
-pub(crate) async fn serve(
-    context: &Arc<Context>,
-    local: &Arc<Local>,
-    application: TcpStream,
-    from: SocketAddr,
-) {
-    let captured = Captured::new(application, from);
-    let (from, wanted) = (Some(captured.from), captured.wanted);
-    let mut report = Report::new(context, Side::Source, captured.id, from, wanted);
+pub(crate) async fn serve(context: &Arc<Context>, local: &Arc<Local>, arrival: Arrival) {
+    let id = connection_id();
+    let (from, wanted) = (Some(arrival.from), arrival.wanted);
+    let mut report = Report::new(context, Side::Source, id, from, wanted);
     // In boxes that are gone by the time bytes flow: an open connection has only what it needs.
-    let refused = match Box::pin(decide(context, local, captured, &mut report)).await {
+    let refused = match Box::pin(decide(context, local, arrival, id, &mut report)).await {
         Decision::Refused(application) => Some(application),
         Decision::Carry(way) => carry(context, local, way, &mut report).await,
         Decision::Local(way) => Box::pin(way.carry(&mut report)).await,
@@ -104,34 +92,22 @@ pub(crate) async fn serve(
     }
 }
 
-impl Captured {
-    fn new(application: TcpStream, from: SocketAddr) -> Self {
-        let wanted = original_destination(&application).map(canonical).ok();
-        Self { application, from: canonical(from), wanted, id: connection_id() }
-    }
-
-    /// Where it was going, if it was captured on its way and not dialled here directly.
-    fn destination(&self) -> Option<SocketAddr> {
-        let own = self.application.local_addr().map(canonical).ok();
-        self.wanted.filter(|_| own != self.wanted)
-    }
-}
-
 async fn decide<'a>(
     context: &'a Arc<Context>,
     local: &'a Arc<Local>,
-    captured: Captured,
+    arrival: Arrival,
+    id: [u8; 16],
     report: &mut Report<'_>,
 ) -> Decision<'a> {
     context.metrics.connection_captured(Direction::Outbound);
     report.source(&local.workload.identity, Some(&local.workload));
-    let Some(wanted) = captured.destination() else {
+    let Arrival { stream: application, from, wanted } = arrival;
+    let Some(wanted) = wanted else {
         let mend = "this is the agent's own port; connect to the destination's address, and the \
                     connection is taken up on its way";
         report.denied(&without_policy(Reason::UnknownDestination, mend), None);
-        return Decision::Refused(captured.application);
+        return Decision::Refused(application);
     };
-    let Captured { application, from, wanted: _, id } = captured;
     let (snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
     // Before workloads: nobody takes a service's place by claiming its address.
@@ -140,7 +116,13 @@ async fn decide<'a>(
     let target = chosen.as_ref().map_or(wanted, |chosen| chosen.backend);
     let found = match (service, &chosen) {
         (Some(_), None) => Found::Unknown,
-        (Some(_) | None, _) => snapshot.find(target),
+        (Some(_) | None, _) => match snapshot.find(target) {
+            // Over loopback, and at addresses of this host that nobody registered.
+            Found::Unknown if local.is_on_host() && is_own_address(target.ip()) => {
+                snapshot.on_this_host(target.port()).map_or(Found::Unknown, Found::Workload)
+            }
+            found => found,
+        },
     };
     let destination: Arc<MeshWorkload> = match found {
         Found::Workload(destination) => destination.clone(),
@@ -182,8 +164,6 @@ async fn decide<'a>(
         report.denied(&not_ready("the workload has no certificate yet"), None);
         return Decision::Refused(application);
     }
-    // Best effort: the connection works without.
-    drop(tune_local(&application));
     if let Some(destination) = neighbour {
         let edge = LocalEdge { context, source: local, destination, id, from, wanted: target };
         let way = LocalWay { application, edge, permit, snapshots, _chosen: chosen };

@@ -108,9 +108,12 @@ async fn no_longer(context: &Context, local: &Local, pass: &Pass) {
     let mut snapshots = context.subscribe();
     loop {
         let snapshot = snapshots.borrow_and_update().clone();
-        let key = local.workload.key();
         let mut here = snapshot.on_node(&context.node);
-        let holds = here.any(|workload| workload.key() == key && pass.holds(workload));
+        let holds = here.any(|workload| {
+            workload.identity == local.workload.identity
+                && workload.process == local.workload.process
+                && pass.holds(workload)
+        });
         if !holds || snapshots.changed().await.is_err() {
             return;
         }

@@ -1,8 +1,10 @@
 //! What this node enforces: the snapshot that every decision reads, and its sole writer.
 
 mod clock;
+mod kept;
 mod snapshot;
 mod subscribe;
 
+pub(crate) use kept::{Owner, owner as kept_owner};
 pub(crate) use snapshot::{Found, Snapshot};
 pub(crate) use subscribe::{Enforcer, POLICY_CHECK, Subscription};

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::{
     CheckArgs, Output,
-    operator::{clocks_off, time, whole_status},
+    operator::{clocks_off, has_expired, now, time, whole_status},
 };
 
 /// One finding of `hauberk check`.
@@ -24,8 +24,7 @@ const SET_CLOCK: &str = "set the clock of the node, or that of the control plane
 
 pub(crate) fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let status = whole_status(&args.asking)?;
-    let findings =
-        findings(&status, args.expiry_warn, Timestamp::from(std::time::SystemTime::now()));
+    let findings = findings(&status, args.expiry_warn, now());
     match args.asking.output {
         Output::Json => println!(
             "{}",
@@ -44,6 +43,18 @@ pub(crate) fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(if findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// How long `check` speaks of capture rules that somebody altered.
+const RESTORED_SHOWN: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// What to do about a node whose certificate has expired.
+fn way_back(node: &v1::NodeInfo, now: Timestamp) -> &'static str {
+    if node.renewable_until_unix_ms > now.unix_millis() {
+        "start its agent and let it reach the control plane: it renews the certificate by itself until then"
+    } else {
+        "hauberk token create --node NAME here, hauberk join TOKEN there; its agent takes it up as it runs"
+    }
 }
 
 fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> Vec<Finding> {
@@ -78,6 +89,21 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
             find(
                 format!("node {} has not joined", node.name),
                 "hauberk token create --node NAME here, hauberk join TOKEN there",
+            );
+        } else if !node.connected && has_expired(node, now) {
+            let end = time(node.certificate_not_after_unix_ms);
+            let until = match node.renewable_until_unix_ms {
+                until if until > now.unix_millis() => {
+                    format!("may be renewed until {}", time(until))
+                }
+                _ => "is not renewed any more".to_owned(),
+            };
+            find(
+                format!(
+                    "node {} is away, and its certificate, which ended at {end}, {until}",
+                    node.name
+                ),
+                way_back(node, now),
             );
         } else if !node.connected {
             find(
@@ -124,6 +150,20 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
             find(
                 format!("{} has no valid certificate", workload.workload),
                 "look at the log of its agent for failed renewals",
+            );
+        }
+        let recently = now.saturating_sub(RESTORED_SHOWN).unix_millis();
+        if workload.restored_at_unix_ms > recently {
+            find(
+                format!(
+                    "the capture rules of {} on {} were altered and restored, {} times, last at {}: {}",
+                    workload.workload,
+                    workload.node,
+                    workload.restored,
+                    time(workload.restored_at_unix_ms),
+                    workload.restored_what
+                ),
+                "find out which program changes nftables or routing there; hauberk denied shows what was cut",
             );
         }
     }

@@ -103,7 +103,7 @@ pub(crate) fn status(asking: &Asking) -> anyhow::Result<ExitCode> {
     let status = whole_status(asking)?;
     match asking.output {
         Output::Json => println!("{}", status_json(&status)),
-        Output::Text => print_status(&status),
+        Output::Text => print_status(&status, now()),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -128,6 +128,7 @@ fn status_json(status: &v1::GetStatusResponse) -> serde_json::Value {
             "enforced_revision": node.enforced_revision,
             "refused": node.refused,
             "certificate_not_after": time(node.certificate_not_after_unix_ms),
+            "renewable_until": time(node.renewable_until_unix_ms),
             "last_seen": time(node.last_seen_unix_ms),
             "agent_version": node.agent_version,
             "open_connections": node.open_connections,
@@ -142,13 +143,16 @@ fn status_json(status: &v1::GetStatusResponse) -> serde_json::Value {
             "ports": workload.ports,
             "captured": workload.captured,
             "problem": workload.problem,
+            "restored": workload.restored,
+            "restored_at": time(workload.restored_at_unix_ms),
+            "restored_what": workload.restored_what,
             "certificate_not_after": time(workload.not_after_unix_ms),
             "serial": workload.serial,
         })).collect::<Vec<_>>(),
     })
 }
 
-fn print_status(status: &v1::GetStatusResponse) {
+fn print_status(status: &v1::GetStatusResponse, now: Timestamp) {
     println!(
         "trust domain {}, revision {}, {} policies, {} guardrails",
         status.trust_domain, status.revision, status.policies, status.guardrails
@@ -158,6 +162,7 @@ fn print_status(status: &v1::GetStatusResponse) {
         let state = match (node.joined, node.connected) {
             _ if !node.locked.is_empty() => "locked",
             (false, _) => "not joined",
+            (true, false) if has_expired(node, now) => "expired",
             (true, false) => "away",
             (true, true) => "connected",
         };
@@ -327,6 +332,16 @@ fn denial_line(event: &v1::DeniedEvent) -> String {
         }
     }
     line
+}
+
+/// Whether a node's last certificate is good no more. Those of a cluster have none that the registry keeps.
+pub(crate) fn has_expired(node: &v1::NodeInfo, now: Timestamp) -> bool {
+    let end = node.certificate_not_after_unix_ms;
+    end != 0 && end <= now.unix_millis()
+}
+
+pub(crate) fn now() -> Timestamp {
+    Timestamp::from(std::time::SystemTime::now())
 }
 
 fn table(headers: &[&str]) -> Table {

@@ -37,6 +37,8 @@ pub(crate) struct Shared {
     pub(crate) advertised: String,
     pub(crate) workload_lifetime: Duration,
     pub(crate) node_lifetime: Duration,
+    /// How long after its end a machine's certificate may be renewed.
+    pub(crate) renewal_grace: Duration,
     /// Streams without an end of their own end with this.
     pub(crate) stopping: CancellationToken,
 }

@@ -34,7 +34,7 @@ use tonic::transport::Server;
 use crate::{
     api::{Enrollment, Operator, Shared, State, WorkloadIdentity},
     ca::{Authority, CaError},
-    config::{Args, LogFormat},
+    config::{Args, LogFormat, MAX_GRACE},
     custody::{self, Custody, Look, Pace},
     issuance::IssuanceRate,
     kubernetes,
@@ -134,7 +134,11 @@ pub async fn run(
     let own = own_credential(&authority, args.node_certificate_lifetime)?;
     let trust = TrustSlot::new(bundle_of(&authority)?);
     let names = Arc::new(AnyName(own.clone()));
-    let tls = shared_server_config(names, trust.clone(), ALPN_H2).context("set up TLS")?;
+    // The nodes of a cluster are attested by their agents' pods, and need no certificate for it.
+    let grace = if args.kubernetes { Duration::ZERO } else { args.node_renewal_grace };
+    // Older ones are let in for as long, to be told in words what is wrong with them.
+    let let_in = if grace.is_zero() { grace } else { MAX_GRACE };
+    let tls = shared_server_config(names, trust.clone(), ALPN_H2, let_in).context("set up TLS")?;
 
     let listener = bind(args.listen, "agents").await?;
     let webhook_listener = match args.webhook {
@@ -161,6 +165,7 @@ pub async fn run(
         advertised,
         workload_lifetime: args.workload_certificate_lifetime,
         node_lifetime: args.node_certificate_lifetime,
+        renewal_grace: grace,
         stopping: stopping.clone(),
     });
     health.set(custody::HEALTH_CHECK, HealthState::Ready);
@@ -210,7 +215,7 @@ pub async fn run(
         .add_service(WorkloadIdentityServer::new(WorkloadIdentity(shared.clone())))
         .add_service(StateServer::new(State(shared.clone())))
         .serve_with_incoming_shutdown(
-            serve::tls_connections(listener, TlsAcceptor::from(Arc::new(tls)), trust),
+            serve::tls_connections(listener, TlsAcceptor::from(Arc::new(tls)), trust, let_in),
             stopping.clone().cancelled_owned(),
         );
     tracing::info!(listen = %args.listen, metrics = %args.metrics, operator = %operator_path.display(),

@@ -11,6 +11,13 @@ pub const MIN_LIFETIME: Duration = Duration::from_secs(10);
 /// The longest: a certificate that lives longer is no longer a short-lived one.
 pub const MAX_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
+/// The longest time after its end for which a node certificate may be renewed: a machine that was away for longer
+/// is one that somebody should look at.
+pub const MAX_GRACE: Duration = Duration::from_secs(90 * 24 * 3600);
+
+/// What is usual: a long weekend.
+const USUAL_GRACE: Duration = Duration::from_secs(72 * 3600);
+
 /// How the control plane runs.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
@@ -90,10 +97,17 @@ pub struct Args {
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = lifetime)]
     pub workload_certificate_lifetime: Duration,
 
-    /// How long node certificates live, from 10s to 24h. A machine that is away for longer must
-    /// join anew.
+    /// How long node certificates live, from 10s to 24h. A machine that is away for longer needs
+    /// --node-renewal-grace or a new join token.
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = lifetime)]
     pub node_certificate_lifetime: Duration,
+
+    /// How long after the end of its certificate a machine may still renew it, at most 90 days (2160h): with its
+    /// own key, if that certificate was not superseded, and while its Machine is declared. The expired certificate
+    /// is good for nothing else. With 0 it needs a new join token. Nodes of a cluster do not need it.
+    #[arg(long, env = "HAUBERK_NODE_RENEWAL_GRACE", value_name = "DURATION", default_value = "72h",
+          value_parser = grace)]
+    pub node_renewal_grace: Duration,
 
     /// How logs are written.
     #[arg(long, env = "HAUBERK_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
@@ -134,6 +148,15 @@ fn lifetime(text: &str) -> Result<Duration, String> {
     }
 }
 
+fn grace(text: &str) -> Result<Duration, String> {
+    let grace = if text == "0" { Duration::ZERO } else { duration(text)? };
+    if grace <= MAX_GRACE {
+        Ok(grace)
+    } else {
+        Err(format!("{text} is longer than 2160h (90 days)"))
+    }
+}
+
 impl Args {
     /// What the command line gives if only the trust domain is named.
     #[must_use]
@@ -153,6 +176,7 @@ impl Args {
             webhook: None,
             workload_certificate_lifetime: Duration::from_secs(3600),
             node_certificate_lifetime: MAX_LIFETIME,
+            node_renewal_grace: USUAL_GRACE,
             log_format: LogFormat::Text,
             stop_with_stdin: false,
         }
@@ -209,6 +233,17 @@ mod tests {
         assert!(Command::try_parse_from(arguments).is_err());
         let more = arguments.into_iter().chain(["--kubernetes"]);
         assert_eq!(Command::parse_from(more).args.webhook.unwrap().port(), 9443);
+    }
+
+    #[test]
+    fn a_grace_is_nothing_or_a_duration_up_to_90_days() {
+        let hours = |hours: u64| Ok(Duration::from_secs(hours * 3600));
+        assert_eq!(grace("0"), Ok(Duration::ZERO));
+        assert_eq!(grace("0s"), Ok(Duration::ZERO));
+        assert_eq!(grace("168h"), hours(168));
+        assert_eq!(grace("2160h"), hours(2160));
+        assert_eq!(grace("2161h"), Err("2161h is longer than 2160h (90 days)".to_owned()));
+        assert!(grace("3").is_err() && grace("-1h").is_err());
     }
 
     #[test]

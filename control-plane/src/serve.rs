@@ -12,7 +12,7 @@ use std::{
 };
 
 use hauberk_tls::{
-    TrustSlot, peer_of,
+    TrustSlot, lapsed_client_of, peer_of,
     turns::{Handshakes, Turn},
 };
 use tokio::{
@@ -25,12 +25,13 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
-use crate::attest::Connection;
+use crate::attest::{Connection, Peer};
 
 /// A handshake that takes longer is given up: a silent peer must not hold anything.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a connection without a certificate may last: it can only join, which is one call.
+/// How long a connection without a good certificate may last: it can only join, or renew an expired one, which is
+/// one call.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A connection of an agent, with who it is.
@@ -40,7 +41,7 @@ pub(crate) struct AgentStream {
     stranger: Option<Stranger>,
 }
 
-/// Whoever has not shown a certificate keeps its turn, and not for long.
+/// Whoever has not shown a good certificate keeps its turn, and not for long.
 struct Stranger {
     until: Pin<Box<Sleep>>,
     _turn: Turn,
@@ -63,11 +64,13 @@ impl Connected for AgentStream {
     }
 }
 
-/// Accepts, shakes hands beside each other, hands the finished ones on.
+/// Accepts, shakes hands beside each other, hands the finished ones on. `grace` is how long ago a peer's certificate
+/// may have expired; it is good for one call at most then.
 pub(crate) fn tls_connections(
     listener: TcpListener,
     acceptor: TlsAcceptor,
     trust: Arc<TrustSlot>,
+    grace: Duration,
 ) -> ReceiverStream<io::Result<AgentStream>> {
     let (sender, receiver) = mpsc::channel(16);
     tokio::spawn(async move {
@@ -101,11 +104,19 @@ pub(crate) fn tls_connections(
                 match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await {
                     Ok(Ok(stream)) => {
                         let tls = stream.get_ref().1;
-                        let peer = peer_of(tls, &trust.load(), false, hauberk_tls::now()).ok();
-                        let stranger = peer.is_none().then(|| Stranger {
-                            until: Box::pin(tokio::time::sleep(JOIN_TIMEOUT)),
-                            _turn: turn,
-                        });
+                        let (trust, now) = (trust.load(), hauberk_tls::now());
+                        let peer = match peer_of(tls, &trust, false, now) {
+                            Ok(svid) => Peer::Proven(svid),
+                            Err(_) => lapsed_client_of(tls, &trust, grace, now)
+                                .map_or(Peer::Nobody, Peer::Lapsed),
+                        };
+                        let stranger = match peer {
+                            Peer::Proven(_) => None,
+                            Peer::Lapsed(_) | Peer::Nobody => Some(Stranger {
+                                until: Box::pin(tokio::time::sleep(JOIN_TIMEOUT)),
+                                _turn: turn,
+                            }),
+                        };
                         let connection = Connection { peer, address };
                         // The server may be stopping.
                         drop(sender.send(Ok(AgentStream { stream, connection, stranger })).await);

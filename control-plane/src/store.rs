@@ -285,6 +285,18 @@ impl Store {
         })
     }
 
+    /// As [`Self::check_serial`], of a certificate that has expired and is shown to be renewed. One that was
+    /// superseded is only refused: whoever digs out an old one must not lock the node with it.
+    pub(crate) fn check_lapsed(
+        &self,
+        name: &str,
+        shown: Shown<'_>,
+        now_unix_ms: i64,
+    ) -> Result<SerialCheck, StoreError> {
+        // For ever is within this grace.
+        self.check_serial(name, shown, now_unix_ms, i64::MAX)
+    }
+
     pub(crate) fn node(&self, name: &str) -> Result<Option<Node>, StoreError> {
         self.attempt(|database| {
             let read = database.begin_read()?;
@@ -505,6 +517,28 @@ mod tests {
         assert_eq!(check, SerialCheck::Superseded);
         let check = store.check_serial("a", shown("three"), much_later, GRACE).unwrap();
         assert_eq!(check, SerialCheck::Good);
+    }
+
+    #[test]
+    fn an_expired_certificate_is_good_if_it_was_not_superseded_and_never_locks() {
+        let (_folder, store) = store();
+        store.node_joined("a", &joined("one", 0)).unwrap();
+        store.node_renewed("a", "two", 0).unwrap();
+        let late = 100 * GRACE;
+        let check = |serial| store.check_lapsed("a", shown(serial), late).unwrap();
+        // The machine was switched off before the answer with the second came.
+        assert_eq!(check("one"), SerialCheck::Good);
+        // Or after it.
+        assert_eq!(check("two"), SerialCheck::Good);
+        // Which ends the first for good.
+        assert_eq!(check("one"), SerialCheck::Superseded);
+        let much_later = Shown { serial: "one", issued_unix_ms: i64::MAX };
+        let again = store.check_lapsed("a", much_later, 10 * late).unwrap();
+        assert_eq!(again, SerialCheck::Superseded);
+        assert_eq!(store.node("a").unwrap().unwrap().locked, None);
+        store.node_joined("a", &joined("three", 11 * late)).unwrap();
+        assert_eq!(check("two"), SerialCheck::Superseded);
+        assert_eq!(store.check_lapsed("b", shown("one"), 0).unwrap(), SerialCheck::UnknownNode);
     }
 
     #[test]

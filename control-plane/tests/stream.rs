@@ -2,52 +2,23 @@
 //! what has changed.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
 
+mod place;
+
 use std::{
     collections::BTreeMap,
-    fs,
-    future::Future,
-    net::{SocketAddr, TcpListener},
-    path::PathBuf,
-    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
-use hauberk_control_plane::{app, config::Args};
-use hauberk_core::{
-    identity::{SpiffeId, TrustDomain},
-    time::Timestamp,
-};
+use hauberk_core::time::Timestamp;
 use hauberk_proto::{
     convert::Resource,
     state::state_hash,
-    token::JoinToken,
-    v1::{
-        self, agent_report::Kind, enrollment_client::EnrollmentClient,
-        operator_client::OperatorClient, state_client::StateClient,
-    },
+    v1::{self, agent_report::Kind, state_client::StateClient},
 };
-use hauberk_tls::{
-    Credential, CredentialSlot, TrustBundle, TrustSlot, client_config, join_client_config,
-    signing_request,
-};
-use hyper_util::rt::TokioIo;
-use rustls::ClientConfig;
-use rustls_pki_types::{CertificateDer, ServerName};
-use tempfile::TempDir;
-use tokio::{
-    net::{TcpStream, UnixStream},
-    sync::mpsc,
-    time::timeout,
-};
-use tokio_rustls::TlsConnector;
+use place::{PATIENCE, Place};
+use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{
-    Code, Status, Streaming,
-    transport::{Channel, Endpoint, Uri},
-};
-use tower::service_fn;
-
-const PATIENCE: Duration = Duration::from_secs(30);
+use tonic::{Code, Status, Streaming, transport::Channel};
 
 const HOSTS: &str = "
 apiVersion: hauberk.dev/v1alpha1
@@ -91,109 +62,6 @@ spec:
   - {{name: web, ports: {ports}, from: [{{serviceAccount: {{namespace: shop, name: web}}}}]}}
 "
     )
-}
-
-fn trust_domain() -> TrustDomain {
-    "example.org".parse().unwrap()
-}
-
-/// A control plane's folder and address.
-struct Place {
-    folder: TempDir,
-    listen: SocketAddr,
-}
-
-impl Place {
-    fn new(manifests: &str) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        fs::create_dir(folder.path().join("manifests")).unwrap();
-        // A port that is free: tokens name it, so it cannot be left to the system.
-        let listen = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let place = Self { folder, listen };
-        place.put(manifests);
-        place
-    }
-
-    /// Replaces all manifests at once.
-    fn put(&self, manifests: &str) {
-        let folder = self.folder.path().join("manifests");
-        let hidden = folder.join(".new");
-        fs::write(&hidden, manifests).unwrap();
-        fs::rename(hidden, folder.join("all.yaml")).unwrap();
-    }
-
-    fn data(&self) -> PathBuf {
-        self.folder.path().join("data")
-    }
-
-    /// Runs the control plane for as long as the test takes.
-    async fn serve(&self, test: impl Future<Output = ()>) {
-        let args = Args {
-            data: self.data(),
-            manifests: self.folder.path().join("manifests"),
-            listen: self.listen,
-            metrics: "127.0.0.1:0".parse().unwrap(),
-            ..Args::defaults(trust_domain())
-        };
-        tokio::select! {
-            outcome = app::run(args, std::future::pending()) => panic!("it ended: {outcome:?}"),
-            () = test => {}
-        }
-    }
-
-    async fn operator(&self) -> OperatorClient<Channel> {
-        let path = self.data().join(app::OPERATOR_SOCKET);
-        let begun = Instant::now();
-        while UnixStream::connect(&path).await.is_err() {
-            assert!(begun.elapsed() < PATIENCE, "no operator socket");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        let connector = service_fn(move |_: Uri| {
-            let path = path.clone();
-            async move { UnixStream::connect(path).await.map(TokioIo::new) }
-        });
-        let endpoint = Endpoint::from_static("http://operator.hauberk.internal");
-        OperatorClient::new(endpoint.connect_with_connector(connector).await.unwrap())
-    }
-
-    async fn connect(&self, tls: ClientConfig, name: String) -> Channel {
-        let (address, connector) = (self.listen, TlsConnector::from(Arc::new(tls)));
-        let name = ServerName::try_from(name).unwrap();
-        let connector = service_fn(move |_: Uri| {
-            let (connector, name) = (connector.clone(), name.clone());
-            async move {
-                let stream = TcpStream::connect(address).await?;
-                connector.connect(name, stream).await.map(TokioIo::new)
-            }
-        });
-        let endpoint = Endpoint::from_static("https://control-plane.hauberk.internal");
-        endpoint.connect_with_connector(connector).await.unwrap()
-    }
-
-    /// Joins as machine-a does, and connects with the certificate that it gets.
-    async fn join(&self) -> Channel {
-        let wanted = v1::CreateTokenRequest { node: "machine-a".to_owned(), ttl_seconds: 60 };
-        let answer = self.operator().await.create_token(wanted).await.unwrap().into_inner();
-        let token: JoinToken = answer.token.parse().unwrap();
-        let pinned = join_client_config(token.root_sha256, b"h2").unwrap();
-        let channel = self.connect(pinned, "join.hauberk.internal".to_owned()).await;
-        let (key, certificate_request) = signing_request().unwrap();
-        let request = v1::JoinRequest { token_secret: token.secret.to_vec(), certificate_request };
-        let answer = EnrollmentClient::new(channel).join(request).await.unwrap().into_inner();
-
-        let certificates = |list: Vec<Vec<u8>>| -> Vec<CertificateDer<'static>> {
-            list.into_iter().map(CertificateDer::from).collect()
-        };
-        let now = hauberk_tls::now();
-        let roots = certificates(answer.trust_bundle);
-        let trust = TrustSlot::new(TrustBundle::new(trust_domain(), roots, now).unwrap());
-        let chain = certificates(answer.certificate_chain);
-        let credential = Credential::new(chain, &key, now).unwrap();
-        let slot = CredentialSlot::new(credential.facts().id().clone());
-        slot.store(credential).unwrap();
-        let tls = client_config(slot, trust, b"h2").unwrap();
-        self.connect(tls, SpiffeId::control_plane(&trust_domain()).server_name()).await
-    }
 }
 
 /// An agent's stream, and what it has been told so far.
@@ -256,7 +124,7 @@ fn nothing() -> v1::StateUpdate {
 async fn the_first_message_is_everything_and_each_later_one_only_what_changed() {
     let place = Place::new(&[HOSTS, OLD, &policy("[5432]")].concat());
     let test = async {
-        let channel = place.join().await;
+        let channel = place.join().await.channel(&place);
         let mut agent = Agent::subscribe(&channel, &nothing()).await;
         let first = agent.next().await;
         assert!(first.full);
@@ -292,7 +160,7 @@ async fn the_first_message_is_everything_and_each_later_one_only_what_changed() 
 async fn a_new_stream_begins_with_everything_whatever_the_agent_has() {
     let place = Place::new(&[HOSTS, &policy("[5432]")].concat());
     let test = async {
-        let channel = place.join().await;
+        let channel = place.join().await.channel(&place);
         let mut before = Agent::subscribe(&channel, &nothing()).await;
         let known = before.next().await;
         for known in [known.clone(), v1::StateUpdate { state_hash: vec![7; 32], ..known.clone() }] {
@@ -310,7 +178,7 @@ async fn a_new_stream_begins_with_everything_whatever_the_agent_has() {
 async fn a_refused_update_ends_the_stream_and_the_next_one_has_everything() {
     let place = Place::new(&[HOSTS, &policy("[5432]")].concat());
     let test = async {
-        let channel = place.join().await;
+        let channel = place.join().await.channel(&place);
         let mut agent = Agent::subscribe(&channel, &nothing()).await;
         let first = agent.next().await;
         let refused = v1::Refused { revision: first.revision, reason: "no".to_owned() };
@@ -336,7 +204,7 @@ fn system_time_ms() -> i64 {
 async fn revisions_and_the_time_are_told_to_the_millisecond() {
     let place = Place::new(&[HOSTS, &policy("[5432]")].concat());
     let test = async {
-        let channel = place.join().await;
+        let channel = place.join().await.channel(&place);
         let mut agent = Agent::subscribe(&channel, &nothing()).await;
         agent.next().await;
         // Several times, as one may fall on a whole second.
@@ -358,7 +226,7 @@ async fn revisions_and_the_time_are_told_to_the_millisecond() {
 async fn status_has_the_clock_skew_that_an_agent_reports() {
     let place = Place::new(&[HOSTS, &policy("[5432]")].concat());
     let test = async {
-        let channel = place.join().await;
+        let channel = place.join().await.channel(&place);
         let agent = Agent::subscribe(&channel, &nothing()).await;
         let skew = async || {
             let status = place.operator().await.get_status(v1::GetStatusRequest {}).await.unwrap();
@@ -393,7 +261,7 @@ spec: {machine: machine-b, serviceAccount: other, process: {user: other}, ports:
 ";
     let place = Place::new(&[HOSTS, OTHER].concat());
     let test = async {
-        let channel = place.join().await;
+        let channel = place.join().await.channel(&place);
         let mut agent = Agent::subscribe(&channel, &nothing()).await;
         agent.next().await;
         // What of machine-a the status says, once `wanted` holds.

@@ -1,28 +1,44 @@
 //! Capture: how traffic gets into the agent without the application knowing.
 //!
 //! The rules are one nftables table, `inet hauberk`, described as values ([`Ruleset`]) and put
-//! in place in one transaction, plus a policy rule and a local route for each IP family. All of
+//! in place in one transaction, and policy routing for each IP family as a second line. All of
 //! it acts in the calling thread's network namespace. The rules stay when the agent dies: what
-//! they redirect is refused then, not let through.
+//! they capture is refused then, not let through.
 //!
-//! Only packets that open a TCP connection are redirected, so connections older than the rules
-//! keep working.
+//! Connection tracking has no part in it. A captured connection is led to loopback, where the kernel finds the
+//! agent's end of it by its addresses, which are those that the application sees: the agent's sockets have
+//! other hosts' addresses (`IP_TRANSPARENT`). Every packet is looked at, not only a connection's first, so that
+//! nothing leaves as the application wrote it, whatever was forgotten meanwhile ([ADR 13]).
+//!
+//! Connections that are older than the rules go on as they are; the kernel keeps a list of them.
+//!
+//! [ADR 13]: ../../../docs/adr/0013-capture-without-connection-tracking.md
 
 mod drift;
 mod expression;
 mod host;
+mod monitor;
 mod namespace;
+mod older;
+mod parts;
 mod ruleset;
+mod second_line;
 mod transaction;
-mod transparent;
 
 pub use drift::Drift;
 pub use host::{HostRules, HostWorkload, ProcessMatch};
+pub use monitor::Monitor;
 pub use namespace::NamespaceRules;
+pub use older::{Connection, older};
 pub use ruleset::Ruleset;
 
-use crate::error::Result;
-use expression::{Expression, mark, pass};
+use std::collections::HashSet;
+
+use crate::{
+    error::Result,
+    sockets::{self, TcpSocket, tcp_sockets},
+};
+use older::Scope;
 
 /// The mark of packets from the agent's own sockets: the rules let them pass. "HB" in ASCII.
 ///
@@ -31,40 +47,158 @@ use expression::{Expression, mark, pass};
 /// which they have anyway.
 pub const MARK: u32 = 0x4842;
 
+/// The mark of packets that are no business of the mesh: of connections that are older than the rules, and on a
+/// host of those that come in for nobody of the mesh. Without kube-proxy's bit, since a host may
+/// forward such packets.
+const MARK_UNCAPTURED: u32 = 0x0842;
+
+/// The bits in which [`MARK`] and [`MARK_UNCAPTURED`] are the same, and differ from all others.
+const OWN_MARKS: u32 = !0x4000;
+
 /// The mark of packets on connections to the local application that carry the client's real
-/// address: the agent's and, through conntrack, the application's answers. It is routed to
+/// address: the agent's and the application's answers. It is routed to
 /// loopback, which is why it cannot be [`MARK`].
 pub const MARK_TRANSPARENT: u32 = 0x4843;
 
-/// The routing table for [`MARK_TRANSPARENT`].
+/// The marks of what is captured, each with the port of the agent's listener in the other half.
+const CAPTURED: u32 = 0x4844_0000;
+const CAPTURED_BITS: u32 = 0xffff_0000;
+
+/// The routing table for what is led to loopback.
 pub const ROUTE_TABLE: u32 = 18502;
 
+/// The group of `nfnetlink_log` that is told of captured connections that cannot be led to the agent.
+pub const REPORT_GROUP: u16 = 18502;
+
+/// The sets of connections that are older than the rules.
+const OLDER_V4: &str = "older_v4";
+const OLDER_V6: &str = "older_v6";
+
+/// The chain that has rules only while it is being found out which connections are older.
+const UNDECIDED: &str = "undecided";
+
+/// The mark of what goes to the agent's listener on this port; to none, if it is zero.
+const fn captured(port: u16) -> u32 {
+    // Lossless, which a const function cannot say otherwise.
+    #[allow(clippy::as_conversions)]
+    let port = port as u32;
+    CAPTURED | port
+}
+
+/// What becomes of connections that are captured and cannot be led to the agent, as those of a socket that is bound
+/// to an interface. The agent is told of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unroutable {
+    /// They are refused.
+    Refuse,
+    /// They go on without the mesh.
+    Pass,
+}
+
+/// What was in force before rules were put in place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Before<'a> {
+    /// Nothing that this process knows of. If the kernel has nothing either, all open connections are older than
+    /// the rules; else those that the kernel has noted.
+    Unknown,
+    /// These rules, with these older connections; the kernel may have lost either.
+    Known(&'a Ruleset, &'a [Connection]),
+}
+
 impl Ruleset {
-    /// Installs the rules in the calling thread's namespace, in place of any earlier ones.
+    /// Puts the rules in place in the calling thread's namespace.
     ///
-    /// The table is replaced in one transaction, so no packet meets half of it or none.
-    pub fn install(&self) -> Result<()> {
-        // Routing first: it concerns only packets that the rules mark.
-        transparent::install_routing()?;
-        transaction::replace(self)
+    /// The table is replaced in one transaction, so no packet meets half of it or none. Connections that are
+    /// captured by these rules and were not by those before, and are open, are left alone. Returns all connections
+    /// that are left alone, and those that were opened although they should have been captured: these are cut.
+    pub fn install(&self, before: &Before<'_>) -> Result<Installed> {
+        let (mut older, fresh) = self.older_than(before)?;
+        // The table first: the routing leads to loopback what only the table lets go on.
+        transaction::replace(self)?;
+        older::spare(&older)?;
+        self.routing.install()?;
+        let mut open = older::open_uncaptured(&self.scope)?;
+        let known: HashSet<Connection> = older.iter().copied().collect();
+        let new = match &fresh {
+            Some(scope) => older::connections(&older::open_uncaptured(scope)?),
+            None => Vec::new(),
+        };
+        let new: Vec<_> = new.into_iter().filter(|one| !known.contains(one)).collect();
+        older::spare(&new)?;
+        transaction::decide()?;
+        older.extend(new);
+        let spared: HashSet<Connection> = older.iter().copied().collect();
+        open.retain(|socket| {
+            let ends = Connection { local: socket.local, remote: socket.remote };
+            !socket.is_opening() && !spared.contains(&ends)
+        });
+        for socket in &open {
+            sockets::destroy(socket)?;
+        }
+        Ok(Installed { older, cut: open })
+    }
+
+    /// The connections that are known to be older than the rules and live, and whose else are to be looked for.
+    fn older_than(&self, before: &Before<'_>) -> Result<(Vec<Connection>, Option<Scope>)> {
+        let in_kernel = older::older()?;
+        let (noted, fresh) = match before {
+            Before::Known(rules, noted) => {
+                let mut all = noted.to_vec();
+                all.extend(in_kernel.iter().filter(|one| !noted.contains(one)));
+                (all, Some(self.scope.beyond(&rules.scope)))
+            }
+            Before::Unknown if installed()? || second_line::present()? => (in_kernel, None),
+            Before::Unknown => (Vec::new(), Some(self.scope.clone())),
+        };
+        if noted.is_empty() {
+            return Ok((noted, fresh));
+        }
+        let live: HashSet<Connection> =
+            older::connections(&older::open_uncaptured(&self.scope)?).into_iter().collect();
+        Ok((noted.into_iter().filter(|one| live.contains(one)).collect(), fresh))
     }
 
     /// What differs between these rules and those in the calling thread's namespace; empty when
     /// they are in force as described.
     pub fn drift(&self) -> Result<Vec<Drift>> {
         let mut found = drift::compare(self)?;
-        if !transparent::routing_works()? {
-            found.push(Drift::PolicyRoutingMissing);
-        }
+        found.extend(self.routing.drift()?);
         Ok(found)
     }
 }
 
+/// What was found when rules were put in place.
+#[derive(Clone, Debug, Default)]
+pub struct Installed {
+    /// The connections that are older than the rules, and are left alone.
+    pub older: Vec<Connection>,
+    /// Those that were opened while rules should have captured them, and did not. They are ended.
+    pub cut: Vec<TcpSocket>,
+}
+
 /// Removes the rules, the policy rules and the routes from the calling thread's namespace, those
-/// that are there. Redirected connections that are established keep their translation.
+/// that are there. Captured connections are ended first: without the rules their applications would write to
+/// the network.
 pub fn remove() -> Result<()> {
+    if installed()? || second_line::present()? {
+        end_captured()?;
+    }
     transaction::delete()?;
-    transparent::remove_routing()
+    second_line::remove()
+}
+
+/// Ends the applications' ends of the connections that the agent has, or had, the other end of.
+fn end_captured() -> Result<()> {
+    let all = tcp_sockets()?;
+    let agents: HashSet<_> = all
+        .iter()
+        .filter(|socket| socket.is_agents())
+        .map(|socket| (socket.remote, socket.local))
+        .collect();
+    for socket in all.iter().filter(|socket| agents.contains(&(socket.local, socket.remote))) {
+        sockets::destroy(socket)?;
+    }
+    Ok(())
 }
 
 /// Whether the calling thread's namespace has our table, in force. Says nothing of its contents:
@@ -73,7 +207,13 @@ pub fn installed() -> Result<bool> {
     Ok(drift::table()?.is_none())
 }
 
-/// What leaves the chain untouched because it is the agent's own.
-fn our_own() -> [[Vec<Expression>; 2]; 2] {
-    [[mark(MARK), pass()], [mark(MARK_TRANSPARENT), pass()]]
+/// Which agent put the rules there that the calling thread's namespace has; nothing if there is no table, as after
+/// somebody has flushed it.
+pub fn owner() -> Result<Option<String>> {
+    drift::owner()
+}
+
+/// Whether the calling thread's namespace has anything of ours: a table, in force or not, or policy routing.
+pub fn anything_installed() -> Result<bool> {
+    Ok(drift::table()? != Some(Drift::TableMissing) || second_line::present()?)
 }

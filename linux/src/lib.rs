@@ -15,7 +15,9 @@ pub mod netns;
 pub mod owner;
 pub mod packets;
 pub mod pass;
+pub mod routing;
 pub mod socket;
+pub mod sockets;
 mod sys;
 
 pub use error::{Error, Result};

@@ -1,7 +1,7 @@
 //! Links, addresses, routes and sysctls of the calling thread's network namespace.
 //!
-//! Enough of rtnetlink for the agent's own needs (policy routing) and for building the networks
-//! of the demo and of the tests. Names are looked up at every call: an index may be reused.
+//! Enough of rtnetlink for the agent's own needs and for building the networks of the demo and of the
+//! tests; policy routing is in `routing.rs`. Names are looked up at every call: an index may be reused.
 
 use std::{
     ffi::CString,
@@ -11,18 +11,14 @@ use std::{
     path::Path,
 };
 
-use netlink_bindings::{rt_addr, rt_link, rt_route, rt_rule, traits::Pusher, utils};
+use netlink_bindings::{rt_addr, rt_link, rt_route, traits::Pusher, utils};
 use netlink_socket2::NetlinkSocket;
 use nix::{libc, net::if_::if_nametoindex};
 
 use crate::{
-    error::{Context, Error, Result},
+    error::{Context, Error, Result, accept},
     netns::Netns,
 };
-
-/// The owner written into our routes and policy rules (`proto` in `ip route`, `ip rule`), so that
-/// ours can be told from everybody else's. Unassigned in `rtnetlink.h`.
-pub const ROUTE_OWNER: u8 = 0x48;
 
 /// The longest interface name, without its final zero (`IFNAMSIZ - 1`).
 const INTERFACE_NAME_MAX: usize = 15;
@@ -33,15 +29,17 @@ const VETH_INFO_PEER: u16 = 1;
 /// `IFLA_INFO_DATA` of `linux/if_link.h`.
 const IFLA_INFO_DATA: u16 = 2;
 
+/// `AF_INET`, `IFLA_AF_SPEC`, `IFLA_INET_CONF` and `IPV4_DEVCONF_SRC_VMARK` of the kernel's headers.
+const AF_INET: u16 = 2;
+const IFLA_AF_SPEC: u16 = 26;
+const IFLA_INET_CONF: u16 = 1;
+const SRC_VALID_MARK: usize = 24;
+
 /// `IFA_F_NODAD`: the address is usable at once, not after a second of probing.
 const IFA_F_NODAD: u8 = 0x02;
 
-/// `RTM_F_LOOKUP_TABLE`: answer with the table that matched; IPv4 says "main" otherwise.
-const RTM_F_LOOKUP_TABLE: u32 = 0x1000;
-
-/// `RT_SCOPE_HOST` and `RT_SCOPE_UNIVERSE`.
-const SCOPE_HOST: u8 = 254;
-const SCOPE_UNIVERSE: u8 = 0;
+/// `RT_SCOPE_UNIVERSE`.
+pub(crate) const SCOPE_UNIVERSE: u8 = 0;
 
 /// An IP family, where no address tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,14 +54,14 @@ impl Family {
     /// Both families.
     pub const ALL: [Family; 2] = [Family::V4, Family::V6];
 
-    fn of(address: IpAddr) -> Self {
+    pub(crate) fn of(address: IpAddr) -> Self {
         match address {
             IpAddr::V4(_) => Family::V4,
             IpAddr::V6(_) => Family::V6,
         }
     }
 
-    fn number(self) -> u8 {
+    pub(crate) fn number(self) -> u8 {
         // AF_INET and AF_INET6 of `linux/socket.h`, which netlink headers hold in one byte.
         match self {
             Family::V4 => 2,
@@ -178,76 +176,101 @@ pub fn add_default_route(via: IpAddr) -> Result<()> {
     add_route(unspecified(Family::of(via)), 0, via)
 }
 
-/// Adds `local default dev lo` to the routing table `table`: every destination looked up there is
-/// this namespace's own.
-pub fn add_local_route(family: Family, table: u32) -> Result<()> {
-    let lo = if_index("lo")?;
-    let mut request =
-        rt_route::Request::new().set_create().set_excl().op_newroute_do(&local_route(family));
-    request.encode().push_table(table).push_oif(lo);
-    send(&request, || format!("adding the local {family:?} route to table {table}"))
+/// An address of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Address {
+    /// The address.
+    pub ip: IpAddr,
+    /// The length of its network's prefix, in bits.
+    pub prefix: u8,
+    /// The interface's index.
+    pub interface: u32,
+    /// Whether it is known beyond the link: neither loopback nor link-local.
+    pub is_global: bool,
 }
 
-/// Deletes what [`add_local_route`] added; fails with `ESRCH` when there is none.
-pub fn delete_local_route(family: Family, table: u32) -> Result<()> {
-    let lo = if_index("lo")?;
-    let mut request = rt_route::Request::new().op_delroute_do(&local_route(family));
-    request.encode().push_table(table).push_oif(lo);
-    send(&request, || format!("deleting the local {family:?} route from table {table}"))
-}
-
-/// A policy rule: packets with this mark are routed by this table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MarkRule {
-    /// The whole mark; no mask, so that marks of other software never match.
-    pub mark: u32,
-    /// The routing table.
-    pub table: u32,
-    /// The rule's place: lower numbers are asked first.
-    pub priority: u32,
-}
-
-/// Adds `ip rule fwmark`; fails with `EEXIST` when it is there already.
-pub fn add_mark_rule(family: Family, rule: MarkRule) -> Result<()> {
-    let mut request =
-        rt_rule::Request::new().set_create().set_excl().op_newrule_do(&rule_header(family));
-    push_rule(request.encode(), rule);
-    send(&request, || format!("adding the {family:?} policy rule {rule:?}"))
-}
-
-/// Deletes what [`add_mark_rule`] added; fails with `ENOENT` when there is none.
-pub fn delete_mark_rule(family: Family, rule: MarkRule) -> Result<()> {
-    let mut request = rt_rule::Request::new().op_delrule_do(&rule_header(family));
-    push_rule(request.encode(), rule);
-    send(&request, || format!("deleting the {family:?} policy rule {rule:?}"))
-}
-
-/// Whether a packet with `mark` to `destination` would be delivered locally by `table`: asks the
-/// kernel's own lookup, so a rule or route that is missing or shadowed shows.
-pub fn mark_is_local(destination: IpAddr, mark: u32, table: u32) -> Result<bool> {
-    let header = rt_route::Rtmsg {
-        rtm_family: Family::of(destination).number(),
-        rtm_dst_len: if destination.is_ipv4() { 32 } else { 128 },
-        rtm_flags: RTM_F_LOOKUP_TABLE,
-        ..Default::default()
-    };
-    let mut request = rt_route::Request::new().op_getroute_do(&header);
-    request.encode().push_dst(destination).push_mark(mark);
-
-    let operation = || format!("looking up the route of mark {mark:#x} to {destination}");
-    let mut socket = NetlinkSocket::new();
-    let mut reply = socket.request(&request).context(operation())?;
-    match reply.recv_one() {
-        Ok((route, attributes)) => {
-            Ok(route.rtm_type == libc::RTN_LOCAL && attributes.get_table().ok() == Some(table))
+/// All addresses of the namespace that can be used.
+pub fn addresses() -> Result<Vec<Address>> {
+    let operation = "listing the addresses";
+    let mut found = Vec::new();
+    for family in Family::ALL {
+        let header = rt_addr::Ifaddrmsg { ifa_family: family.number(), ..Default::default() };
+        let request = rt_addr::Request::new().op_getaddr_dump(&header);
+        let mut socket = NetlinkSocket::new();
+        let mut reply = socket.request(&request).context(operation)?;
+        while let Some(answer) = reply.recv() {
+            let (message, attributes) = answer.context(operation)?;
+            // Of a point-to-point link, the address attribute is the other end's.
+            let Ok(ip) = attributes.get_local().or_else(|_| attributes.get_address()) else {
+                continue;
+            };
+            if message.ifa_family == family.number() {
+                found.push(Address {
+                    ip,
+                    prefix: message.ifa_prefixlen,
+                    interface: message.ifa_index,
+                    is_global: message.ifa_scope == SCOPE_UNIVERSE,
+                });
+            }
         }
-        Err(error) => match error.as_io_error().raw_os_error() {
-            // No route, or a rule or route that says unreachable, prohibit, blackhole.
-            Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ESRCH) => Ok(false),
-            Some(libc::EACCES | libc::EINVAL) => Ok(false),
-            _ => Err(error).context(operation()),
-        },
     }
+    Ok(found)
+}
+
+/// Makes the reverse path check of IPv4 packets that come in through each interface but `lo` obey their mark
+/// (`src_valid_mark`). By netlink, since `/proc/sys` is read-only in a container.
+pub fn check_sources_by_mark() -> Result<()> {
+    for (index, settings) in interfaces()? {
+        if settings.get(SRC_VALID_MARK - 1).is_some_and(|value| *value != 0) {
+            continue;
+        }
+        let operation = || format!("setting src_valid_mark of the interface {index}");
+        let header = rt_link::Ifinfomsg { ifi_index: index, ..Default::default() };
+        let mut request = rt_link::Request::new().op_setlink_do(&header);
+        let mut spec = request.encode().nested_af_spec();
+        let message = spec.as_vec_mut();
+        let inet = utils::push_nested_header(message, AF_INET);
+        let configuration = utils::push_nested_header(message, IFLA_INET_CONF);
+        utils::push_header(message, u16::try_from(SRC_VALID_MARK).unwrap_or_default(), 4);
+        message.extend(1u32.to_ne_bytes());
+        utils::finalize_nested_header(message, configuration);
+        utils::finalize_nested_header(message, inet);
+        drop(spec);
+        // It may be gone already.
+        accept(send(&request, operation), &[libc::ENODEV])?;
+    }
+    Ok(())
+}
+
+/// Whether it does, for each interface.
+pub fn sources_are_checked_by_mark() -> Result<bool> {
+    let all = interfaces()?;
+    Ok(all
+        .iter()
+        .all(|(_, settings)| settings.get(SRC_VALID_MARK - 1).is_some_and(|value| *value != 0)))
+}
+
+/// The interfaces but `lo`, by index, with their IPv4 settings in the kernel's order.
+fn interfaces() -> Result<Vec<(i32, Vec<u32>)>> {
+    const IFF_LOOPBACK: u32 = 8;
+    let operation = "listing the interfaces";
+    let request = rt_link::Request::new().op_getlink_dump(&rt_link::Ifinfomsg::new());
+    let mut socket = NetlinkSocket::new();
+    let mut reply = socket.request(&request).context(operation)?;
+    let mut found = Vec::new();
+    while let Some(answer) = reply.recv() {
+        let (message, attributes) = answer.context(operation)?;
+        if message.ifi_flags & IFF_LOOPBACK != 0 {
+            continue;
+        }
+        let settings = utils::find_attr(attributes.get_buf(), IFLA_AF_SPEC)
+            .and_then(|spec| utils::find_attr(spec, AF_INET))
+            .and_then(|inet| utils::find_attr(inet, IFLA_INET_CONF))
+            .unwrap_or_default();
+        let numbers = settings.chunks_exact(4).filter_map(|bytes| bytes.first_chunk());
+        found.push((message.ifi_index, numbers.map(|bytes| u32::from_ne_bytes(*bytes)).collect()));
+    }
+    Ok(found)
 }
 
 /// Whether the namespace can carry IPv6 at all: it may be off in the kernel or by sysctl.
@@ -263,7 +286,13 @@ pub fn sysctl(path: &str, value: &str) -> Result<()> {
     fs::write(&file, value).context(format!("writing {value:?} to {}", file.display()))
 }
 
-fn send<R: netlink_bindings::traits::NetlinkRequest>(
+/// Reads a network sysctl of the calling thread's namespace.
+pub fn read_sysctl(path: &str) -> Result<String> {
+    let file = Path::new("/proc/sys/net").join(path);
+    fs::read_to_string(&file).context(format!("reading {}", file.display()))
+}
+
+pub(crate) fn send<R: netlink_bindings::traits::NetlinkRequest>(
     request: &R,
     operation: impl Fn() -> String,
 ) -> Result<()> {
@@ -286,38 +315,9 @@ fn signed_index(name: &str) -> Result<i32> {
         .context(format!("looking up the interface {name}"))
 }
 
-fn unspecified(family: Family) -> IpAddr {
+pub(crate) fn unspecified(family: Family) -> IpAddr {
     match family {
         Family::V4 => std::net::Ipv4Addr::UNSPECIFIED.into(),
         Family::V6 => std::net::Ipv6Addr::UNSPECIFIED.into(),
     }
-}
-
-fn local_route(family: Family) -> rt_route::Rtmsg {
-    rt_route::Rtmsg {
-        rtm_family: family.number(),
-        // The table's number does not fit this byte and comes as an attribute.
-        rtm_table: libc::RT_TABLE_UNSPEC,
-        rtm_protocol: ROUTE_OWNER,
-        rtm_scope: SCOPE_HOST,
-        rtm_type: libc::RTN_LOCAL,
-        ..Default::default()
-    }
-}
-
-fn rule_header(family: Family) -> rt_rule::FibRuleHdr {
-    rt_rule::FibRuleHdr {
-        family: family.number(),
-        action: 1, // FR_ACT_TO_TBL
-        ..Default::default()
-    }
-}
-
-fn push_rule<P: Pusher>(attributes: rt_rule::PushFibRuleAttrs<P>, rule: MarkRule) {
-    attributes
-        .push_priority(rule.priority)
-        .push_fwmark(rule.mark)
-        .push_fwmask(u32::MAX)
-        .push_table(rule.table)
-        .push_protocol(ROUTE_OWNER);
 }

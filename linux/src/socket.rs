@@ -5,7 +5,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener},
+    net::{Ipv6Addr, SocketAddr, TcpListener},
     os::fd::AsFd,
     time::Duration,
 };
@@ -24,56 +24,50 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_PROBES: u32 = 3;
 
-/// How a listener is set up.
-#[derive(Clone, Copy, Debug)]
-pub struct ListenOptions {
-    /// Connections the kernel holds until they are accepted; capped by `net.core.somaxconn`.
-    pub backlog: i32,
-    /// Whether the listener may be bound to, and accept on, addresses that are not this
-    /// namespace's own.
-    pub transparent: bool,
+/// How many connections the kernel holds until they are accepted; capped by `net.core.somaxconn`. The kernel's
+/// default ceiling since Linux 5.4.
+const BACKLOG: i32 = 4096;
+
+/// Listens on `address`: non-blocking, address reuse on, an IPv6 socket for IPv6 only.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = listening_socket(address)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
 }
 
-impl Default for ListenOptions {
-    fn default() -> Self {
-        Self {
-            // The kernel's default ceiling since Linux 5.4.
-            backlog: 4096,
-            transparent: false,
+/// Who is at the other end of captured connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// An application of this machine. What its kernel answers by itself, as with a reset, has the mark of what it
+    /// answers, and must find its way back: [`MARK_TRANSPARENT`].
+    Application,
+    /// Another host: [`MARK`].
+    Network,
+}
+
+impl Peer {
+    fn mark(self) -> u32 {
+        match self {
+            Peer::Application => MARK_TRANSPARENT,
+            Peer::Network => MARK,
         }
     }
 }
 
-/// Listens on `address`: non-blocking, address reuse on, an IPv6 socket for IPv6 only.
-pub fn listen(address: SocketAddr, options: ListenOptions) -> io::Result<TcpListener> {
-    let socket = stream_socket(address)?;
-    socket.set_reuse_address(true)?;
-    if address.is_ipv6() {
-        // Both families get a listener of their own, so none shows IPv4 peers as ::ffff:….
-        socket.set_only_v6(true)?;
-    }
-    if options.transparent {
-        set_transparent(&socket, address)?;
-    }
-    socket.bind(&address.into())?;
-    socket.listen(options.backlog)?;
-    Ok(socket.into())
-}
-
-/// Where a redirected connection was really going, from conntrack.
+/// Listens on `address` for captured connections: what it accepts has as its own address the one that was wanted.
+/// Options that accepted sockets inherit are set here once: the mark, no delay, keepalive.
 ///
-/// A connection that was dialled to the listener itself gives the listener's own address and
+/// A connection that was dialled to the listener itself has the listener's own address and
 /// port; the caller must refuse it, or it would connect to itself.
-pub fn original_destination(socket: &impl AsFd) -> io::Result<SocketAddr> {
-    let socket = SockRef::from(socket);
-    let local = socket.local_addr()?;
-    // An IPv4 connection on a dual-stack listener is known to conntrack as IPv4.
-    let destination = match local.as_socket().map(|address| address.ip().to_canonical()) {
-        Some(IpAddr::V4(_)) => socket.original_dst_v4()?,
-        Some(IpAddr::V6(_)) => socket.original_dst_v6()?,
-        None => return Err(io::Error::from(io::ErrorKind::Unsupported)),
-    };
-    destination.as_socket().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+pub fn listen_captured(address: SocketAddr, peer: Peer) -> io::Result<TcpListener> {
+    let socket = listening_socket(address)?;
+    set_transparent(&socket, address)?;
+    socket.set_mark(peer.mark())?;
+    tune(&socket)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
 }
 
 /// A socket for dialling `destination`: non-blocking, close-on-exec, and with [`MARK`], so the
@@ -92,9 +86,8 @@ pub fn outbound_socket(destination: SocketAddr) -> io::Result<Socket> {
 /// with `EADDRNOTAVAIL` when the same source already has a connection to the same destination:
 /// dial again with [`transparent_socket_other_port`].
 ///
-/// Must not be used for a connection that itself came in redirected (to the plaintext port):
-/// conntrack would take it for that very connection and redirect it again. There,
-/// [`transparent_socket_other_port`] keeps the address and gives up the port.
+/// Must not be used for a connection that itself came in without the mesh: its own two ends are those that the
+/// application would see. There, [`transparent_socket_other_port`] keeps the address and gives up the port.
 pub fn transparent_socket(source: SocketAddr) -> io::Result<Socket> {
     let socket = unbound_transparent_socket(source)?;
     // A client may have several connections from one port, to different ports of the workload.
@@ -123,20 +116,6 @@ pub fn transparent_socket_other_port(source: SocketAddr) -> io::Result<Socket> {
     Ok(second)
 }
 
-/// Keepalive and no-delay for a connection from another machine.
-///
-/// No `TCP_USER_TIMEOUT`: it also ends connections whose reader only pauses, which a network without us
-/// in between would let live for ever. See [`unacknowledged_for`].
-pub fn tune_mesh(socket: &impl AsFd) -> io::Result<()> {
-    tune(&SockRef::from(socket))
-}
-
-/// No-delay for a connection from this machine. Its other end is in the same kernel, which cannot
-/// vanish without closing it: no keepalive.
-pub fn tune_local(socket: &impl AsFd) -> io::Result<()> {
-    SockRef::from(socket).set_tcp_nodelay(true)
-}
-
 /// How long the peer's kernel has acknowledged nothing although something was sent to it; none if
 /// nothing is under way, as when its reader pauses. The longest time there is if the connection is closed.
 pub fn unacknowledged_for(socket: &impl AsFd) -> io::Result<Option<Duration>> {
@@ -162,6 +141,16 @@ pub fn linger_on_close(socket: &impl AsFd) -> io::Result<()> {
     SockRef::from(socket).set_linger(None)
 }
 
+fn listening_socket(address: SocketAddr) -> io::Result<Socket> {
+    let socket = stream_socket(address)?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        // Both families get a listener of their own, so none shows IPv4 peers as ::ffff:….
+        socket.set_only_v6(true)?;
+    }
+    Ok(socket)
+}
+
 fn stream_socket(address: SocketAddr) -> io::Result<Socket> {
     // socket2 sets close-on-exec itself.
     let socket =
@@ -174,7 +163,7 @@ fn unbound_transparent_socket(source: SocketAddr) -> io::Result<Socket> {
     let socket = stream_socket(source)?;
     socket.set_mark(MARK_TRANSPARENT)?;
     set_transparent(&socket, canonical(source))?;
-    tune_local(&socket)?;
+    tune(&socket)?;
     Ok(socket)
 }
 
@@ -191,6 +180,10 @@ fn set_transparent(socket: &Socket, address: SocketAddr) -> io::Result<()> {
     }
 }
 
+/// Keepalive and no-delay.
+///
+/// No `TCP_USER_TIMEOUT`: it also ends connections whose reader only pauses, which a network without us
+/// in between would let live for ever. See [`unacknowledged_for`].
 fn tune(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(

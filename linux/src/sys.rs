@@ -55,3 +55,19 @@ pub(crate) fn received(descriptor: RawFd) -> OwnedFd {
     // SAFETY: the kernel has made it for this process, and nobody else knows of it.
     unsafe { OwnedFd::from_raw_fd(descriptor) }
 }
+
+/// Joins a multicast group of netlink.
+pub(crate) fn join_netlink_group(socket: &impl AsFd, group: u32) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(size_of_val(&group)).map_err(io::Error::other)?;
+    // SAFETY: the pointer is to a live local value, and `length` is its size.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_NETLINK,
+            libc::NETLINK_ADD_MEMBERSHIP,
+            (&raw const group).cast(),
+            length,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,7 +1,10 @@
 //! The only TLS configurations in Hauberk. Built once for an identity; credentials and bundles are
 //! swapped inside them.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use rustls::{
     ClientConfig, Error, ServerConfig,
@@ -32,7 +35,7 @@ pub fn mesh_server_config(
     trust: Arc<TrustSlot>,
     alpn: &[u8],
 ) -> Result<ServerConfig, Error> {
-    let mut config = server(resolver, trust, alpn, true)?;
+    let mut config = server(resolver, trust, alpn, true, Duration::ZERO)?;
     config.enable_secret_extraction = true;
     Ok(config)
 }
@@ -40,14 +43,19 @@ pub fn mesh_server_config(
 /// A server that also takes clients without a certificate, as joining machines are. Whoever serves
 /// with it must ask for the certificate itself in every call but the one to join.
 ///
+/// With a `grace`, clients whose certificate expired no longer ago than that are taken as well: by
+/// [`peer_of`](crate::peer_of) they are nobody, and [`lapsed_client_of`](crate::lapsed_client_of) tells who they
+/// were.
+///
 /// # Errors
 /// If rustls does not take the configuration.
 pub fn shared_server_config(
     resolver: Arc<dyn ResolvesServerCert>,
     trust: Arc<TrustSlot>,
     alpn: &[u8],
+    grace: Duration,
 ) -> Result<ServerConfig, Error> {
-    server(resolver, trust, alpn, false)
+    server(resolver, trust, alpn, false, grace)
 }
 
 fn server(
@@ -55,10 +63,11 @@ fn server(
     trust: Arc<TrustSlot>,
     alpn: &[u8],
     mandatory: bool,
+    grace: Duration,
 ) -> Result<ServerConfig, Error> {
     let mut config = ServerConfig::builder_with_provider(provider().clone())
         .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(Arc::new(ClientVerifier { trust, mandatory }))
+        .with_client_cert_verifier(Arc::new(ClientVerifier { trust, mandatory, grace }))
         .with_cert_resolver(resolver);
     finish_server(&mut config, alpn);
     Ok(config)

@@ -25,7 +25,7 @@ pub use failure::{HandshakeFailure, failure_of, reason_of};
 pub use keys::{KeyError, PrivateKey, signing_request};
 pub use reauthenticate::{ReauthenticateError, prove, verify_proof};
 pub use trust::{TrustBundle, TrustError, TrustSlot, sha256};
-pub use verify::{PeerError, VerifyError, peer_of, verify_chain};
+pub use verify::{LapsedSvid, PeerError, VerifyError, lapsed_client_of, peer_of, verify_chain};
 
 /// The present, to the millisecond, as the core wants it. Only adapters and shells call this.
 #[must_use]

@@ -13,7 +13,8 @@ use hauberk_core::{
 };
 use rustls_pki_types::{CertificateDer, TrustAnchor};
 
-/// The roots of one trust domain. Never empty, never merged with another domain's.
+/// The roots of one trust domain, never merged with another domain's. Without a root only where
+/// that is meant: [`TrustBundle::nobody`].
 #[derive(Debug, Clone)]
 pub struct TrustBundle {
     trust_domain: TrustDomain,
@@ -27,7 +28,7 @@ pub struct TrustBundle {
 /// Roots that cannot be trusted.
 #[derive(Debug, thiserror::Error)]
 pub enum TrustError {
-    /// A bundle without roots would trust nobody; one is refused rather than kept.
+    /// Somebody gave a bundle without roots, which would trust nobody; it is refused rather than kept.
     #[error("the trust bundle has no root")]
     Empty,
     /// A root is not a certificate that webpki can anchor.
@@ -83,7 +84,8 @@ impl TrustBundle {
     /// believe yet, or any more, takes nothing from the others.
     ///
     /// # Errors
-    /// If none is left, or one is unreadable or unfit.
+    /// If one is unreadable or unfit, or there was none from the start. If all are good at another time only, the
+    /// bundle trusts [nobody](Self::nobody): that may be the fault of this machine's clock, and passes with it.
     pub fn of_now(
         trust_domain: TrustDomain,
         mut roots: Vec<CertificateDer<'static>>,
@@ -95,10 +97,20 @@ impl TrustBundle {
                 Err(SvidError::Expired { .. } | SvidError::NotYetValid { .. })
             )
         };
-        if roots.iter().any(in_time) {
-            roots.retain(in_time);
+        let before = roots.len();
+        roots.retain(in_time);
+        if roots.is_empty() && before > 0 {
+            return Ok(Self::nobody(trust_domain));
         }
         Self::new(trust_domain, roots, now)
+    }
+
+    /// A bundle without roots: every chain is refused. For whoever does not know the roots of its trust domain
+    /// (yet).
+    #[must_use]
+    pub fn nobody(trust_domain: TrustDomain) -> Self {
+        let (roots, anchors, verified) = (Vec::new(), Vec::new(), Arc::default());
+        Self { trust_domain, roots, anchors, first_expiry: None, verified }
     }
 
     /// Whose roots they are.

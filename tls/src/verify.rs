@@ -1,12 +1,12 @@
 //! Verification of a peer's chain: the path by webpki, the SPIFFE rules by the core, and the only
 //! place that puts the two together into proof.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use hauberk_core::{
     identity::{IdentityKind, SpiffeId, TrustDomain},
     policy::Reason,
-    svid::{ChainVerified, SvidError, VerifiedSvid, check_intermediate},
+    svid::{ChainVerified, LeafFacts, SvidError, VerifiedSvid, check_intermediate, check_leaf},
     time::Timestamp,
 };
 use rustls::{
@@ -35,6 +35,26 @@ pub(crate) enum PeerRole {
 /// Why a peer's certificate is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum VerifyError {
+    /// A certificate of the chain is good from later on, by the clock of this machine.
+    #[error(
+        "a certificate of the chain is not valid before {not_before}, and the clock of this machine says {now}: compare the clocks"
+    )]
+    NotYetValid {
+        /// Its `notBefore`.
+        not_before: Timestamp,
+        /// The time of the check.
+        now: Timestamp,
+    },
+    /// The time of a certificate of the chain is over, by the clock of this machine.
+    #[error(
+        "a certificate of the chain expired at {not_after}, and the clock of this machine says {now}"
+    )]
+    Expired {
+        /// Its `notAfter`.
+        not_after: Timestamp,
+        /// The time of the check.
+        now: Timestamp,
+    },
     /// No path leads from the certificate to a root of the trust domain.
     #[error("the certificate chain does not lead to a trusted root")]
     Chain(#[source] webpki::Error),
@@ -47,6 +67,9 @@ pub enum VerifyError {
         /// Who it is.
         presented: SpiffeId,
     },
+    /// It is asked for as an expired one, and is not.
+    #[error("the certificate has not expired")]
+    Current,
     /// The chain has no certificate with the pinned SHA-256.
     #[error("the control plane's root is not the one that the join token names")]
     PinMismatch,
@@ -57,15 +80,13 @@ impl VerifyError {
     #[must_use]
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Chain(
-                webpki::Error::CertExpired { .. } | webpki::Error::CertNotValidYet { .. },
-            ) => Reason::ExpiredCert,
+            Self::NotYetValid { .. } | Self::Expired { .. } => Reason::ExpiredCert,
             Self::Chain(webpki::Error::UnknownIssuer) | Self::PinMismatch => Reason::UntrustedRoot,
             Self::Chain(
                 webpki::Error::InvalidSignatureForPublicKey
                 | webpki::Error::UnsupportedSignatureAlgorithmContext(_),
             ) => Reason::UntrustedRoot,
-            Self::Chain(_) => Reason::BadSvid,
+            Self::Chain(_) | Self::Current => Reason::BadSvid,
             Self::Svid(error) => error.reason(),
             Self::IdentityMismatch { .. } => Reason::IdentityMismatch,
         }
@@ -89,7 +110,7 @@ pub fn verify_chain(
 
 fn unix_time(time: Timestamp) -> UnixTime {
     let seconds = u64::try_from(time.unix_millis() / 1000).unwrap_or(0);
-    UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds))
+    UnixTime::since_unix_epoch(Duration::from_secs(seconds))
 }
 
 fn verify(
@@ -121,7 +142,7 @@ fn verify(
             )
             .map(|_| ())
     });
-    path.map_err(VerifyError::Chain)?;
+    path.map_err(chain_error)?;
     let (mut not_before, mut not_after) = (None, None);
     for intermediate in intermediates {
         // webpki does not look at key usage; the core does. A root sent along is not part of the
@@ -147,6 +168,19 @@ fn verify(
     };
     bundle.verified().remember(key, verified, now);
     Ok(peer)
+}
+
+/// What webpki says against a chain. It writes times as numbers.
+fn chain_error(error: webpki::Error) -> VerifyError {
+    match error {
+        webpki::Error::CertNotValidYet { time, not_before } => {
+            VerifyError::NotYetValid { not_before: timestamp(not_before), now: timestamp(time) }
+        }
+        webpki::Error::CertExpired { time, not_after } => {
+            VerifyError::Expired { not_after: timestamp(not_after), now: timestamp(time) }
+        }
+        other => VerifyError::Chain(other),
+    }
 }
 
 /// Names the very bytes of a chain in a role.
@@ -192,14 +226,65 @@ pub fn peer_of(
     peer_is_server: bool,
     now: Timestamp,
 ) -> Result<VerifiedSvid, PeerError> {
+    let (leaf, intermediates) = shown(connection)?;
+    Ok(verify_chain(leaf, intermediates, bundle, peer_is_server, now)?)
+}
+
+/// Who a client was until its certificate expired, no longer ago than whoever asked allows. Its chain was in
+/// order at that moment, and it has proven in the handshake that it has the key. It is good for asking for another
+/// certificate and for nothing else, which is why it is no [`VerifiedSvid`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LapsedSvid(VerifiedSvid);
+
+impl LapsedSvid {
+    /// What the expired leaf says.
+    #[must_use]
+    pub fn facts(&self) -> &LeafFacts {
+        self.0.facts()
+    }
+}
+
+/// Who the client of a finished handshake was, if its certificate has expired and that is at most `grace` ago.
+/// The chain is verified as of its end, against the roots of today.
+///
+/// # Errors
+/// If the handshake is not finished, there is no certificate, it is valid still or not yet, it expired earlier, or
+/// it did not verify before either.
+pub fn lapsed_client_of(
+    connection: &CommonState,
+    bundle: &TrustBundle,
+    grace: Duration,
+    now: Timestamp,
+) -> Result<LapsedSvid, PeerError> {
+    let (leaf, intermediates) = shown(connection)?;
+    Ok(verify_lapsed(leaf, intermediates, bundle, grace, now)?)
+}
+
+fn verify_lapsed(
+    leaf: &CertificateDer<'_>,
+    intermediates: &[CertificateDer<'_>],
+    bundle: &TrustBundle,
+    grace: Duration,
+    now: Timestamp,
+) -> Result<LapsedSvid, VerifyError> {
+    let not_after = match check_leaf(leaf, now) {
+        Err(SvidError::Expired { not_after, .. }) => not_after,
+        Err(error) => return Err(VerifyError::Svid(error)),
+        Ok(_) => return Err(VerifyError::Current),
+    };
+    if now.since(not_after) > grace {
+        return Err(VerifyError::Expired { not_after, now });
+    }
+    verify(leaf, intermediates, bundle, PeerRole::Client, unix_time(not_after)).map(LapsedSvid)
+}
+
+fn shown(
+    connection: &CommonState,
+) -> Result<(&CertificateDer<'static>, &[CertificateDer<'static>]), PeerError> {
     if connection.is_handshaking() {
         return Err(PeerError::NoCertificate);
     }
-    let (leaf, intermediates) = connection
-        .peer_certificates()
-        .and_then(<[_]>::split_first)
-        .ok_or(PeerError::NoCertificate)?;
-    Ok(verify_chain(leaf, intermediates, bundle, peer_is_server, now)?)
+    connection.peer_certificates().and_then(<[_]>::split_first).ok_or(PeerError::NoCertificate)
 }
 
 fn refused(error: VerifyError) -> Error {
@@ -233,6 +318,8 @@ fn no_tls12() -> Error {
 pub(crate) struct ClientVerifier {
     pub(crate) trust: Arc<TrustSlot>,
     pub(crate) mandatory: bool,
+    /// How long ago a certificate may have expired, for a server that lets its client ask for another one.
+    pub(crate) grace: Duration,
 }
 
 impl ClientCertVerifier for ClientVerifier {
@@ -250,9 +337,18 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        verify(leaf, intermediates, &self.trust.load(), PeerRole::Client, now)
-            .map(|_| ClientCertVerified::assertion())
-            .map_err(refused)
+        let trust = self.trust.load();
+        let refusal = match verify(leaf, intermediates, &trust, PeerRole::Client, now) {
+            Ok(_) => return Ok(ClientCertVerified::assertion()),
+            Err(refusal) => refusal,
+        };
+        // Without a grace, an expired certificate is refused as any other that is no good.
+        if self.grace > Duration::ZERO
+            && verify_lapsed(leaf, intermediates, &trust, self.grace, timestamp(now)).is_ok()
+        {
+            return Ok(ClientCertVerified::assertion());
+        }
+        Err(refused(refusal))
     }
 
     fn verify_tls12_signature(
@@ -324,7 +420,7 @@ fn check_pinned(
         .iter()
         .find(|certificate| sha256(certificate) == *pin)
         .ok_or(VerifyError::PinMismatch)?;
-    let facts = hauberk_core::svid::check_leaf(leaf, timestamp(now)).map_err(VerifyError::Svid)?;
+    let facts = check_leaf(leaf, timestamp(now)).map_err(VerifyError::Svid)?;
     let trust_domain: TrustDomain = facts.id().trust_domain().clone();
     let bundle = TrustBundle::new(trust_domain, vec![root.clone().into_owned()], timestamp(now))
         .map_err(|_| VerifyError::PinMismatch)?;

@@ -433,7 +433,7 @@ fn a_server_resumes_nothing_and_takes_no_early_data() {
     let world = World::new();
     let trust = TrustSlot::new(world.bundle.clone());
     let resolver = Arc::new(Always(world.ledger.clone()));
-    let shared = Arc::new(shared_server_config(resolver, trust, ALPN).unwrap());
+    let shared = Arc::new(shared_server_config(resolver, trust, ALPN, Duration::ZERO).unwrap());
     for config in [&world.server, &shared] {
         assert_eq!((config.max_early_data_size, config.send_tls13_tickets), (0, 0));
         assert!(!config.session_storage.can_cache() && !config.ticketer.enabled());

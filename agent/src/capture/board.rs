@@ -5,10 +5,11 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use hauberk_core::clock::ClockSkew;
+use hauberk_core::{clock::ClockSkew, time::Timestamp};
 use hauberk_proto::v1;
 use hauberk_tls::CredentialSlot;
 
+use super::guard::Restored;
 use crate::context::Context;
 
 /// Shared between the task that captures and the one that reports.
@@ -26,6 +27,7 @@ struct Entry {
     problem: Option<String>,
     /// The network namespace that is captured.
     netns: Option<u64>,
+    restored: Restored,
 }
 
 impl StatusBoard {
@@ -40,8 +42,9 @@ impl StatusBoard {
         slot: Option<Arc<CredentialSlot>>,
         problem: Option<String>,
         netns: Option<u64>,
+        restored: Restored,
     ) -> bool {
-        let entry = Entry { slot, problem: problem.clone(), netns };
+        let entry = Entry { slot, problem: problem.clone(), netns, restored };
         let before = self.lock().insert(key.to_owned(), entry);
         before.is_none_or(|entry| entry.problem != problem)
     }
@@ -88,6 +91,12 @@ impl StatusBoard {
                     problem: entry.problem.clone().unwrap_or_default(),
                     not_after_unix_ms: facts.map_or(0, |f| f.not_after().unix_millis()),
                     serial: facts.map(|f| f.serial().to_string()).unwrap_or_default(),
+                    restored: entry.restored.count,
+                    restored_at_unix_ms: entry
+                        .restored
+                        .at
+                        .map_or(0, |at| Timestamp::from(at).unix_millis()),
+                    restored_what: entry.restored.what.clone(),
                 }
             })
             .collect();

@@ -1,16 +1,24 @@
-//! Accept loops: a place for each connection, a task for each, and patience when the system has no
-//! more descriptors.
+//! The agent's listeners for captured connections, and accept loops: a place for each connection, a task for
+//! each, and patience when the system has no more descriptors.
+//!
+//! The listeners are on loopback, at ports of the agent's choice: the capture rules lead connections there
+//! whatever they were for, so that no other program's port stands in the way.
 
 use std::{
+    collections::BTreeSet,
     future::Future,
-    net::SocketAddr,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::Context as _;
-use hauberk_linux::socket::{ListenOptions, listen};
+use hauberk_linux::{
+    links::ipv6_is_enabled,
+    socket::{Peer, listen_captured},
+};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -18,8 +26,8 @@ use tokio::{
 };
 
 use crate::{
-    context::Context,
-    handover::{Inherited, Seat},
+    context::{Context, canonical},
+    handover::{Inherited, Role, Seat},
 };
 
 /// The pause after a failed accept, so that being out of descriptors does not spin.
@@ -28,6 +36,10 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 /// Connections of one listener at once; over it the kernel's queue holds them back. Each listener has
 /// its own, so that a flood of incoming ones leaves the outgoing ones alone.
 const MAX_CONNECTIONS: usize = 32_768;
+
+/// The ports that the agent chooses from: below those that the kernel gives to outgoing connections, so that none of
+/// these is in the way.
+const PORTS: std::ops::Range<u16> = 15_100..16_000;
 
 /// A listener and its task, which ends with its owner.
 pub(super) struct Accepting {
@@ -38,7 +50,7 @@ pub(super) struct Accepting {
 
 impl Accepting {
     /// The listener for another process.
-    pub(super) fn share(&self) -> std::io::Result<(Seat, OwnedFd)> {
+    pub(super) fn share(&self) -> io::Result<(Seat, OwnedFd)> {
         Ok((self.seat.clone(), self.listener.as_fd().try_clone_to_owned()?))
     }
 }
@@ -55,26 +67,96 @@ pub(super) struct Bound {
     pub(super) listener: std::net::TcpListener,
 }
 
-/// The listener that was handed over for this seat, or a new one in the calling thread's network namespace.
-pub(super) fn bind(inherited: &Inherited, seat: Seat) -> anyhow::Result<Bound> {
-    let listener = match inherited.claim(&seat) {
-        Some(listener) => listener,
-        None => listen(seat.address, ListenOptions::default())
-            .with_context(|| format!("listen on {}", seat.address))?,
+/// Listeners of both families at one port.
+pub(super) struct Pair {
+    pub(super) port: u16,
+    pub(super) listeners: Vec<Bound>,
+}
+
+/// The listeners that were handed over for this role, or new ones in the calling thread's network namespace, at
+/// a port that is none of `avoid` and that nobody has.
+///
+/// # Errors
+/// If there is none.
+pub(super) fn bind(
+    inherited: &Inherited,
+    namespace: Option<u64>,
+    role: &Role,
+    avoid: &BTreeSet<u16>,
+) -> anyhow::Result<Pair> {
+    let seat = |v6: bool| Seat { namespace, role: role.clone(), v6 };
+    let families: &[bool] = if ipv6_is_enabled() { &[false, true] } else { &[false] };
+    let mut listeners = Vec::new();
+    for v6 in families {
+        if let Some(listener) = inherited.claim(&seat(*v6)) {
+            listeners.push(Bound { seat: seat(*v6), listener });
+        }
+    }
+    if let Some(first) = listeners.first() {
+        let port = first.listener.local_addr().context("an inherited listener's port")?.port();
+        // IPv6 may have come meanwhile.
+        for v6 in families
+            .iter()
+            .filter(|v6| listeners.iter().all(|l| l.seat.v6 != **v6))
+            .copied()
+            .collect::<Vec<_>>()
+        {
+            let listener =
+                listen(v6, port, role).with_context(|| format!("listen on port {port}"))?;
+            listeners.push(Bound { seat: seat(v6), listener });
+        }
+        return Ok(Pair { port, listeners });
+    }
+    let count = u32::from(PORTS.end - PORTS.start);
+    let first = getrandom::u32().unwrap_or(0) % count;
+    let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+    for step in 0..count {
+        let port = PORTS.start + u16::try_from((first + step) % count).unwrap_or(0);
+        if avoid.contains(&port) || port == crate::context::MESH_PORT {
+            continue;
+        }
+        match families
+            .iter()
+            .map(|v6| Ok(Bound { seat: seat(*v6), listener: listen(*v6, port, role)? }))
+            .collect::<io::Result<Vec<_>>>()
+        {
+            Ok(listeners) => return Ok(Pair { port, listeners }),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => last = error,
+            Err(error) => return Err(error).with_context(|| format!("listen on port {port}")),
+        }
+    }
+    Err(last)
+        .with_context(|| format!("listen on any of the ports {} to {}", PORTS.start, PORTS.end - 1))
+}
+
+fn listen(v6: bool, port: u16, role: &Role) -> io::Result<std::net::TcpListener> {
+    let address: IpAddr = if v6 { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() };
+    let peer = match role {
+        Role::Outbound(_) => Peer::Application,
+        Role::Plaintext | Role::Mesh => Peer::Network,
     };
-    Ok(Bound { seat, listener })
+    listen_captured(SocketAddr::new(address, port), peer)
+}
+
+/// A connection that was accepted.
+pub(crate) struct Arrival {
+    pub(crate) stream: TcpStream,
+    pub(crate) from: SocketAddr,
+    /// Where it was going; nothing if it was dialled to the listener itself, where no capture rule led it.
+    pub(crate) wanted: Option<SocketAddr>,
 }
 
 /// Serves every connection of a listener in a task of its own.
 pub(super) fn accept<F>(
     context: &Arc<Context>,
     bound: Bound,
-    serve: impl Fn(Arc<Context>, TcpStream, SocketAddr) -> F + Send + 'static,
+    serve: impl Fn(Arc<Context>, Arrival) -> F + Send + 'static,
 ) -> anyhow::Result<Accepting>
 where
     F: Future<Output = ()> + Send + 'static,
 {
     let Bound { seat, listener } = bound;
+    let own = listener.local_addr().context("a listener's address")?;
     let listener = Arc::new(TcpListener::from_std(listener).context("register a listener")?);
     let (context, accepting) = (context.clone(), listener.clone());
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
@@ -87,8 +169,11 @@ where
             };
             match accepted {
                 Ok((stream, from)) => {
+                    let wanted = stream.local_addr().ok().filter(|address| *address != own);
+                    let arrival =
+                        Arrival { stream, from: canonical(from), wanted: wanted.map(canonical) };
                     // In a box of its own: a future that is moved into a task is in it twice.
-                    let served = Box::pin(serve(context.clone(), stream, from));
+                    let served = Box::pin(serve(context.clone(), arrival));
                     let open = context.opened();
                     tokio::spawn(async move {
                         served.await;

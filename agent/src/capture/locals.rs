@@ -19,6 +19,16 @@ impl Locals {
         self.by_key.load().get(key).cloned()
     }
 
+    /// Who serves this port: of a namespace its only workload, of a host the one that declares it. The listener
+    /// tells that, and never an address.
+    pub(crate) fn serving(&self, port: u16) -> Option<Arc<Local>> {
+        self.by_key
+            .load()
+            .values()
+            .find(|local| !local.is_on_host() || local.workload.ports.contains(&port))
+            .cloned()
+    }
+
     pub(super) fn all(&self) -> Vec<Arc<Local>> {
         self.by_key.load().values().cloned().collect()
     }

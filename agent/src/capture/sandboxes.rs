@@ -84,6 +84,47 @@ impl Sandboxes {
         }
     }
 
+    /// The Kubernetes namespaces of all pods of this node, by where their network namespaces are.
+    ///
+    /// # Errors
+    /// If the runtime cannot be asked.
+    pub(super) async fn pod_namespaces(&mut self) -> anyhow::Result<HashMap<PathBuf, String>> {
+        let asking = async {
+            let channel = match &self.channel {
+                Some(channel) => channel.clone(),
+                None => self.channel.insert(connect(&self.socket).await?).clone(),
+            };
+            let mut runtime = RuntimeServiceClient::new(channel);
+            let listed = runtime
+                .list_pod_sandbox(ListPodSandboxRequest {})
+                .await
+                .map_err(|status| anyhow!("{}", status.message()))?
+                .into_inner();
+            let mut found = HashMap::new();
+            for sandbox in listed.items {
+                let request = PodSandboxStatusRequest { pod_sandbox_id: sandbox.id, verbose: true };
+                let status = runtime
+                    .pod_sandbox_status(request)
+                    .await
+                    .map_err(|status| anyhow!("{}", status.message()))?
+                    .into_inner();
+                let info = status.info.get("info").map(String::as_str).unwrap_or_default();
+                // One in the host's network has no namespace of its own.
+                if let Ok(name) = network_namespace(info) {
+                    let namespace = sandbox.metadata.map(|metadata| metadata.namespace);
+                    found.insert(self.netns_dir.join(name), namespace.unwrap_or_default());
+                }
+            }
+            Ok(found)
+        };
+        tokio::time::timeout(TIMEOUT, asking)
+            .await
+            .unwrap_or_else(|_| {
+                Err(anyhow!("the container runtime did not answer within {TIMEOUT:?}"))
+            })
+            .with_context(|| format!("ask the container runtime at {}", self.socket.display()))
+    }
+
     async fn ask(&mut self, uids: &HashSet<String>) -> anyhow::Result<()> {
         let channel = match &self.channel {
             Some(channel) => channel.clone(),

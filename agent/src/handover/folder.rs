@@ -32,6 +32,11 @@ pub(super) fn lock(data: &Path) -> anyhow::Result<Lock> {
     )
 }
 
+/// Whether another agent has the data folder.
+pub(crate) fn is_taken(data: &Path) -> bool {
+    data.join("lock").exists() && lock(data).is_err()
+}
+
 /// Waits for the lock, but not longer than this.
 ///
 /// # Errors

@@ -19,7 +19,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use super::{
     Inherited,
     folder::{Lock, lock, lock_within},
-    protocol::{END, PATIENCE, Passed, READY, SOCKET, Seat, TAKE, VERSION, in_folder},
+    protocol::{END, PATIENCE, Passed, READY, SOCKET, Seat, TAKE, VERSION, WAIT, in_folder},
 };
 use crate::{
     capture::Captured,
@@ -30,7 +30,7 @@ use crate::{
 /// The pause after a failed accept, so that being out of descriptors does not spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// How long the next agent may take until it has an identity. After that this one answers probes itself again.
+/// How long the next agent may say nothing. After that this one answers probes itself again.
 const TAKE_PATIENCE: Duration = Duration::from_secs(120);
 
 /// How long an agent that is told to stop goes on taking connections for the next one, which has not taken up
@@ -87,7 +87,7 @@ impl Incumbent {
             };
             tracing::info!("another agent takes this one's place");
             drop(self.successors);
-            let off = self.duties.lay_down().await?;
+            let mut off = self.duties.lay_down().await?;
             let handed =
                 hand_over(&mut successor, off.captured(), &self.inherited, own, stop).await;
             let Err(error) = handed else { return Ok(End::Replaced(off, successor)) };
@@ -147,9 +147,6 @@ async fn next_to_take(
                 biased;
                 taking = successor.wants_to_take() => taking,
                 () = stop.cancelled() => return None,
-                () = tokio::time::sleep(TAKE_PATIENCE) => {
-                    Err(anyhow::anyhow!("it has said nothing for {TAKE_PATIENCE:?}"))
-                }
             },
             Err(error) => Err(error),
         };
@@ -298,12 +295,18 @@ impl Successor {
         Ok(pass::send(&self.stream, &line, Some(listener.as_fd()))?)
     }
 
-    /// Done when it wants to take this agent's place.
+    /// Done when it wants to take this agent's place. It says now and then that it waits for an identity.
     ///
     /// # Errors
-    /// If it is gone.
+    /// If it is gone, or silent for too long.
     async fn wants_to_take(&mut self) -> anyhow::Result<()> {
-        self.says(TAKE).await
+        loop {
+            match tokio::time::timeout(TAKE_PATIENCE, self.words.recv()).await {
+                Err(_) => bail!("it has said nothing for {TAKE_PATIENCE:?}"),
+                Ok(Some(word)) if word == WAIT => {}
+                Ok(word) => return Self::demand(word, TAKE),
+            }
+        }
     }
 
     /// Done when it has taken up its workloads.
@@ -311,7 +314,8 @@ impl Successor {
     /// # Errors
     /// If it is gone.
     async fn is_ready(&mut self) -> anyhow::Result<()> {
-        self.says(READY).await
+        let word = self.words.recv().await;
+        Self::demand(word, READY)
     }
 
     /// Waits to be stopped. Whoever started this agent decides when it ends: one that ended by itself would be
@@ -329,8 +333,8 @@ impl Successor {
         }
     }
 
-    async fn says(&mut self, wanted: &str) -> anyhow::Result<()> {
-        match self.words.recv().await {
+    fn demand(word: Option<String>, wanted: &str) -> anyhow::Result<()> {
+        match word {
             Some(word) if word == wanted => Ok(()),
             Some(word) => bail!("the next agent says {word:?}"),
             None => bail!("the next agent is gone"),

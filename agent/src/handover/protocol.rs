@@ -1,7 +1,6 @@
 //! What the two agents say to each other: lines of JSON and words, some with a listener.
 
 use std::{
-    net::SocketAddr,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
     time::Duration,
@@ -13,10 +12,12 @@ use serde::{Deserialize, Serialize};
 pub(super) const SOCKET: &str = "handover.sock";
 
 /// What is said may change with it. Two that do not understand each other do not try.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 /// The next one's words.
 pub(super) const TAKE: &str = "take";
+/// It has no identity yet, and is still there.
+pub(super) const WAIT: &str = "wait";
 pub(super) const READY: &str = "ready";
 
 /// The predecessor's last word.
@@ -25,16 +26,27 @@ pub(super) const END: &str = "end";
 /// How long the predecessor may take to stop what it does and pass its listeners on.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Which listener: in which network namespace, for whom, at which address.
+/// Which listener: in which network namespace, what for, of which family.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Seat {
     /// The namespace's inode; none is the agent's own.
     pub(crate) namespace: Option<u64>,
-    /// The workload whose outgoing connections arrive there, where the port alone tells it.
-    pub(crate) workload: Option<String>,
-    /// With port 0 if the kernel chose it.
-    pub(crate) address: SocketAddr,
+    pub(crate) role: Role,
+    /// Of IPv6, rather than IPv4.
+    pub(crate) v6: bool,
+}
+
+/// What arrives at a listener.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub(crate) enum Role {
+    /// What a workload sends: of a host's workloads this one, of a namespace's its only one.
+    Outbound(Option<String>),
+    /// What comes in without the mesh.
+    Plaintext,
+    /// Other agents.
+    Mesh,
 }
 
 /// What the predecessor says, each with a listener.

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     folder::{LOCK_RETRY, Lock, lock, lock_within},
-    protocol::{END, PATIENCE, Passed, READY, SOCKET, Seat, TAKE, in_folder, is_hello},
+    protocol::{END, PATIENCE, Passed, READY, SOCKET, Seat, TAKE, WAIT, in_folder, is_hello},
 };
 
 /// How long listeners of the agent before are kept that nobody has taken up.
@@ -30,6 +30,9 @@ const KEEP_UNCLAIMED: Duration = Duration::from_secs(60);
 
 /// Between two tries to take the place of an agent that goes on.
 const TAKE_RETRY: Duration = Duration::from_secs(1);
+
+/// How often an agent without an identity tells the one that runs that it is still there.
+const STILL_WAITING: Duration = Duration::from_secs(1);
 
 /// Who was on the data folder before this agent.
 pub(crate) enum Before {
@@ -81,6 +84,34 @@ impl Before {
         match self {
             Self::Nobody(_) => None,
             Self::Agent(predecessor) => predecessor.metrics.take(),
+        }
+    }
+
+    /// Gives this agent time to get an identity, `ready`, before it takes the place of one that runs: that one works
+    /// with the certificate of the node that it has, and goes on. If there is no agent (any more), what is to be
+    /// enforced comes first. Nothing if this agent is to stop meanwhile.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    pub(crate) async fn wait(
+        self,
+        data: &Path,
+        ready: impl Future<Output = ()>,
+        stop: &CancellationToken,
+    ) -> anyhow::Result<Option<Self>> {
+        let mut before = self;
+        tokio::pin!(ready);
+        loop {
+            let Self::Agent(predecessor) = &before else { return Ok(Some(before)) };
+            tokio::select! {
+                biased;
+                () = &mut ready => return Ok(Some(before)),
+                () = stop.cancelled() => return Ok(None),
+                () = predecessor.gone() => {}
+            }
+            tracing::info!("the agent that ran before is gone");
+            let Some(found) = Self::find(data, true, stop).await? else { return Ok(None) };
+            before = found;
         }
     }
 
@@ -181,6 +212,13 @@ impl Predecessor {
             }
         };
         Ok(Some(Self { link, metrics }))
+    }
+
+    /// Done when it is gone, or waits for this one no longer. It is told now and then that this one waits.
+    async fn gone(&self) {
+        while tokio::task::block_in_place(|| pass::send(self.link.stream(), WAIT, None)).is_ok() {
+            tokio::time::sleep(STILL_WAITING).await;
+        }
     }
 
     /// Takes its place: from here on it keeps its hands off the folder and the rules. Blocks.

@@ -1,5 +1,8 @@
-//! The node's own identity: joined once with a token and renewed from then on, or attested
-//! by its pod each time.
+//! The node's own identity: joined once with a token and renewed from then on, or attested by its pod each time.
+//!
+//! What an agent enforces does not wait for it. A node whose certificate is missing, damaged, expired or not valid
+//! yet is a node all the same, by the name that the data folder has for it: it calls nobody, and tries to get its
+//! identity back ([`super::tend`]).
 
 use std::{
     path::{Path, PathBuf},
@@ -7,64 +10,27 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
-use hauberk_core::{identity::TrustDomain, rotation::Validity};
-use hauberk_proto::{
-    token::JoinToken,
-    v1::{self, enrollment_client::EnrollmentClient},
+use anyhow::bail;
+use hauberk_core::{identity::SpiffeId, rotation::Validity, time::Timestamp};
+use hauberk_proto::token::JoinToken;
+use hauberk_tls::{Credential, CredentialSlot, TrustBundle, TrustSlot};
+use tokio::sync::watch;
+
+use super::{
+    ControlPlane,
+    enroll::{self, Answer, PodToken, Turn},
+    found::{Dated, Identity},
+    trouble::Trouble,
 };
-use hauberk_tls::{
-    Credential, CredentialSlot, PrivateKey, TrustBundle, TrustSlot, signing_request,
-};
+use crate::policy::Owner;
 
-use rustls_pki_types::{CertificateDer, pem::PemObject};
+/// The identity's name in the data folder.
+const FILE: &str = "node.json";
 
-use super::{ControlPlane, Kept};
-
-/// Who this node is.
-pub(crate) struct Node {
-    pub(crate) name: String,
-    pub(crate) slot: Arc<CredentialSlot>,
-    pub(crate) trust: Arc<TrustSlot>,
-    pub(crate) control_plane: ControlPlane,
-    pub(crate) validity: Validity,
-    path: PathBuf,
-    address: String,
-    /// Attested by this instead of the certificate before.
-    pod: Option<PodToken>,
-}
-
-impl Node {
-    /// Takes up what another agent has kept in the data folder meanwhile. Returns whether there was anything new.
-    ///
-    /// # Errors
-    /// If it cannot be used.
-    pub(crate) fn reload(&mut self) -> anyhow::Result<bool> {
-        let Some(kept) = Kept::load(&self.path)? else { return Ok(false) };
-        let kept = from_kept(&kept, &self.path, None)?;
-        let credential = kept.slot.load().context("the kept certificate is missing")?;
-        let serial = |credential: &Credential| credential.facts().serial();
-        if self.slot.load().is_some_and(|own| serial(&own) == serial(&credential)) {
-            return Ok(false);
-        }
-        if self.slot.store(Credential::clone(&credential)).is_err() {
-            bail!("{}: the certificate is of another node", self.path.display());
-        }
-        self.trust.store(TrustBundle::clone(&kept.trust.load()));
-        self.validity = kept.validity;
-        Ok(true)
-    }
-
-    /// Whether it needs no certificate to get one.
-    pub(crate) fn attests_itself(&self) -> bool {
-        self.pod.is_some()
-    }
-}
-
-/// How long a node without any identity tries to be attested before its agent gives up.
+/// How long a pod of whose node nothing at all is known tries to be attested before its agent gives up.
 const ATTEST_PATIENCE: Duration = Duration::from_secs(60);
 
-/// Between two tries.
+/// Between two of these tries.
 const ATTEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// How a node proves which one it is.
@@ -75,90 +41,328 @@ pub(crate) enum Attestation {
     Pod(PodToken),
 }
 
-/// Where a pod's token is, and to whom it is shown.
-pub(crate) struct PodToken {
-    pub(crate) token: PathBuf,
-    /// The roots of the control plane, PEM.
-    pub(crate) roots: PathBuf,
-    pub(crate) address: String,
-}
-
-/// Loads the node's identity, or joins if there is none that is good.
-pub(crate) async fn open_node(
-    data: &Path,
+/// Who this node is.
+pub(crate) struct Node {
+    pub(crate) name: String,
+    /// Empty while there is no credential that can be used.
+    pub(crate) slot: Arc<CredentialSlot>,
+    /// Trusts nobody while no root is known.
+    pub(crate) trust: Arc<TrustSlot>,
+    pub(crate) control_plane: ControlPlane,
+    standing: Standing,
     attestation: Attestation,
-    address: Option<&str>,
-) -> anyhow::Result<Node> {
-    let path = data.join("node.json");
-    let kept = Kept::load(&path)
-        .map_err(anyhow::Error::from)
-        .and_then(|kept| kept.map(|kept| from_kept(&kept, &path, address)).transpose());
-    let token = match attestation {
-        Attestation::Pod(pod) => return open_attested(pod, kept, &path).await,
-        Attestation::Token(token) => token,
-    };
-    let kept = match kept {
-        Ok(Some(node)) => {
-            if token.is_some() {
-                tracing::info!(node = node.name, "already joined, the join token is not needed");
-            }
-            return Ok(node);
-        }
-        Ok(None) => None,
-        Err(error) => Some(error),
-    };
-    let Some(token) = token else {
-        return Err(match kept {
-            Some(error) => error.context(
-                "the node's identity cannot be used; join anew with a token \
-                 (`hauberk token create` on the control plane)",
-            ),
-            None => anyhow::anyhow!(
-                "this machine has not joined: start with --join-token TOKEN \
-                 (`hauberk token create` on the control plane makes one)"
-            ),
-        });
-    };
-    if let Some(error) = kept {
-        tracing::warn!(
-            error = format!("{error:#}"),
-            "the node's identity cannot be used, joining anew"
-        );
-    }
-    join(&token, &path, address).await
+    /// Where the control plane is, if somebody said so.
+    address: Option<String>,
+    path: PathBuf,
+    renewed: watch::Sender<u64>,
 }
 
-/// Attests the node. If the control plane is away, goes on with what was kept; without that, tries for a
-/// while.
-async fn open_attested(
-    pod: PodToken,
-    kept: anyhow::Result<Option<Node>>,
-    path: &Path,
-) -> anyhow::Result<Node> {
-    let mut kept = kept.unwrap_or_else(|error| {
-        tracing::warn!(error = format!("{error:#}"), "the kept node identity cannot be used");
-        None
-    });
-    let since = Instant::now();
-    let known = kept.as_ref().map(known_roots).unwrap_or_default();
-    loop {
-        let error = match attest(&pod, &known, path).await {
-            Ok(mut node) => {
-                tracing::info!(node = node.name, "attested by this pod's token");
-                node.pod = Some(pod);
-                return Ok(node);
+/// Whether the node's credential can be used.
+pub(super) enum Standing {
+    Usable(Validity),
+    Unusable(Unusable),
+}
+
+/// Why not, and what is left of it.
+pub(super) enum Unusable {
+    Missing,
+    /// In words.
+    Damaged(String),
+    /// It may still be good for its own renewal.
+    Lapsed(Credential),
+    /// It is not valid before this.
+    Early(Timestamp),
+}
+
+impl Node {
+    /// Opens what the data folder has. Waits for the control plane only if nothing there says which node this is.
+    ///
+    /// # Errors
+    /// If nothing there does, and this node cannot join or be attested now.
+    pub(crate) async fn open(
+        data: &Path,
+        attestation: Attestation,
+        address: Option<&str>,
+        owner: Option<Owner>,
+    ) -> anyhow::Result<Self> {
+        let path = data.join(FILE);
+        let opening = Opening { attestation, address: address.map(str::to_owned), path };
+        match (Identity::read(&opening.path), owner) {
+            (Ok(Some(identity)), _) => opening.known(identity),
+            (Ok(None), Some(owner)) => opening.nameless(owner, Unusable::Missing),
+            (Err(error), Some(owner)) => {
+                opening.nameless(owner, Unusable::Damaged(format!("{error:#}")))
             }
+            (Ok(None), None) => opening.first(None).await,
+            (Err(error), None) => opening.first(Some(error)).await,
+        }
+    }
+
+    /// Whether there is a credential to call the control plane with.
+    pub(crate) fn is_usable(&self) -> bool {
+        match self.standing {
+            Standing::Usable(_) => true,
+            Standing::Unusable(_) => false,
+        }
+    }
+
+    /// Counts up with each certificate that is put to use.
+    pub(crate) fn renewals(&self) -> watch::Receiver<u64> {
+        self.renewed.subscribe()
+    }
+
+    /// Takes up what is in the data folder by now: another agent, or `hauberk join`, may have kept a certificate
+    /// there, and time passes. Returns whether a certificate was put to use.
+    pub(crate) fn reload(&mut self) -> bool {
+        let identity = match Identity::read(&self.path) {
+            Ok(Some(identity)) => identity,
+            Ok(None) => return false,
+            // What is in memory may have been superseded by what cannot be read: whoever uses it then passes for
+            // a thief.
+            Err(error) => {
+                self.give_up(Unusable::Damaged(format!("{error:#}")));
+                return false;
+            }
+        };
+        let serial = |credential: &Credential| credential.facts().serial();
+        if let Dated::Current(kept) = &identity.credential
+            && self.slot.load().is_some_and(|own| serial(&own) == serial(kept))
+        {
+            return false;
+        }
+        if let Err(error) = self.take(identity) {
+            self.give_up(Unusable::Damaged(format!("{error:#}")));
+        }
+        self.is_usable()
+    }
+
+    pub(super) fn standing(&self) -> &Standing {
+        &self.standing
+    }
+
+    /// The certificate in use has expired.
+    pub(super) fn lapse(&mut self) {
+        if let Some(credential) = self.slot.load() {
+            self.give_up(Unusable::Lapsed(Credential::clone(&credential)));
+        }
+    }
+
+    /// Whether its certificate is to be proven at once: a pod says where it is whenever its agent starts, and whoever
+    /// gives a join token may know that the certificate is refused.
+    pub(super) fn proves_itself_first(&self) -> bool {
+        match &self.attestation {
+            Attestation::Pod(_) => true,
+            Attestation::Token(token) => token.is_some(),
+        }
+    }
+
+    /// Asks for the next certificate, for a new key, and puts it to use. If the control plane refuses the one that
+    /// there is, and somebody gave a join token, that replaces it.
+    ///
+    /// # Errors
+    /// If it does not get one.
+    pub(super) async fn renew(&mut self) -> anyhow::Result<()> {
+        let turn = Turn::wait(&self.path).await?;
+        let identity = match &mut self.attestation {
+            Attestation::Pod(pod) => {
+                let known = self.trust.load().roots().to_vec();
+                enroll::attest(&turn, pod, &known, Some(&self.name)).await?
+            }
+            Attestation::Token(token) => {
+                let answer = enroll::renew(&turn, &self.control_plane, &self.name).await?;
+                match (answer, token.take()) {
+                    (Answer::Issued(identity), None) => *identity,
+                    (Answer::Issued(identity), Some(_)) => {
+                        tracing::info!("already joined, the join token is not needed");
+                        *identity
+                    }
+                    (Answer::Refused(error), None) => return Err(error),
+                    (Answer::Refused(error), Some(token)) => {
+                        let error = format!("{error:#}");
+                        tracing::warn!(error, "joining anew");
+                        let (address, name) = (self.address.clone(), Some(self.name.clone()));
+                        enroll::join(turn, token, address, name).await?.issued()?
+                    }
+                }
+            }
+        };
+        self.take(identity)
+    }
+
+    /// Tries once to get a certificate in place of one that cannot be used. Returns whether there was anything to
+    /// try; [`Self::is_usable`] tells what has come of it.
+    ///
+    /// With its own expired certificate only the agent that has the data folder tries, `sole` then: two that do so
+    /// pass for a node and a thief.
+    ///
+    /// # Errors
+    /// If it does not get one.
+    pub(super) async fn regain(&mut self, sole: bool) -> anyhow::Result<bool> {
+        let turn = Turn::wait(&self.path).await?;
+        // Somebody else may have been quicker.
+        if self.reload() {
+            return Ok(true);
+        }
+        let identity = match (&mut self.attestation, &self.standing) {
+            (Attestation::Pod(pod), _) => {
+                let known = self.trust.load().roots().to_vec();
+                enroll::attest(&turn, pod, &known, Some(&self.name)).await?
+            }
+            (Attestation::Token(Some(given)), _) => {
+                let (address, name) = (self.address.clone(), Some(self.name.clone()));
+                let answer = enroll::join(turn, given.clone(), address, name).await?;
+                // Good or not, it is used up.
+                self.attestation = Attestation::Token(None);
+                answer.issued()?
+            }
+            (Attestation::Token(None), Standing::Unusable(Unusable::Lapsed(lapsed))) if sole => {
+                let control_plane = self.control_plane.as_lapsed(lapsed, self.trust.clone())?;
+                enroll::renew(&turn, &control_plane, &self.name).await?.issued()?
+            }
+            (Attestation::Token(None), Standing::Unusable(_) | Standing::Usable(_)) => {
+                return Ok(false);
+            }
+        };
+        self.take(identity)?;
+        Ok(true)
+    }
+
+    /// What is wrong with its certificate, and what to do about it; nothing if nothing is.
+    pub(super) fn trouble(&self, now: Timestamp) -> Option<Trouble<'_>> {
+        match &self.standing {
+            Standing::Usable(_) => None,
+            Standing::Unusable(why) => {
+                let attested = match self.attestation {
+                    Attestation::Pod(_) => true,
+                    Attestation::Token(_) => false,
+                };
+                Some(Trouble { node: &self.name, attested, why, now })
+            }
+        }
+    }
+
+    /// Puts an identity to use, or notes that it cannot be.
+    fn take(&mut self, identity: Identity) -> anyhow::Result<()> {
+        if identity.id != *self.slot.id() {
+            bail!("{} is of {}, and this is {}", self.path.display(), identity.id, self.slot.id());
+        }
+        if identity.trust.roots() != self.trust.load().roots() {
+            self.trust.store(identity.trust);
+        }
+        self.control_plane.set_address(self.address.clone().unwrap_or(identity.control_plane));
+        match identity.credential {
+            Dated::Current(credential) => {
+                let facts = credential.facts();
+                let now = hauberk_tls::now();
+                let validity = Validity::of_issued(facts.not_before(), facts.not_after(), now);
+                if self.slot.store(credential).is_err() {
+                    bail!("the certificate is not that of {}", self.slot.id());
+                }
+                self.standing = Standing::Usable(validity);
+                self.renewed.send_modify(|count| *count += 1);
+            }
+            Dated::Lapsed(credential) => self.give_up(Unusable::Lapsed(credential)),
+            Dated::Early(not_before) => self.give_up(Unusable::Early(not_before)),
+        }
+        Ok(())
+    }
+
+    fn give_up(&mut self, why: Unusable) {
+        self.slot.clear();
+        self.standing = Standing::Unusable(why);
+    }
+}
+
+/// What a node is made of, before it is known which one it is.
+struct Opening {
+    attestation: Attestation,
+    address: Option<String>,
+    path: PathBuf,
+}
+
+impl Opening {
+    fn known(self, identity: Identity) -> anyhow::Result<Node> {
+        let trust = TrustBundle::nobody(identity.id.trust_domain().clone());
+        let id = identity.id.clone();
+        let mut node = self.build(identity.name.clone(), id, trust, Unusable::Missing)?;
+        node.take(identity)?;
+        Ok(node)
+    }
+
+    /// By the state on disk, without an identity that can be read.
+    fn nameless(self, owner: Owner, why: Unusable) -> anyhow::Result<Node> {
+        let id = SpiffeId::node(&owner.trust_domain, &owner.node)?;
+        let trust = TrustBundle::nobody(owner.trust_domain);
+        self.build(owner.node, id, trust, why)
+    }
+
+    /// A machine of which nothing is known joins, or is attested, before anything else.
+    async fn first(self, unreadable: Option<anyhow::Error>) -> anyhow::Result<Node> {
+        if let Some(error) = &unreadable {
+            let error = format!("{error:#}");
+            tracing::warn!(error, "the node's identity cannot be used");
+        }
+        let identity = match &self.attestation {
+            Attestation::Pod(pod) => attest_first(pod, &self.path).await?,
+            Attestation::Token(Some(token)) => {
+                let turn = Turn::wait(&self.path).await?;
+                enroll::join(turn, token.clone(), self.address.clone(), None).await?.issued()?
+            }
+            Attestation::Token(None) => {
+                return Err(match unreadable {
+                    Some(error) => error.context(
+                        "the node's identity cannot be used; join anew with a token \
+                         (`hauberk token create` on the control plane)",
+                    ),
+                    None => anyhow::anyhow!(
+                        "this machine has not joined: start with --join-token TOKEN \
+                         (`hauberk token create` on the control plane makes one)"
+                    ),
+                });
+            }
+        };
+        tracing::info!(node = identity.name, "joined");
+        let attestation = match self.attestation {
+            Attestation::Token(_) => Attestation::Token(None),
+            pod @ Attestation::Pod(_) => pod,
+        };
+        Self { attestation, ..self }.known(identity)
+    }
+
+    fn build(
+        self,
+        name: String,
+        id: SpiffeId,
+        trust: TrustBundle,
+        why: Unusable,
+    ) -> anyhow::Result<Node> {
+        let (slot, trust) = (CredentialSlot::new(id), TrustSlot::new(trust));
+        let renewed = watch::channel(0).0;
+        let address = self.address.clone().unwrap_or_default();
+        let (calling, renewals) = (slot.clone(), renewed.subscribe());
+        Ok(Node {
+            name,
+            control_plane: ControlPlane::new(address, calling, renewals, trust.clone())?,
+            slot,
+            trust,
+            standing: Standing::Unusable(why),
+            attestation: self.attestation,
+            address: self.address,
+            path: self.path,
+            renewed,
+        })
+    }
+}
+
+/// Attests a node of which nothing is known. Tries for a while.
+async fn attest_first(pod: &PodToken, path: &Path) -> anyhow::Result<Identity> {
+    let since = Instant::now();
+    loop {
+        let turn = Turn::wait(path).await?;
+        let error = match enroll::attest(&turn, pod, &[], None).await {
+            Ok(identity) => return Ok(identity),
             Err(error) => error,
         };
-        if let Some(mut node) = kept.take() {
-            tracing::warn!(
-                error = format!("{error:#}"),
-                node = node.name,
-                "the node could not be attested, it goes on with the identity that it has"
-            );
-            node.pod = Some(pod);
-            return Ok(node);
-        }
         if since.elapsed() > ATTEST_PATIENCE {
             return Err(error.context("attest the node by this pod's token"));
         }
@@ -170,167 +374,24 @@ async fn open_attested(
     }
 }
 
-/// The roots that this node trusts already.
-fn known_roots(node: &Node) -> Vec<CertificateDer<'static>> {
-    node.trust.load().roots().to_vec()
-}
-
-/// Trades the pod's token for a node certificate. The roots in the file are a minute or two old at times: while
-/// one takes another's place, the control plane may be under one that only this node knows of, by what it
-/// was told with its last certificate.
-async fn attest(
-    pod: &PodToken,
-    known: &[CertificateDer<'static>],
-    path: &Path,
-) -> anyhow::Result<Node> {
-    let token = std::fs::read_to_string(&pod.token)
-        .with_context(|| format!("read the token {}", pod.token.display()))?;
-    let mut roots = roots(&pod.roots)?;
-    roots.extend(known.iter().filter(|root| !roots.contains(root)).cloned().collect::<Vec<_>>());
-    if roots.is_empty() {
-        bail!("{} has no certificate", pod.roots.display());
-    }
-    // One of them is the right one, and what went wrong under it is among what went wrong.
-    let mut failed = Vec::new();
-    for root in roots {
-        let (key, request) = signing_request()?;
-        let root_sha256 = hauberk_tls::sha256(&root);
-        let control_plane = ControlPlane::pinned(pod.address.clone(), root_sha256)?;
-        let answer = EnrollmentClient::new(control_plane.channel())
-            .attest_pod(v1::AttestPodRequest {
-                token: token.trim().to_owned(),
-                certificate_request: request,
-            })
-            .await
-            .map_err(|status| explain(&status))
-            .with_context(|| format!("ask the control plane at {}", pod.address));
-        match answer {
-            Ok(answer) => {
-                let answer = answer.into_inner();
-                demand_root(&answer, root_sha256)?;
-                return keep(&answer, &key, path, &pod.address);
-            }
-            Err(error) => failed.push(format!("{error:#}")),
-        }
-    }
-    bail!("{}", failed.join("; "))
-}
-
-pub(crate) fn roots(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
-    CertificateDer::pem_file_iter(path)
-        .and_then(Iterator::collect)
-        .map_err(|error| anyhow::anyhow!("read the roots in {}: {error}", path.display()))
-}
-
-/// The answer came over a connection whose root is known; the roots in it must include it.
-fn demand_root(answer: &v1::NodeCredential, root_sha256: [u8; 32]) -> anyhow::Result<()> {
-    if !answer.trust_bundle.iter().any(|root| hauberk_tls::sha256(root) == root_sha256) {
-        bail!("the control plane's trust bundle does not have the root that it was reached by");
-    }
-    Ok(())
-}
-
-async fn join(token: &JoinToken, path: &Path, address: Option<&str>) -> anyhow::Result<Node> {
-    let address = address.unwrap_or(&token.control_plane).to_owned();
-    let (key, request) = signing_request()?;
-    let control_plane = ControlPlane::pinned(address.clone(), token.root_sha256)?;
-    let answer = EnrollmentClient::new(control_plane.channel())
-        .join(v1::JoinRequest { token_secret: token.secret.to_vec(), certificate_request: request })
-        .await
-        .map_err(|status| explain(&status))
-        .with_context(|| format!("join through the control plane at {address}"))?
-        .into_inner();
-    demand_root(&answer, token.root_sha256)?;
-    let node = keep(&answer, &key, path, &address)?;
-    tracing::info!(node = node.name, "joined");
-    Ok(node)
-}
-
-/// Asks for the next node certificate, for a new key, and puts it to use.
-pub(super) async fn renew_node(node: &mut Node) -> anyhow::Result<()> {
-    let renewed = match &node.pod {
-        Some(pod) => attest(pod, &known_roots(node), &node.path).await?,
-        None => {
-            let (key, request) = signing_request()?;
-            let answer = EnrollmentClient::new(node.control_plane.channel())
-                .renew_node(v1::RenewNodeRequest { certificate_request: request })
-                .await
-                .map_err(|status| explain(&status))?
-                .into_inner();
-            keep(&answer, &key, &node.path, &node.address)?
-        }
+/// Joins for an agent that runs on this data folder and has no identity that it can use: it takes up what is kept
+/// there. Returns the node's name; nothing if that agent's identity is good.
+///
+/// # Errors
+/// If the token is refused, is for another node, or its answer cannot be kept.
+pub(crate) async fn join_for_another(
+    data: &Path,
+    token: &JoinToken,
+    address: Option<&str>,
+    owner: Option<Owner>,
+) -> anyhow::Result<Option<String>> {
+    let path = data.join(FILE);
+    let turn = Turn::wait(&path).await?;
+    let name = match Identity::read(&path) {
+        Ok(Some(Identity { credential: Dated::Current(_), .. })) => return Ok(None),
+        Ok(Some(identity)) => Some(identity.name),
+        Ok(None) | Err(_) => owner.map(|owner| owner.node),
     };
-    if renewed.name != node.name {
-        bail!("the control plane answered for node {}, this is {}", renewed.name, node.name);
-    }
-    let credential = renewed.slot.load().context("the renewed certificate is missing")?;
-    if node.slot.store(Credential::clone(&credential)).is_err() {
-        bail!("the renewed certificate is of another identity");
-    }
-    node.trust.store(TrustBundle::clone(&renewed.trust.load()));
-    node.validity = renewed.validity;
-    Ok(())
-}
-
-fn keep(
-    answer: &v1::NodeCredential,
-    key: &PrivateKey,
-    path: &Path,
-    address: &str,
-) -> anyhow::Result<Node> {
-    let mut kept = Kept::new(key, &answer.certificate_chain, &answer.trust_bundle);
-    kept.control_plane = address.to_owned();
-    kept.node.clone_from(&answer.node);
-    kept.trust_domain.clone_from(&answer.trust_domain);
-    // Checked before it replaces what is there.
-    let node = from_kept(&kept, path, None)?;
-    kept.save(path)?;
-    Ok(node)
-}
-
-fn from_kept(kept: &Kept, path: &Path, address: Option<&str>) -> anyhow::Result<Node> {
-    let now = hauberk_tls::now();
-    let trust_domain: TrustDomain = kept
-        .trust_domain
-        .parse()
-        .with_context(|| format!("{}: trust domain {:?}", path.display(), kept.trust_domain))?;
-    let bundle = TrustBundle::of_now(trust_domain.clone(), kept.bundle(path)?, now)?;
-    let credential = Credential::new(kept.chain(path)?, &kept.key(path)?, now)
-        .with_context(|| format!("the node certificate in {}", path.display()))?;
-    let id = hauberk_core::identity::SpiffeId::node(&trust_domain, &kept.node)
-        .with_context(|| format!("{}: node {:?}", path.display(), kept.node))?;
-    let facts = credential.facts();
-    let validity = Validity::of_issued(facts.not_before(), facts.not_after(), now);
-    let slot = CredentialSlot::new(id);
-    if slot.store(credential).is_err() {
-        bail!("{}: the certificate is not that of node {}", path.display(), kept.node);
-    }
-    let trust = TrustSlot::new(bundle);
-    let address = address.unwrap_or(&kept.control_plane).to_owned();
-    Ok(Node {
-        name: kept.node.clone(),
-        control_plane: ControlPlane::new(address.clone(), slot.clone(), trust.clone())?,
-        slot,
-        trust,
-        validity,
-        path: path.to_owned(),
-        address,
-        pod: None,
-    })
-}
-
-/// A status in words: what the control plane says, or that it could not be asked.
-pub(crate) fn explain(status: &tonic::Status) -> anyhow::Error {
-    let mut text = status.message().to_owned();
-    let mut source = std::error::Error::source(status);
-    while let Some(cause) = source {
-        // rustls writes our own reasons as values of the program, not as a sentence.
-        if let Some(failure) = cause.downcast_ref().and_then(hauberk_tls::reason_of) {
-            return anyhow::anyhow!("{text}: {}", failure.detail);
-        }
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    anyhow::anyhow!("{text}")
+    let answer = enroll::join(turn, token.clone(), address.map(str::to_owned), name).await?;
+    Ok(Some(answer.issued()?.name))
 }

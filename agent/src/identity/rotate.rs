@@ -8,6 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use arc_swap::ArcSwap;
 use hauberk_core::{
     policy::resolve::MeshWorkload,
     rotation::{self, Failure, Jitter, Step, Validity},
@@ -22,11 +23,14 @@ use hauberk_tls::{
 use rustls::ClientConfig;
 use tokio::{sync::watch, task::JoinHandle};
 
-use super::{ControlPlane, Kept, node::explain};
+use super::{ControlPlane, Kept, explain};
 use crate::handover::Replaced;
 
 /// Wall-clock jumps and suspended machines are noticed at this pace.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
+
+/// How often an agent whose node has no certificate that it can use looks for what was kept of a workload's.
+const NODE_LOOK: Duration = Duration::from_secs(2);
 
 /// One local workload's certificate, and what is built on it.
 pub(crate) struct LocalIdentity {
@@ -35,7 +39,33 @@ pub(crate) struct LocalIdentity {
     pub(crate) client_tls: Arc<ClientConfig>,
     /// Counts up with each certificate that is put to use.
     pub(crate) installed: watch::Receiver<u64>,
+    subject: Arc<ArcSwap<Subject>>,
     task: JoinHandle<()>,
+}
+
+/// The workload that a certificate is for, by its present name.
+struct Subject {
+    key: String,
+    namespace: String,
+    name: String,
+    /// Where it is kept.
+    path: PathBuf,
+}
+
+impl Subject {
+    fn of(workload: &MeshWorkload, folder: &Path) -> Self {
+        let key = workload.key();
+        Self {
+            namespace: workload.namespace.as_ref().map(ToString::to_string).unwrap_or_default(),
+            name: workload.name.to_string(),
+            path: kept_at(folder, &key),
+            key,
+        }
+    }
+}
+
+fn kept_at(folder: &Path, key: &str) -> PathBuf {
+    folder.join(format!("{}.json", key.replace('/', "__")))
 }
 
 impl Drop for LocalIdentity {
@@ -80,11 +110,9 @@ impl Identities {
         let client_tls =
             Arc::new(mesh_client_config(slot.clone(), self.trust.clone(), session::ALPN)?);
         let (sender, installed) = watch::channel(0);
+        let subject = Arc::new(ArcSwap::from_pointee(Subject::of(workload, &self.folder)));
         let rotation = Rotation {
-            key: key.clone(),
-            namespace: workload.namespace.as_ref().map(ToString::to_string).unwrap_or_default(),
-            name: workload.name.to_string(),
-            path: self.folder.join(format!("{}.json", key.replace('/', "__"))),
+            subject: subject.clone(),
             slot: slot.clone(),
             control_plane: self.control_plane.clone(),
             trust: self.trust.clone(),
@@ -96,10 +124,25 @@ impl Identities {
             slot,
             client_tls,
             installed,
+            subject,
             task: tokio::spawn(rotation.run()),
         });
         self.current.insert(key, identity.clone());
         Ok(identity)
+    }
+
+    /// A workload has another name, and is the same one.
+    pub(crate) fn rename(&mut self, before: &str, workload: &MeshWorkload) {
+        let Some(identity) = self.current.remove(before) else { return };
+        let subject = Subject::of(workload, &self.folder);
+        let renamed = std::fs::rename(kept_at(&self.folder, before), &subject.path);
+        if let Err(error) = renamed
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, path = %subject.path.display(), "the key of a renamed workload is not kept until its next renewal");
+        }
+        identity.subject.store(Arc::new(subject));
+        self.current.insert(workload.key(), identity);
     }
 
     /// Forgets every workload but these, and its key on disk.
@@ -108,7 +151,7 @@ impl Identities {
         self.current.retain(|key, _| {
             let stays = keep(key);
             if !stays {
-                let path = folder.join(format!("{}.json", key.replace('/', "__")));
+                let path = kept_at(folder, key);
                 if let Err(error) = std::fs::remove_file(&path)
                     && error.kind() != std::io::ErrorKind::NotFound
                 {
@@ -120,11 +163,12 @@ impl Identities {
     }
 }
 
+fn pause(until: Timestamp, now: Timestamp) -> Duration {
+    until.since(now).max(Duration::from_millis(20)).min(LONGEST_SLEEP)
+}
+
 struct Rotation {
-    key: String,
-    namespace: String,
-    name: String,
-    path: PathBuf,
+    subject: Arc<ArcSwap<Subject>>,
     slot: Arc<CredentialSlot>,
     control_plane: ControlPlane,
     trust: Arc<TrustSlot>,
@@ -136,10 +180,11 @@ struct Rotation {
 
 impl Rotation {
     async fn run(self) {
-        self.load();
+        self.load(true);
         let mut obtained_at = hauberk_tls::now();
         let mut jitter = draw_jitter();
         let mut failure: Option<Failure> = None;
+        let mut renewals = self.control_plane.renewals();
         loop {
             let now = hauberk_tls::now();
             let step = match self.validity(obtained_at) {
@@ -147,16 +192,26 @@ impl Rotation {
                 None => rotation::acquire(now, jitter, failure),
             };
             match step {
-                Step::Wait(until) | Step::RetryAt(until) => {
-                    let pause = until.since(now).max(Duration::from_millis(20)).min(LONGEST_SLEEP);
-                    tokio::time::sleep(pause).await;
-                }
+                Step::Wait(until) => tokio::time::sleep(pause(until, now)).await,
+                Step::RetryAt(until) => tokio::select! {
+                    () = tokio::time::sleep(pause(until, now)) => {}
+                    // What has failed may have failed for want of that.
+                    () = self.control_plane.renewed(&mut renewals) => failure = None,
+                },
                 Step::Expired => {
                     tracing::warn!(
-                        workload = self.key,
+                        workload = self.subject.load().key,
                         "the certificate expired before it was renewed"
                     );
                     self.slot.clear();
+                }
+                Step::RenewNow if !self.may_ask(now, obtained_at).await => {
+                    failure = None;
+                    if self.slot.load().is_none() {
+                        // What was kept may be good by now, if the clock was wrong.
+                        self.load(false);
+                        obtained_at = hauberk_tls::now();
+                    }
                 }
                 Step::RenewNow => match self.renew().await {
                     Ok(()) => {
@@ -164,19 +219,29 @@ impl Rotation {
                         failure = None;
                         jitter = draw_jitter();
                     }
-                    Err(error) => {
-                        let attempts = failure.map_or(1, |f| f.attempts.saturating_add(1));
-                        failure = Some(Failure { at: hauberk_tls::now(), attempts });
-                        tracing::warn!(
-                            workload = self.key,
-                            attempts,
-                            error = format!("{error:#}"),
-                            "a certificate could not be renewed"
-                        );
-                    }
+                    Err(error) => failure = Some(self.failed(failure, &error)),
                 },
             }
         }
+    }
+
+    fn failed(&self, before: Option<Failure>, error: &anyhow::Error) -> Failure {
+        let attempts = before.map_or(1, |failure| failure.attempts.saturating_add(1));
+        tracing::warn!(
+            workload = self.subject.load().key,
+            attempts,
+            error = format!("{error:#}"),
+            "a certificate could not be renewed"
+        );
+        Failure { at: hauberk_tls::now(), attempts }
+    }
+
+    /// Whether the control plane can be asked: not while the node has no certificate that it can use. Waits for
+    /// one, but not for long, and not beyond the end of what is in use.
+    async fn may_ask(&self, now: Timestamp, obtained_at: Timestamp) -> bool {
+        let end = self.validity(obtained_at).map(|validity| validity.not_after.since(now));
+        let patience = end.unwrap_or(NODE_LOOK).min(NODE_LOOK).max(Duration::from_millis(20));
+        tokio::time::timeout(patience, self.control_plane.usable()).await.is_ok()
     }
 
     fn validity(&self, obtained_at: Timestamp) -> Option<Validity> {
@@ -185,16 +250,25 @@ impl Rotation {
         Some(Validity::of_issued(facts.not_before(), facts.not_after(), obtained_at))
     }
 
-    fn load(&self) {
-        let loaded = Kept::load(&self.path).map_err(anyhow::Error::from).and_then(|kept| {
+    /// Takes up what is on disk, if nothing is in use and there are roots to trust beside it. `first` says what is
+    /// wrong with it.
+    fn load(&self, first: bool) {
+        if self.slot.load().is_some() || self.trust.load().roots().is_empty() {
+            return;
+        }
+        let subject = self.subject.load();
+        let path = &subject.path;
+        let loaded = Kept::load(path).map_err(anyhow::Error::from).and_then(|kept| {
             let Some(kept) = kept else { return Ok(()) };
-            let chain = kept.chain(&self.path)?;
-            let credential = Credential::new(chain, &kept.key(&self.path)?, hauberk_tls::now())?;
+            let chain = kept.chain(path)?;
+            let credential = Credential::new(chain, &kept.key(path)?, hauberk_tls::now())?;
             self.install(credential)
         });
-        if let Err(error) = loaded {
+        if let Err(error) = loaded
+            && first
+        {
             tracing::info!(
-                workload = self.key,
+                workload = self.subject.load().key,
                 error = format!("{error:#}"),
                 "the kept certificate is not used, asking for another"
             );
@@ -204,7 +278,10 @@ impl Rotation {
     async fn renew(&self) -> anyhow::Result<()> {
         let (key, request) = signing_request()?;
         let answer = WorkloadIdentityClient::new(self.control_plane.channel())
-            .issue(v1::IssueRequest { workload: self.key.clone(), certificate_request: request })
+            .issue(v1::IssueRequest {
+                workload: self.subject.load().key.clone(),
+                certificate_request: request,
+            })
             .await
             .map_err(|status| explain(&status));
         self.metrics.certificate_renewal(RenewalStep::Call, Outcome::from(&answer));
@@ -229,6 +306,9 @@ impl Rotation {
             now,
         )?;
         let credential = Credential::new(certificates(&answer.certificate_chain), key, now)?;
+        if bundle.roots().is_empty() {
+            anyhow::bail!("no root of the answer is valid by the clock of this machine");
+        }
         if bundle.roots() != self.trust.load().roots() {
             self.trust.store(bundle);
         }
@@ -237,11 +317,11 @@ impl Rotation {
             return Ok(());
         }
         // A full disk costs the certificate at the next restart, not the connections of now.
-        if let Err(error) =
-            Kept::new(key, &answer.certificate_chain, &answer.trust_bundle).save(&self.path)
+        if let Err(error) = Kept::new(key, &answer.certificate_chain, &answer.trust_bundle)
+            .save(&self.subject.load().path)
         {
             tracing::warn!(
-                workload = self.key,
+                workload = self.subject.load().key,
                 error = format!("{:#}", anyhow::Error::from(error)),
                 "the certificate is in use but could not be kept for a restart"
             );
@@ -254,8 +334,9 @@ impl Rotation {
         if let Err(other) = self.slot.store(credential) {
             anyhow::bail!("the certificate is for {}, not {}", other.facts().id(), self.slot.id());
         }
+        let subject = self.subject.load();
         self.metrics.set_certificate_expiry(
-            WorkloadLabels { namespace: &self.namespace, name: &self.name },
+            WorkloadLabels { namespace: &subject.namespace, name: &subject.name },
             system_time(not_after),
         );
         self.installed.send_modify(|count| *count += 1);

@@ -27,6 +27,8 @@ pub(crate) struct Snapshot {
     workloads: Vec<Arc<MeshWorkload>>,
     by_address: HashMap<IpAddr, Address>,
     addresses_of: HashMap<SpiffeId, HashSet<IpAddr>>,
+    /// The workloads that are processes of this very host, by the ports they serve.
+    own_ports: HashMap<u16, usize>,
     /// As this node sees them.
     services: HashMap<SocketAddr, Backends>,
     namespaces: HashMap<String, bool>,
@@ -103,11 +105,18 @@ impl Snapshot {
             table: DecisionTable::build(policies, guardrails, postures),
             by_address: HashMap::new(),
             addresses_of: HashMap::new(),
+            own_ports: HashMap::new(),
             services,
             namespaces,
             workloads,
         };
         snapshot.index_addresses()?;
+        for (place, workload) in snapshot.workloads.iter().enumerate() {
+            if workload.node.as_str() == node && workload.process.own_addresses().is_none() {
+                let ports = workload.ports.iter().map(|port| (*port, place));
+                snapshot.own_ports.extend(ports);
+            }
+        }
         Ok(snapshot)
     }
 
@@ -164,6 +173,17 @@ impl Snapshot {
             Some(workload) => Found::Workload(workload),
             None => Found::UndeclaredPort,
         }
+    }
+
+    /// The workload that serves a port of this very host, at whatever address of it.
+    pub(crate) fn on_this_host(&self, port: u16) -> Option<&Arc<MeshWorkload>> {
+        self.own_ports.get(&port).and_then(|place| self.workloads.get(*place))
+    }
+
+    /// Whether this workload is still one of this node, under whatever name.
+    pub(crate) fn has_on(&self, node: &str, workload: &MeshWorkload) -> bool {
+        self.on_node(node)
+            .any(|one| one.identity == workload.identity && one.process == workload.process)
     }
 
     /// The backends of the service whose address and port this is.

@@ -8,23 +8,24 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use anyhow::Context;
 use hauberk_proto::{
     convert::Resource,
-    state::delta,
     v1::{self, agent_report::Kind, state_client::StateClient},
 };
 use hauberk_telemetry::{
     Health, RecordSink, State as HealthState, metrics::AgentMetrics, record::Denial,
 };
-use hauberk_tls::files::{read_private, write_private};
-use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Snapshot, clock};
-use crate::{capture::StatusBoard, edges::Edges, handover::Replaced, identity::ControlPlane};
+use super::{Owner, Snapshot, clock, kept};
+use crate::{
+    capture::StatusBoard,
+    edges::Edges,
+    handover::Replaced,
+    identity::{ControlPlane, explain},
+};
 
 /// The pause before the control plane is tried again, doubled up to the longest.
 const FIRST_RETRY: Duration = Duration::from_millis(200);
@@ -45,7 +46,7 @@ pub(crate) const POLICY_CHECK: &str = "policy";
 /// Holds the snapshot; the only one that writes it.
 pub(crate) struct Enforcer {
     /// Whose agent this is.
-    node: String,
+    owner: Owner,
     sender: watch::Sender<Arc<Snapshot>>,
     path: PathBuf,
     metrics: AgentMetrics,
@@ -57,20 +58,20 @@ impl Enforcer {
     /// Starts from the last good state on disk, if there is one.
     /// Nothing is written there while another agent has replaced this one.
     pub(crate) fn open(
-        node: String,
+        owner: Owner,
         data: &Path,
         metrics: AgentMetrics,
         health: Health,
         replaced: Replaced,
     ) -> Self {
-        let path = data.join("state.bin");
-        let snapshot = match load(&node, &path) {
-            Ok(Some(snapshot)) => {
+        let path = kept::path(data);
+        let snapshot = match kept::load(&path, Some(&owner.node)) {
+            Ok(Some((_, snapshot))) => {
                 tracing::info!(
                     revision = snapshot.revision,
                     "enforcing the last good state from disk"
                 );
-                metrics.policy_restored(snapshot.revision, written(&path));
+                metrics.policy_restored(snapshot.revision, kept::written(&path));
                 health.set(POLICY_CHECK, HealthState::Ready);
                 snapshot
             }
@@ -83,7 +84,14 @@ impl Enforcer {
                 Snapshot::default()
             }
         };
-        Self { node, sender: watch::channel(Arc::new(snapshot)).0, path, metrics, health, replaced }
+        Self {
+            owner,
+            sender: watch::channel(Arc::new(snapshot)).0,
+            path,
+            metrics,
+            health,
+            replaced,
+        }
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
@@ -111,7 +119,8 @@ impl Enforcer {
             let key = Resource::try_from(message.clone())?.key();
             resources.insert(key, message);
         }
-        let next = Snapshot::build(&self.node, update.revision, resources, &update.state_hash)?;
+        let next =
+            Snapshot::build(&self.owner.node, update.revision, resources, &update.state_hash)?;
         let next = Arc::new(next);
         if next.revision == current.revision && next.state_hash == current.state_hash {
             return Ok(current);
@@ -138,15 +147,15 @@ impl Enforcer {
     /// there. No stream may be open meanwhile.
     pub(crate) fn take_up(&self) {
         let current = self.sender.borrow().clone();
-        match load(&self.node, &self.path) {
-            Ok(Some(kept)) if kept.revision > current.revision => {
+        match kept::load(&self.path, Some(&self.owner.node)) {
+            Ok(Some((_, kept))) if kept.revision > current.revision => {
                 tracing::info!(revision = kept.revision, "enforcing what another agent has kept");
-                self.metrics.policy_restored(kept.revision, written(&self.path));
+                self.metrics.policy_restored(kept.revision, kept::written(&self.path));
                 self.sender.send_replace(Arc::new(kept));
                 self.health.set(POLICY_CHECK, HealthState::Ready);
                 return;
             }
-            Ok(Some(kept))
+            Ok(Some((_, kept)))
                 if kept.revision == current.revision && kept.state_hash == current.state_hash =>
             {
                 return;
@@ -164,7 +173,7 @@ impl Enforcer {
 
     /// Writes a state for a restart. A full disk must not keep a revocation from being enforced now.
     fn keep(&self, snapshot: &Snapshot) {
-        if let Err(error) = self.save(snapshot) {
+        if let Err(error) = kept::save(&self.path, &self.owner, snapshot) {
             tracing::error!(
                 error = format!("{error:#}"),
                 revision = snapshot.revision,
@@ -172,38 +181,6 @@ impl Enforcer {
             );
         }
     }
-
-    fn save(&self, snapshot: &Snapshot) -> anyhow::Result<()> {
-        let (upserts, _) = delta(&BTreeMap::new(), &snapshot.resources);
-        let update = v1::StateUpdate {
-            revision: snapshot.revision,
-            full: true,
-            upserts,
-            removals: Vec::new(),
-            state_hash: snapshot.state_hash.to_vec(),
-            made_at_unix_ms: 0,
-        };
-        Ok(write_private(&self.path, &update.encode_to_vec())?)
-    }
-}
-
-/// When the state on disk was written.
-fn written(path: &Path) -> SystemTime {
-    let modified = std::fs::metadata(path).and_then(|file| file.modified());
-    modified.unwrap_or(SystemTime::UNIX_EPOCH)
-}
-
-fn load(node: &str, path: &Path) -> anyhow::Result<Option<Snapshot>> {
-    let Some(bytes) = read_private(path)? else { return Ok(None) };
-    let damaged = || format!("{} is damaged", path.display());
-    let update = v1::StateUpdate::decode(bytes.as_slice()).with_context(damaged)?;
-    let mut resources = BTreeMap::new();
-    for message in update.upserts {
-        let key = Resource::try_from(message.clone()).with_context(damaged)?.key();
-        resources.insert(key, message);
-    }
-    let snapshot = Snapshot::build(node, update.revision, resources, &update.state_hash);
-    Ok(Some(snapshot.with_context(damaged)?))
 }
 
 /// Keeps the stream open for as long as the agent runs.
@@ -215,7 +192,8 @@ pub(crate) struct Subscription {
     pub(crate) records: RecordSink,
     pub(crate) edges: Arc<Edges>,
     pub(crate) status: StatusBoard,
-    /// Counts up with each node certificate: a new one needs a new connection.
+    /// Counts up with each node certificate: a new one needs a new connection. The one before may be gone: an agent
+    /// whose node has none that it can use calls nobody.
     pub(crate) node_renewed: watch::Receiver<u64>,
 }
 
@@ -223,6 +201,7 @@ impl Subscription {
     pub(crate) async fn run(mut self) {
         let mut pause = FIRST_RETRY;
         loop {
+            self.control_plane.usable().await;
             let begun = Instant::now();
             let outcome = self.stream().await;
             if begun.elapsed() > LONGEST_RETRY {
@@ -259,9 +238,7 @@ impl Subscription {
             .max_decoding_message_size(256 * 1024 * 1024)
             .subscribe(ReceiverStream::new(outgoing))
             .await
-            .map_err(|status| {
-                anyhow::anyhow!("{}: {}", self.control_plane.address(), status.message())
-            })?
+            .map_err(|status| explain(&status).context(self.control_plane.address()))?
             .into_inner();
         self.metrics.control_plane_connected();
         tracing::info!(address = self.control_plane.address(), "connected to the control plane");
@@ -357,6 +334,7 @@ fn gather(
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
 mod tests {
     use hauberk_proto::state::{delta, state_hash};
+    use hauberk_tls::files::write_private;
 
     use super::*;
 
@@ -378,9 +356,13 @@ mod tests {
         names.iter().map(|name| (format!("workload:machine/{name}"), machine(name))).collect()
     }
 
+    fn owner(node: &str) -> Owner {
+        Owner { node: node.to_owned(), trust_domain: "example.org".parse().unwrap() }
+    }
+
     fn open(folder: &Path) -> Enforcer {
         Enforcer::open(
-            "a".to_owned(),
+            owner("a"),
             folder,
             AgentMetrics::new().unwrap(),
             Health::new(&[POLICY_CHECK]),
@@ -457,18 +439,21 @@ mod tests {
     fn an_agent_that_has_its_place_back_keeps_the_newer_of_two_states() {
         let folder = tempfile::tempdir().unwrap();
         let (before, next) = (open(folder.path()), open(folder.path()));
-        let kept = || load(&before.node, &before.path).unwrap().map(|snapshot| snapshot.revision);
+        let kept = || {
+            let kept = kept::load(&before.path, Some("a")).unwrap();
+            kept.map(|(owner, snapshot)| (owner.node, snapshot.revision))
+        };
         before.replaced.set();
         before.apply(update(1, None, &["a"])).unwrap();
         assert_eq!(kept(), None, "the folder is the next one's");
         before.take_up();
-        assert_eq!(kept(), Some(1));
+        assert_eq!(kept(), Some(("a".to_owned(), 1)));
         next.apply(update(2, None, &["a", "b"])).unwrap();
         before.take_up();
         let snapshot = before.sender.borrow().clone();
         assert_eq!((snapshot.revision, &snapshot.resources), (2, &state(&["a", "b"])));
         write_private(&before.path, b"damaged").unwrap();
         before.take_up();
-        assert_eq!(kept(), Some(2));
+        assert_eq!(kept(), Some(("a".to_owned(), 2)));
     }
 }

@@ -11,7 +11,7 @@ use tonic::{Request, Response, Status};
 
 use super::{Shared, chain_message};
 use crate::{
-    attest::{self, Connection, internal},
+    attest::{self, Connection, Renewing, internal},
     ca::{CaError, Issued},
     store::{Consumed, Node},
 };
@@ -99,8 +99,8 @@ impl enrollment_server::Enrollment for Enrollment {
         request: Request<v1::RenewNodeRequest>,
     ) -> Result<Response<v1::NodeCredential>, Status> {
         let shared = &self.0;
-        let caller = attest::node(request.extensions(), shared)?;
-        let node = caller.node.name().to_owned();
+        let address = request.extensions().get::<Connection>().map(|c| c.address.to_string());
+        let Renewing { name: node, lapsed } = attest::renewing(request.extensions(), shared)?;
         // Its certificate proves what its agent's pod was, not what it is.
         if shared.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.cluster.has_node(&node)) {
             return Err(Status::permission_denied(
@@ -113,7 +113,16 @@ impl enrollment_server::Enrollment for Enrollment {
             .store
             .node_renewed(&node, &issued.serial, issued.not_after.unix_millis())
             .map_err(internal)?;
-        tracing::info!(target: "hauberk.audit", node, serial = issued.serial, "a node certificate was renewed");
+        match lapsed {
+            None => {
+                tracing::info!(target: "hauberk.audit", node, serial = issued.serial, "a node certificate was renewed");
+            }
+            Some(expired) => {
+                tracing::warn!(target: "hauberk.audit", node, serial = issued.serial, %expired,
+                    addr = address.unwrap_or_default(),
+                    "an expired node certificate was renewed: the machine was away for longer than it lived");
+            }
+        }
         Ok(Response::new(credential(shared, node, &issued)))
     }
 }

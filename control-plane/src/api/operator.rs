@@ -5,6 +5,7 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 use hauberk_core::{
     identity::{IdentityKind, SpiffeId},
     policy::{Mode, Request as Question, Verdict, resolve::MeshWorkload},
+    time::Timestamp,
 };
 use hauberk_proto::{
     token::JoinToken,
@@ -15,7 +16,11 @@ use tokio_stream::{Stream, StreamExt, wrappers::BroadcastStream};
 use tonic::{Request, Response, Status};
 
 use super::{Shared, learn::learn};
-use crate::{attest::internal, policy::Published, store::Token};
+use crate::{
+    attest::internal,
+    policy::Published,
+    store::{Node, Token},
+};
 
 /// The longest life of a join token: it is a password while it lives.
 const MAX_TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
@@ -131,6 +136,9 @@ fn status(shared: &Shared) -> Result<v1::GetStatusResponse, Status> {
             enforced_revision: agent.enforced_revision,
             refused: agent.refused.unwrap_or_default(),
             locked: record.as_ref().and_then(|node| node.locked.clone()).unwrap_or_default(),
+            renewable_until_unix_ms: record
+                .as_ref()
+                .map_or(0, |node| renewable_until(node, shared.renewal_grace)),
             certificate_not_after_unix_ms: record.map_or(0, |node| node.not_after_unix_ms),
             last_seen_unix_ms: agent.last_seen.map_or(0, |seen| seen.unix_millis()),
             agent_version: agent.version,
@@ -162,6 +170,9 @@ fn status(shared: &Shared) -> Result<v1::GetStatusResponse, Status> {
                 problem: report.problem,
                 not_after_unix_ms: report.not_after_unix_ms,
                 serial: report.serial,
+                restored: report.restored,
+                restored_at_unix_ms: report.restored_at_unix_ms,
+                restored_what: report.restored_what,
             }
         })
         .collect();
@@ -180,6 +191,13 @@ fn status(shared: &Shared) -> Result<v1::GetStatusResponse, Status> {
         guardrails: u64::try_from(published.guardrails).unwrap_or(u64::MAX),
         ca_notes: shared.authority.notes().to_vec(),
     })
+}
+
+fn renewable_until(node: &Node, grace: Duration) -> i64 {
+    if grace.is_zero() || node.locked.is_some() {
+        return 0;
+    }
+    Timestamp::from_unix_millis(node.not_after_unix_ms).saturating_add(grace).unix_millis()
 }
 
 fn why(shared: &Shared, question: &v1::WhyRequest) -> Result<v1::WhyResponse, Status> {

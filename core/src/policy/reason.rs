@@ -39,11 +39,14 @@ pub enum Reason {
     RateLimited,
     /// A live connection was cut because a policy change no longer allows it.
     PolicyRevoked,
+    /// The agent did not carry the connection: it was opened while capture rules were missing, or its socket is
+    /// bound to an interface.
+    Uncaptured,
 }
 
 impl Reason {
     /// All reasons, in the order of their documentation.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::NoPolicy,
         Self::NoMatchingRule,
         Self::Guardrail,
@@ -59,6 +62,7 @@ impl Reason {
         Self::Plaintext,
         Self::RateLimited,
         Self::PolicyRevoked,
+        Self::Uncaptured,
     ];
 
     /// The word used everywhere.
@@ -80,6 +84,7 @@ impl Reason {
             Self::Plaintext => "plaintext",
             Self::RateLimited => "rate_limited",
             Self::PolicyRevoked => "policy_revoked",
+            Self::Uncaptured => "uncaptured",
         }
     }
 }

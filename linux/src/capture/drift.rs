@@ -4,7 +4,10 @@
 //! sent are not looked at: newer kernels add some of their own. What this cannot see is another
 //! table, with a lower priority number, that takes packets before ours does.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use netlink_bindings::{
     nftables::{IterableChainAttrs, Nfgenmsg, Request},
@@ -15,13 +18,17 @@ use nix::libc;
 
 use super::{
     expression::Expression,
-    ruleset::{Chain, Ruleset},
-    transaction::{INET, TABLE},
+    ruleset::{Chain, Ruleset, SetContent},
+    transaction::{self, INET, TABLE},
 };
 use crate::error::{Context, Result};
 
 const ACCEPT: u32 = 1;
 const TABLE_DORMANT: u32 = 1;
+/// `NFTA_SET_ELEM_LIST_ELEMENTS`, `NFTA_SET_ELEM_KEY` and `NFTA_DATA_VALUE`.
+const SET_ELEMENTS: u16 = 3;
+const ELEMENT_KEY: u16 = 1;
+const DATA_VALUE: u16 = 1;
 const EXPRESSION_NAME: u16 = 1;
 const EXPRESSION_DATA: u16 = 2;
 
@@ -40,8 +47,12 @@ pub enum Drift {
     ChainAltered(String),
     /// A chain's rules were added to, removed, reordered or changed.
     RulesAltered(String),
-    /// The policy routing for the application's answers is missing or overridden.
+    /// A set is not there, or has other ports.
+    SetAltered(String),
+    /// The policy routing that leads captured connections to loopback is missing, altered or overridden.
     PolicyRoutingMissing,
+    /// A setting of the kernel that the rules need is not as it was set.
+    SettingChanged(&'static str),
 }
 
 impl fmt::Display for Drift {
@@ -53,7 +64,9 @@ impl fmt::Display for Drift {
             Drift::ChainUnknown(chain) => write!(f, "the chain {chain} is not ours"),
             Drift::ChainAltered(chain) => write!(f, "the chain {chain} has another hook"),
             Drift::RulesAltered(chain) => write!(f, "the rules of the chain {chain} differ"),
+            Drift::SetAltered(set) => write!(f, "the set {set} differs"),
             Drift::PolicyRoutingMissing => write!(f, "the policy routing is missing"),
+            Drift::SettingChanged(setting) => write!(f, "the setting {setting} was changed"),
         }
     }
 }
@@ -73,6 +86,20 @@ pub(super) fn table() -> Result<Option<Drift>> {
         Err(error) if error.as_io_error().raw_os_error() == Some(libc::ENOENT) => {
             Ok(Some(Drift::TableMissing))
         }
+        Err(error) => Err(error).context(operation),
+    }
+}
+
+/// Who put the table there, as its comment says; nothing if there is no table, or it does not say.
+pub(super) fn owner() -> Result<Option<String>> {
+    let operation = "looking up the capture table";
+    let mut request = Request::new().op_gettable_do(&header());
+    request.encode().push_name(TABLE);
+    let mut socket = NetlinkSocket::new();
+    let mut reply = socket.request(&request).context(operation)?;
+    match reply.recv_one() {
+        Ok((_, attributes)) => Ok(attributes.get_userdata().ok().and_then(transaction::owner)),
+        Err(error) if error.as_io_error().raw_os_error() == Some(libc::ENOENT) => Ok(None),
         Err(error) => Err(error).context(operation),
     }
 }
@@ -102,7 +129,47 @@ pub(super) fn compare(ruleset: &Ruleset) -> Result<Vec<Drift>> {
         }
     }
     found.extend(chains.into_keys().map(Drift::ChainUnknown));
+    for set in &ruleset.sets {
+        let same = match (&set.content, elements(set.name)?) {
+            (_, None) => false,
+            (SetContent::Connections(_), Some(_)) => true,
+            (SetContent::Ports(ports), Some(keys)) => {
+                let wanted: BTreeSet<_> =
+                    ports.iter().map(|port| port.to_be_bytes().to_vec()).collect();
+                wanted == keys.into_iter().collect()
+            }
+        };
+        if !same {
+            found.push(Drift::SetAltered(set.name.to_owned()));
+        }
+    }
     Ok(found)
+}
+
+/// The keys of a set's elements; nothing if there is no such set.
+pub(super) fn elements(set: &str) -> Result<Option<Vec<Vec<u8>>>> {
+    let operation = || format!("listing the capture rules' set {set}");
+    let mut request = Request::new().op_getsetelem_dump(&header());
+    request.encode().push_table(TABLE).push_set_bytes(set.as_bytes());
+    let mut socket = NetlinkSocket::new();
+    let mut reply = socket.request(&request).context(operation())?;
+    let mut keys = Vec::new();
+    while let Some(answer) = reply.recv() {
+        let (_, list) = match answer {
+            Err(error) if error.as_io_error().raw_os_error() == Some(libc::ENOENT) => {
+                return Ok(None);
+            }
+            answer => answer.context(operation())?,
+        };
+        let elements = utils::find_attr(list.get_buf(), SET_ELEMENTS).unwrap_or_default();
+        for (_, element) in utils::IterableChunks::new(elements) {
+            let key = utils::find_attr(element, ELEMENT_KEY)
+                .and_then(|key| utils::find_attr(key, DATA_VALUE))
+                .unwrap_or_default();
+            keys.push(key.to_vec());
+        }
+    }
+    Ok(Some(keys))
 }
 
 /// What makes a base chain: type, hook, priority and policy; `None` for any other chain.

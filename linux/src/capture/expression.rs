@@ -3,46 +3,67 @@
 //! An [`Expression`] holds exactly the attributes that go to the kernel, which gives them back
 //! in a dump: that is what drift is told by.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
 use netlink_bindings::{
     nftables::{
-        PushExprBitwiseAttrs, PushExprCmpAttrs, PushExprCtAttrs, PushExprFibAttrs,
-        PushExprImmediateAttrs, PushExprMetaAttrs, PushExprPayloadAttrs, PushExprRejectAttrs,
+        PushExprBitwiseAttrs, PushExprCmpAttrs, PushExprFibAttrs, PushExprImmediateAttrs,
+        PushExprMetaAttrs, PushExprPayloadAttrs, PushExprRejectAttrs,
     },
     utils,
 };
 
+use crate::links::Family;
+
 // Constants of `linux/netfilter/nf_tables.h`. The bindings have most of them as enums, which
 // only a cast turns into the numbers that their own builders want.
 const REG_VERDICT: u32 = 0;
-/// The one register used: every match loads it and compares it at once.
+/// The register that most matches use: they load it and compare it at once.
 const REG: u32 = 1;
+const REG_2: u32 = 2;
+/// The first of the registers of 4 bytes, which a key of several parts is put together in; it starts where
+/// [`REG`] does.
+const REG32: u32 = 8;
 const CMP_EQ: u32 = 0;
 const CMP_NEQ: u32 = 1;
 const META_MARK: u32 = 3;
 const META_IIFNAME: u32 = 6;
 const META_OIFNAME: u32 = 7;
 const META_SKUID: u32 = 10;
+const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
-const CT_DIRECTION: u32 = 1;
-const CT_STATUS: u32 = 2;
-const CT_MARK: u32 = 3;
+const PAYLOAD_NETWORK_HEADER: u32 = 1;
 const PAYLOAD_TRANSPORT_HEADER: u32 = 2;
 const FIB_RESULT_ADDRTYPE: u32 = 3;
 const FIB_F_DADDR: u32 = 1 << 1;
+const FIB_F_MARK: u32 = 1 << 2;
 const REJECT_TCP_RST: u32 = 1;
+const SOCKET_TRANSPARENT: u32 = 0;
 const SOCKET_CGROUPV2: u32 = 3;
-const REDIR_REG_PROTO_MIN: u16 = 1;
-const REDIR_REG_PROTO_MAX: u16 = 2;
+const TPROXY_FAMILY: u16 = 1;
+const TPROXY_REG_ADDR: u16 = 2;
+const TPROXY_REG_PORT: u16 = 3;
+const LOOKUP_SET: u16 = 1;
+const LOOKUP_SREG: u16 = 2;
+const DYNSET_SET: u16 = 1;
+const DYNSET_OP: u16 = 3;
+const DYNSET_SREG_KEY: u16 = 4;
+const DYNSET_DELETE: u32 = 2;
+const LOG_GROUP: u16 = 1;
+const VERDICT_ACCEPT: u32 = 1;
+const VERDICT_DROP: u32 = 0;
+const VERDICT_JUMP: u32 = (-3_i32).cast_unsigned();
 const SOCKET_KEY: u16 = 1;
 const SOCKET_DREG: u16 = 2;
 const SOCKET_LEVEL: u16 = 3;
 const VERDICT_RETURN: u32 = (-5_i32).cast_unsigned();
 const VERDICT_GOTO: u32 = (-4_i32).cast_unsigned();
 
+/// `NFPROTO_*` of `linux/netfilter.h`.
+const IPV4: u8 = 2;
+const IPV6: u8 = 10;
 const IPPROTO_TCP: u8 = 6;
 const RTN_LOCAL: u32 = 2;
-/// `IPS_DST_NAT` of `nf_conntrack_common.h`: the connection's destination was rewritten.
-const CT_STATUS_DST_NAT: u32 = 1 << 5;
 /// Interface names are compared whole, zero-padded to `IFNAMSIZ`.
 const LOOPBACK: [u8; 16] = *b"lo\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
@@ -72,6 +93,21 @@ pub(super) fn mark(value: u32) -> Vec<Expression> {
     vec![meta(META_MARK), compare(Is::Equal, &value.to_ne_bytes())]
 }
 
+/// The packet's mark is none.
+pub(super) fn unmarked() -> Vec<Expression> {
+    mark(0)
+}
+
+/// The packet has some mark.
+pub(super) fn marked() -> Vec<Expression> {
+    vec![meta(META_MARK), compare(Is::Not, &0u32.to_ne_bytes())]
+}
+
+/// The bits of the packet's mark that `mask` has.
+pub(super) fn masked_mark(is: Is, value: u32, mask: u32) -> Vec<Expression> {
+    vec![meta(META_MARK), and(&mask.to_ne_bytes()), compare(is, &value.to_ne_bytes())]
+}
+
 pub(super) fn from_loopback(is: Is) -> Vec<Expression> {
     vec![meta(META_IIFNAME), compare(is, &LOOPBACK)]
 }
@@ -98,49 +134,121 @@ pub(super) fn destination_port(port: u16) -> Vec<Expression> {
     vec![transport(2, 2), compare(Is::Equal, &port.to_be_bytes())]
 }
 
-/// The first packet of a connection: SYN, and none of FIN, RST, ACK.
-pub(super) fn opening() -> Vec<Expression> {
+/// The first packet of a connection, which has SYN and none of FIN, RST, ACK; or any other one.
+pub(super) fn opening(is: Is) -> Vec<Expression> {
     const FLAGS: u8 = 13;
     const FIN_SYN_RST_ACK: u8 = 0x17;
     const SYN: u8 = 0x02;
-    vec![transport(FLAGS.into(), 1), and(&[FIN_SYN_RST_ACK]), compare(Is::Equal, &[SYN])]
+    vec![transport(FLAGS.into(), 1), and(&[FIN_SYN_RST_ACK]), compare(is, &[SYN])]
 }
 
-/// The destination is one of this namespace's addresses, whatever the interface.
-pub(super) fn to_this_host() -> Vec<Expression> {
+/// The destination is one of this namespace's addresses, whatever the interface. The look-up is made with the
+/// packet's mark, since rules of ours lead what has none to loopback, too.
+pub(super) fn to_this_host(is: Is) -> Vec<Expression> {
     let mut attributes = Vec::new();
     drop(
         PushExprFibAttrs::new(&mut attributes)
             .push_dreg(REG)
             .push_result(FIB_RESULT_ADDRTYPE)
-            .push_flags(FIB_F_DADDR),
+            .push_flags(FIB_F_DADDR | FIB_F_MARK),
     );
     let load = Expression { name: "fib", attributes };
-    vec![load, compare(Is::Equal, &RTN_LOCAL.to_ne_bytes())]
+    vec![load, compare(is, &RTN_LOCAL.to_ne_bytes())]
 }
 
-/// The connection's destination has been rewritten, by us or another.
-pub(super) fn redirected() -> Vec<Expression> {
+/// The packet belongs to a socket here that may have any address: one of the agent's.
+pub(super) fn to_transparent_socket() -> Vec<Expression> {
+    let mut attributes = Vec::new();
+    push_u32(&mut attributes, SOCKET_KEY, SOCKET_TRANSPARENT);
+    push_u32(&mut attributes, SOCKET_DREG, REG);
+    vec![Expression { name: "socket", attributes }, compare(Is::Equal, &[1])]
+}
+
+/// The transport header's source port is in this set of ports.
+pub(super) fn source_port_in(set: &str) -> Vec<Expression> {
+    vec![transport(0, 2), lookup(set)]
+}
+
+/// The transport header's destination port is in this set of ports.
+pub(super) fn destination_port_in(set: &str) -> Vec<Expression> {
+    vec![transport(2, 2), lookup(set)]
+}
+
+/// The connection that an outgoing packet belongs to is in this set of one family.
+pub(super) fn outgoing_in(family: Family, set: &str) -> Vec<Expression> {
+    let mut parts = outgoing(family);
+    parts.push(lookup(set));
+    parts
+}
+
+/// Takes it out of there.
+pub(super) fn forget_outgoing(family: Family, set: &str) -> Vec<Expression> {
+    let mut parts = outgoing(family);
+    let mut attributes = Vec::new();
+    push_name(&mut attributes, DYNSET_SET, set);
+    push_u32(&mut attributes, DYNSET_OP, DYNSET_DELETE);
+    push_u32(&mut attributes, DYNSET_SREG_KEY, REG);
+    parts.push(Expression { name: "dynset", attributes });
+    parts
+}
+
+/// Loads source address, source port, destination address and destination port, as [`super::sets`] has them.
+fn outgoing(family: Family) -> Vec<Expression> {
+    // Offsets of the addresses in the IP header, and their length.
+    let (number, source, destination, length) = match family {
+        Family::V4 => (IPV4, 12, 16, 4),
+        Family::V6 => (IPV6, 8, 24, 16),
+    };
+    let registers = length / 4;
     vec![
-        ct(CT_STATUS),
-        and(&CT_STATUS_DST_NAT.to_ne_bytes()),
-        compare(Is::Not, &0u32.to_ne_bytes()),
+        meta(META_NFPROTO),
+        compare(Is::Equal, &[number]),
+        payload(register(0), PAYLOAD_NETWORK_HEADER, source, length),
+        payload(register(registers), PAYLOAD_TRANSPORT_HEADER, 0, 2),
+        payload(register(registers + 1), PAYLOAD_NETWORK_HEADER, destination, length),
+        payload(register(2 * registers + 1), PAYLOAD_TRANSPORT_HEADER, 2, 2),
     ]
 }
 
-pub(super) fn reply_direction() -> Vec<Expression> {
-    vec![ct(CT_DIRECTION), compare(Is::Equal, &[1])]
+/// The register that begins after so many words of 4 bytes, by the name that the kernel gives back: those that
+/// are also the beginning of a register of 16 bytes have its name.
+fn register(words: u32) -> u32 {
+    if words.is_multiple_of(4) { REG + words / 4 } else { REG32 + words }
 }
 
-pub(super) fn connection_mark(value: u32) -> Vec<Expression> {
-    vec![ct(CT_MARK), compare(Is::Equal, &value.to_ne_bytes())]
-}
-
-pub(super) fn set_connection_mark(value: u32) -> Vec<Expression> {
+/// Hands the packet to the connection of the agent's that it belongs to, or else to the agent's listener on this
+/// port of the family's loopback address. Matches only if there is one that may have any address
+/// (`IP_TRANSPARENT`), which takes a privilege: another program on the port gets nothing.
+pub(super) fn to_listener(family: Family, port: u16) -> Vec<Expression> {
+    let (number, address): (u8, &[u8]) = match family {
+        Family::V4 => (IPV4, &Ipv4Addr::LOCALHOST.octets()),
+        Family::V6 => (IPV6, &Ipv6Addr::LOCALHOST.octets()),
+    };
     let mut attributes = Vec::new();
-    drop(PushExprCtAttrs::new(&mut attributes).push_key(CT_MARK).push_sreg(REG));
-    let store = Expression { name: "ct", attributes };
-    vec![load_constant(&value.to_ne_bytes()), store]
+    push_u32(&mut attributes, TPROXY_FAMILY, number.into());
+    push_u32(&mut attributes, TPROXY_REG_ADDR, REG);
+    push_u32(&mut attributes, TPROXY_REG_PORT, REG_2);
+    vec![
+        meta(META_NFPROTO),
+        compare(Is::Equal, &[number]),
+        load_constant_into(REG, address),
+        load_constant_into(REG_2, &port.to_be_bytes()),
+        Expression { name: "tproxy", attributes },
+    ]
+}
+
+/// Connection tracking leaves the packet alone.
+pub(super) fn untracked() -> Vec<Expression> {
+    vec![Expression { name: "notrack", attributes: Vec::new() }]
+}
+
+/// Tells the listeners of this group of the packet, by `nfnetlink_log`.
+pub(super) fn report_to(group: u16) -> Vec<Expression> {
+    let mut attributes = Vec::new();
+    utils::push_header(&mut attributes, LOG_GROUP, 2);
+    attributes.extend(group.to_be_bytes());
+    utils::align(&mut attributes);
+    vec![Expression { name: "log", attributes }]
 }
 
 pub(super) fn set_mark(value: u32) -> Vec<Expression> {
@@ -148,14 +256,6 @@ pub(super) fn set_mark(value: u32) -> Vec<Expression> {
     drop(PushExprMetaAttrs::new(&mut attributes).push_key(META_MARK).push_sreg(REG));
     let store = Expression { name: "meta", attributes };
     vec![load_constant(&value.to_ne_bytes()), store]
-}
-
-pub(super) fn redirect_to(port: u16) -> Vec<Expression> {
-    let mut attributes = Vec::new();
-    push_u32(&mut attributes, REDIR_REG_PROTO_MIN, REG);
-    push_u32(&mut attributes, REDIR_REG_PROTO_MAX, REG);
-    let redirect = Expression { name: "redir", attributes };
-    vec![load_constant(&port.to_be_bytes()), redirect]
 }
 
 /// Answers with a TCP reset.
@@ -167,27 +267,37 @@ pub(super) fn reset() -> Vec<Expression> {
 
 /// Leaves the chain; in a base chain, the packet passes on as it is.
 pub(super) fn pass() -> Vec<Expression> {
-    let mut attributes = Vec::new();
-    drop(
-        PushExprImmediateAttrs::new(&mut attributes)
-            .push_dreg(REG_VERDICT)
-            .nested_data()
-            .nested_verdict()
-            .push_code(VERDICT_RETURN),
-    );
-    vec![Expression { name: "immediate", attributes }]
+    verdict(VERDICT_RETURN, None)
+}
+
+/// The packet passes on, as far as this hook is concerned.
+pub(super) fn let_through() -> Vec<Expression> {
+    verdict(VERDICT_ACCEPT, None)
+}
+
+pub(super) fn discard() -> Vec<Expression> {
+    verdict(VERDICT_DROP, None)
 }
 
 pub(super) fn goto(chain: &str) -> Vec<Expression> {
+    verdict(VERDICT_GOTO, Some(chain))
+}
+
+pub(super) fn jump(chain: &str) -> Vec<Expression> {
+    verdict(VERDICT_JUMP, Some(chain))
+}
+
+fn verdict(code: u32, chain: Option<&str>) -> Vec<Expression> {
     let mut attributes = Vec::new();
-    drop(
-        PushExprImmediateAttrs::new(&mut attributes)
-            .push_dreg(REG_VERDICT)
-            .nested_data()
-            .nested_verdict()
-            .push_code(VERDICT_GOTO)
-            .push_chain_bytes(chain.as_bytes()),
-    );
+    let verdict = PushExprImmediateAttrs::new(&mut attributes)
+        .push_dreg(REG_VERDICT)
+        .nested_data()
+        .nested_verdict()
+        .push_code(code);
+    match chain {
+        Some(chain) => drop(verdict.push_chain_bytes(chain.as_bytes())),
+        None => drop(verdict),
+    }
     vec![Expression { name: "immediate", attributes }]
 }
 
@@ -197,22 +307,27 @@ fn meta(key: u32) -> Expression {
     Expression { name: "meta", attributes }
 }
 
-fn ct(key: u32) -> Expression {
-    let mut attributes = Vec::new();
-    drop(PushExprCtAttrs::new(&mut attributes).push_dreg(REG).push_key(key));
-    Expression { name: "ct", attributes }
+fn transport(offset: u32, length: u32) -> Expression {
+    payload(REG, PAYLOAD_TRANSPORT_HEADER, offset, length)
 }
 
-fn transport(offset: u32, length: u32) -> Expression {
+fn payload(register: u32, base: u32, offset: u32, length: u32) -> Expression {
     let mut attributes = Vec::new();
     drop(
         PushExprPayloadAttrs::new(&mut attributes)
-            .push_dreg(REG)
-            .push_base(PAYLOAD_TRANSPORT_HEADER)
+            .push_dreg(register)
+            .push_base(base)
             .push_offset(offset)
             .push_len(length),
     );
     Expression { name: "payload", attributes }
+}
+
+fn lookup(set: &str) -> Expression {
+    let mut attributes = Vec::new();
+    push_name(&mut attributes, LOOKUP_SET, set);
+    push_u32(&mut attributes, LOOKUP_SREG, REG);
+    Expression { name: "lookup", attributes }
 }
 
 fn compare(is: Is, value: &[u8]) -> Expression {
@@ -251,9 +366,16 @@ fn and(mask: &[u8]) -> Expression {
 }
 
 fn load_constant(value: &[u8]) -> Expression {
+    load_constant_into(REG, value)
+}
+
+fn load_constant_into(register: u32, value: &[u8]) -> Expression {
     let mut attributes = Vec::new();
     drop(
-        PushExprImmediateAttrs::new(&mut attributes).push_dreg(REG).nested_data().push_value(value),
+        PushExprImmediateAttrs::new(&mut attributes)
+            .push_dreg(register)
+            .nested_data()
+            .push_value(value),
     );
     Expression { name: "immediate", attributes }
 }
@@ -261,4 +383,13 @@ fn load_constant(value: &[u8]) -> Expression {
 fn push_u32(attributes: &mut Vec<u8>, kind: u16, value: u32) {
     utils::push_header(attributes, kind, 4);
     attributes.extend(value.to_be_bytes());
+}
+
+/// A name of fewer than 12 letters, with its final zero.
+fn push_name(attributes: &mut Vec<u8>, kind: u16, name: &str) {
+    let length = u16::try_from(name.len() + 1).unwrap_or(u16::MAX);
+    utils::push_header(attributes, kind, length);
+    attributes.extend(name.as_bytes());
+    attributes.push(0);
+    utils::align(attributes);
 }

@@ -1,7 +1,7 @@
 //! The rules on a plain machine: declared processes only, told by user or cgroup.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashSet},
     os::unix::fs::MetadataExt,
     path::{Component, Path, PathBuf},
 };
@@ -9,36 +9,50 @@ use std::{
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use super::{
+    CAPTURED_BITS, MARK_TRANSPARENT, MARK_UNCAPTURED, UNDECIDED, Unroutable, captured,
     expression::{
-        Expression, Is, cgroup, destination_port, from_loopback, goto, opening, pass, redirect_to,
-        redirected, reset, tcp, to_loopback, to_this_host, user,
+        Expression, Is, cgroup, destination_port, destination_port_in, discard, from_loopback,
+        goto, jump, let_through, mark, marked, masked_mark, opening, pass, reset, set_mark,
+        source_port_in, tcp, to_listener, to_loopback, to_this_host, unmarked, untracked, user,
     },
-    our_own,
-    ruleset::{Chain, Hook, Ruleset},
-    transparent,
+    older::Scope,
+    parts::{
+        agents_own_untracked, carried, families_to_listener, leaving, mesh_from_loopback, not_own,
+        older_chain, older_sets, unroutable,
+    },
+    ruleset::{Chain, Hook, Ruleset, Set, SetContent},
+    second_line::Routing,
 };
-use crate::error::{Context, Error, Result};
+use crate::{
+    error::{Context, Error, Result},
+    links::Family,
+};
 
 /// Where cgroup2 is mounted: alone, or beside the version 1 controllers.
 const CGROUP2_MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+
+/// The set of the ports that workloads serve, and those of each workload's own.
+const SERVED: &str = "served";
 
 /// Capture of declared workloads among everything else that runs on a machine.
 ///
 /// - TCP of a workload's process goes to that workload's `outbound_port`: the port tells the
 ///   identity. Over loopback only what goes to another workload's service port is taken.
 /// - TCP to a service port goes to `plaintext_port`, whether from outside or from a process of
-///   the machine that is no declared workload; `mesh_port` is reached directly.
-/// - Everything else is left alone.
+///   the machine that is no declared workload; from outside, TCP to `mesh_port` goes to `mesh_listener`.
+/// - What processes answer on ports that nobody declared is left alone, and so is everything else.
 ///
-/// Whoever serves no port of the agent's (`None`) is refused instead of redirected: an agent that cannot
+/// Whoever serves no port of the agent's (`None`) is refused instead: an agent that cannot
 /// listen, or a workload whose processes the kernel cannot tell yet, leaves nothing open.
 ///
-/// The agent's outbound listeners should be bound to loopback, where the rules send to. A process
+/// The agent's listeners are as for [`NamespaceRules`](super::NamespaceRules). A process
 /// that matches several workloads belongs to the first of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostRules {
-    /// The agent's port for other agents.
+    /// The port that other agents dial.
     pub mesh_port: u16,
+    /// The agent's port for other agents; none while it does not listen.
+    pub mesh_listener: Option<u16>,
     /// The agent's port for what comes in without the mesh; none while it does not listen.
     pub plaintext_port: Option<u16>,
     /// The declared workloads.
@@ -55,6 +69,8 @@ pub struct HostWorkload {
     pub outbound_port: Option<u16>,
     /// The ports it serves.
     pub service_ports: Vec<u16>,
+    /// What becomes of its connections that cannot be led to the agent.
+    pub unroutable: Unroutable,
 }
 
 /// How the kernel tells a workload's processes, by their sockets.
@@ -78,134 +94,150 @@ impl HostRules {
     /// systemd does when a service restarts, needs the rules installed again.
     pub fn ruleset(&self) -> Result<Ruleset> {
         self.check()?;
-        let processes = self
-            .workloads
-            .iter()
-            .map(|workload| workload.process.as_ref().map(ProcessMatch::expressions).transpose())
-            .collect::<Result<Vec<_>>>()?;
-
-        let mut output =
-            Chain::at("output", Hook::NAT_OUTPUT).rule([tcp(Is::Not), pass()]).rules(our_own());
-        let mut guard_output =
-            Chain::at("guard_output", Hook::FILTER_OUTPUT)
-                .rule([tcp(Is::Not), pass()])
-                .rules(our_own())
-                .rules(self.closed_ports().map(|port| {
-                    [to_loopback(Is::Equal), destination_port(port), opening(), reset()]
-                }))
-                .rule([to_loopback(Is::Equal), pass()])
-                .rule([redirected(), pass()]);
-        let mut own = Vec::new();
-        for (index, (workload, process)) in self.workloads.iter().zip(&processes).enumerate() {
-            let Some(process) = process else { continue };
-            guard_output = guard_output.rule([process.clone(), opening(), reset()]);
-            let Some(outbound_port) = workload.outbound_port else { continue };
+        let served = self.service_ports();
+        let mut sets = older_sets();
+        sets.push(Set { name: SERVED, content: SetContent::Ports(served.clone()) });
+        let mut chains = vec![Chain::named(UNDECIDED), older_chain(), answers()];
+        let mut output = Chain::at("output", Hook::ROUTE_OUTPUT)
+            .rule([tcp(Is::Not), pass()])
+            .rules(agents_own_untracked());
+        for (index, workload) in self.workloads.iter().enumerate() {
+            let Some(process) = &workload.process else { continue };
             let name = format!("workload_{index}");
-            output = output.rule([process.clone(), goto(&name)]);
-            own.push(self.workload_chain(name, workload, outbound_port));
+            output = output.rule([process.expressions()?, goto(&name)]);
+            chains.push(workload_chain(name, workload));
         }
-        let output = output.rules(self.redirected_ports().map(|(port, plaintext)| {
-            [to_loopback(Is::Equal), destination_port(port), opening(), redirect_to(plaintext)]
-        }));
-
-        let mut chains = own;
+        let output =
+            output.rule([source_port_in(SERVED), opening(Is::Not), goto("answers")]).rule([
+                to_loopback(Is::Equal),
+                destination_port_in(SERVED),
+                to_this_host(Is::Equal),
+                untracked(),
+                opening(Is::Equal),
+                set_mark(captured(self.plaintext_port.unwrap_or(0))),
+            ]);
         chains.extend([
+            self.loopback_chain(),
+            self.mesh_chain(),
+            self.plaintext_chain(),
             output,
             self.prerouting(),
-            transparent::chain(),
-            guard_output,
-            self.guard_input(),
+            self.guard_output(),
+            self.leaving(),
         ]);
-        Ok(Ruleset { chains })
+        Ok(Ruleset {
+            sets,
+            chains,
+            routing: Routing::Host { users: self.users(), service_ports: served.clone() },
+            scope: Scope::Host {
+                processes: self.workloads.iter().filter_map(|w| w.process.clone()).collect(),
+                service_ports: served,
+            },
+            owner: String::new(),
+        })
     }
 
-    /// Installs the rules in the calling thread's namespace, in place of any earlier ones.
-    pub fn install(&self) -> Result<()> {
-        self.ruleset()?.install()
-    }
-
-    /// What a workload sends.
-    fn workload_chain(&self, name: String, workload: &HostWorkload, outbound_port: u16) -> Chain {
-        let own_port = |port: &u16| workload.service_ports.contains(port);
-        Chain::named(name)
-            .rules(self.service_ports().filter(|port| !own_port(port)).map(|port| {
-                [
-                    to_loopback(Is::Equal),
-                    destination_port(port),
-                    opening(),
-                    redirect_to(outbound_port),
-                ]
-            }))
-            .rule([to_loopback(Is::Equal), pass()])
-            .rule([opening(), redirect_to(outbound_port)])
+    /// Those that the kernel's routing can tell. Of root's sockets it cannot tell what comes in from what goes out.
+    fn users(&self) -> BTreeSet<u32> {
+        let users = self.workloads.iter().filter_map(|workload| match &workload.process {
+            Some(ProcessMatch::User(user)) if *user != 0 => Some(*user),
+            Some(ProcessMatch::User(_) | ProcessMatch::Cgroup { .. }) | None => None,
+        });
+        users.collect()
     }
 
     fn prerouting(&self) -> Chain {
-        Chain::at("prerouting", Hook::NAT_PREROUTING)
+        let chain = Chain::at("prerouting", Hook::PREROUTING)
             .rule([tcp(Is::Not), pass()])
-            .rule([from_loopback(Is::Equal), pass()])
-            .rules(self.redirected_ports().map(|(port, plaintext)| {
-                [
-                    destination_port(port),
-                    // A machine may route for others: what only passes through is not ours.
-                    to_this_host(),
-                    opening(),
-                    redirect_to(plaintext),
-                ]
-            }))
+            .rule([from_loopback(Is::Equal), goto("from_loopback")])
+            // A machine may route for others: what only passes through is not ours.
+            .rule([destination_port(self.mesh_port), to_this_host(Is::Equal), goto("mesh")])
+            .rule([destination_port_in(SERVED), to_this_host(Is::Equal), goto("plaintext")]);
+        // The socket of a connection that is accepted here inherits the mark, which tells its answers from what
+        // its process opens. What only passes through would look false otherwise, as if ports of its numbers
+        // were ours; kernels differ in which of the two they look at.
+        [opening(Is::Equal), source_port_in(SERVED), destination_port_in(SERVED)]
+            .into_iter()
+            .fold(chain, |chain, which| chain.rule([which, unmarked(), set_mark(MARK_UNCAPTURED)]))
     }
 
-    /// Refuses from outside what must never arrive there: a service port that escaped the
-    /// redirection (see the guard of the namespace rules), and the agent's outbound ports.
-    fn guard_input(&self) -> Chain {
-        let outbound_ports = self.workloads.iter().filter_map(|workload| workload.outbound_port);
-        Chain::at("guard_input", Hook::FILTER_INPUT)
-            .rule([tcp(Is::Not), pass()])
-            .rule([from_loopback(Is::Equal), pass()])
-            .rules(
-                self.service_ports()
-                    .chain(outbound_ports)
-                    .map(|port| [destination_port(port), opening(), reset()]),
-            )
-    }
-
-    fn service_ports(&self) -> impl Iterator<Item = u16> {
-        let ports: BTreeSet<u16> = self
+    /// See the one of the namespace rules.
+    fn loopback_chain(&self) -> Chain {
+        let mut chain =
+            mesh_from_loopback(Chain::named("from_loopback"), self.mesh_port, self.mesh_listener)
+                .rules(carried())
+                .rule([opening(Is::Not), jump(UNDECIDED)])
+                .rule([opening(Is::Not), pass()]);
+        let listeners: BTreeSet<u16> = self
             .workloads
             .iter()
-            .flat_map(|workload| workload.service_ports.iter().copied())
+            .filter_map(|workload| workload.outbound_port)
+            .chain(self.plaintext_port)
             .collect();
-        ports.into_iter()
+        for port in listeners {
+            for family in Family::ALL {
+                chain =
+                    chain.rule([mark(captured(port)), to_listener(family, port), let_through()]);
+            }
+        }
+        chain.rule([masked_mark(Is::Equal, captured(0), CAPTURED_BITS), reset()])
     }
 
-    /// The service ports, each with where its connections go instead.
-    fn redirected_ports(&self) -> impl Iterator<Item = (u16, u16)> {
-        let plaintext = self.plaintext_port;
-        self.service_ports().filter_map(move |port| Some((port, plaintext?)))
+    fn mesh_chain(&self) -> Chain {
+        families_to_listener(Chain::named("mesh"), self.mesh_listener).rule([
+            opening(Is::Equal),
+            set_mark(MARK_UNCAPTURED),
+            reset(),
+        ])
     }
 
-    /// Those whose connections have nowhere else to go.
-    fn closed_ports(&self) -> impl Iterator<Item = u16> {
-        let open = self.plaintext_port.is_some();
-        self.service_ports().filter(move |_| !open)
+    fn plaintext_chain(&self) -> Chain {
+        // Or the rule that leads the answers from these ports to loopback would make its source look false.
+        let chain = Chain::named("plaintext").rule([set_mark(MARK_UNCAPTURED)]);
+        families_to_listener(chain, self.plaintext_port).rule([opening(Is::Equal), reset()])
     }
 
-    /// Every port has one meaning and every process one workload, or identities would mix.
+    /// As that of a namespace, for each workload by itself.
+    fn leaving(&self) -> Chain {
+        let chain = self.workloads.iter().fold(leaving(), |chain, workload| {
+            let own = || mark(captured(workload.outbound_port.unwrap_or(0)));
+            unroutable(chain, own, workload.unroutable)
+        });
+        chain
+            .rule([masked_mark(Is::Equal, captured(0), CAPTURED_BITS), discard()])
+            .rule([mark(MARK_TRANSPARENT), discard()])
+    }
+
+    /// Nobody but the agent reaches the agents of other hosts: it would take the room of all workloads here.
+    fn guard_output(&self) -> Chain {
+        Chain::at("guard_output", Hook::FILTER_OUTPUT).rule([tcp(Is::Not), pass()]).rule([
+            destination_port(self.mesh_port),
+            opening(Is::Equal),
+            not_own(),
+            reset(),
+        ])
+    }
+
+    fn service_ports(&self) -> BTreeSet<u16> {
+        self.workloads.iter().flat_map(|workload| workload.service_ports.iter().copied()).collect()
+    }
+
+    /// Every port of the agent's has one meaning and every process one workload, or identities would mix.
     fn check(&self) -> Result<()> {
         let refuse = |reason: String| Err(Error::InvalidRules { reason });
         let mut ports = BTreeSet::new();
-        let all = std::iter::once(self.mesh_port).chain(self.plaintext_port).chain(
-            self.workloads.iter().flat_map(|workload| {
-                workload.outbound_port.into_iter().chain(workload.service_ports.clone())
-            }),
-        );
-        for port in all {
+        let own = [Some(self.mesh_port), self.mesh_listener, self.plaintext_port];
+        let outbound = self.workloads.iter().map(|workload| workload.outbound_port);
+        for port in own.into_iter().chain(outbound).flatten() {
             if port == 0 {
                 return refuse("port 0 is not a port".to_owned());
             }
             if !ports.insert(port) {
                 return refuse(format!("the port {port} is used twice"));
             }
+        }
+        if self.service_ports().contains(&self.mesh_port) {
+            return refuse(format!("the port {} is that of the agents", self.mesh_port));
         }
         for (index, workload) in self.workloads.iter().enumerate() {
             let others = self.workloads.iter().skip(index + 1);
@@ -219,6 +251,56 @@ impl HostRules {
     }
 }
 
+/// What a workload's process sends.
+fn workload_chain(name: String, workload: &HostWorkload) -> Chain {
+    let own_mark = captured(workload.outbound_port.unwrap_or(0));
+    let here = || [to_loopback(Is::Equal), to_this_host(Is::Equal)];
+    let chain = Chain::named(name)
+        .rule([source_port_in(SERVED), opening(Is::Not), goto("answers")])
+        // Its socket was accepted, and inherited a mark: it answers on a port that nobody declared.
+        .rule([opening(Is::Not), marked(), pass()])
+        .rule([jump("older")])
+        // Captured already, by the routing rules or by its first packet.
+        .rule([
+            opening(Is::Not),
+            to_loopback(Is::Equal),
+            to_this_host(Is::Not),
+            untracked(),
+            pass(),
+        ])
+        .rule([
+            opening(Is::Not),
+            to_loopback(Is::Equal),
+            destination_port_in(SERVED),
+            untracked(),
+            pass(),
+        ])
+        .rule([opening(Is::Not), to_loopback(Is::Equal), pass()]);
+    let chain = workload.service_ports.iter().fold(chain, |chain, port| {
+        let [loopback, this_host] = here();
+        chain.rule([destination_port(*port), loopback, this_host, pass()])
+    });
+    let [loopback, this_host] = here();
+    let chain = chain.rule([
+        destination_port_in(SERVED),
+        loopback,
+        this_host,
+        set_mark(own_mark),
+        untracked(),
+        let_through(),
+    ]);
+    let [loopback, this_host] = here();
+    chain.rule([loopback, this_host, pass()]).rule([set_mark(own_mark), untracked()])
+}
+
+/// What is answered on a port that a workload serves goes to the agent's end of the connection, on loopback.
+fn answers() -> Chain {
+    Chain::named("answers")
+        .rule([jump("older")])
+        .rule([to_loopback(Is::Equal), pass()])
+        .rule([set_mark(MARK_TRANSPARENT), untracked()])
+}
+
 impl ProcessMatch {
     /// What the kernel knows it by; of a cgroup that is made anew, another.
     pub fn kernel_id(&self) -> Result<u64> {
@@ -226,6 +308,26 @@ impl ProcessMatch {
             ProcessMatch::User(uid) => Ok(u64::from(*uid)),
             ProcessMatch::Cgroup { level, path } => cgroup_id(*level, path),
         }
+    }
+
+    /// The numbers of its cgroup and of those below it; none of a user.
+    pub(super) fn cgroups_below(&self, found: &mut HashSet<u64>) -> Result<()> {
+        let Self::Cgroup { level, path } = self else { return Ok(()) };
+        found.insert(cgroup_id(*level, path)?);
+        let mut folders = vec![cgroup2_root()?.join(path.trim_start_matches('/'))];
+        while let Some(folder) = folders.pop() {
+            // One that goes meanwhile has no sockets any more.
+            let Ok(entries) = std::fs::read_dir(folder) else { continue };
+            for entry in entries.flatten() {
+                if let Ok(metadata) = entry.metadata()
+                    && metadata.is_dir()
+                {
+                    found.insert(metadata.ino());
+                    folders.push(entry.path());
+                }
+            }
+        }
+        Ok(())
     }
 
     fn expressions(&self) -> Result<Vec<Expression>> {

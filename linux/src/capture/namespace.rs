@@ -1,37 +1,47 @@
 //! The rules inside a workload's network namespace: all its TCP goes through the agent.
 
+use std::collections::BTreeMap;
+
 use super::{
+    MARK_UNCAPTURED, UNDECIDED, Unroutable, captured,
     expression::{
-        Is, destination_port, from_loopback, opening, pass, redirect_to, redirected, reset, tcp,
-        to_loopback,
+        Is, destination_port, from_loopback, goto, jump, let_through, opening, pass, reset,
+        set_mark, tcp, to_listener, to_loopback, to_this_host,
     },
-    our_own,
+    older::Scope,
+    parts::{
+        agents_own, carried, families_to_listener, leaving, mesh_from_loopback, older_chain,
+        older_sets, unroutable,
+    },
     ruleset::{Chain, Hook, Ruleset},
-    transparent,
+    second_line::Routing,
 };
 use crate::error::{Error, Result};
 
 /// Capture of one network namespace.
 ///
-/// - TCP that leaves the namespace goes to `outbound_port`; `SO_ORIGINAL_DST` there tells where
-///   it was going. Loopback, which includes the namespace's own addresses, is left alone.
-/// - TCP that comes in goes to `plaintext_port`, but for `mesh_port`, which is reached directly.
-///   That holds for the agent's other ports as well: dialled from outside, they show up at
-///   `plaintext_port` as their own original destination.
-/// - UDP, ICMP and connections opened before the rules are left alone. So is an opening packet
-///   that was already past the rules' place when they came, waiting for an answer to ARP, say:
-///   the rules belong in place before the workload's first packet.
+/// - TCP that leaves the namespace arrives at `outbound_port`; the accepted socket's own address is where it was
+///   going. Loopback, which includes the namespace's own addresses, is left alone.
+/// - TCP that comes in arrives at `plaintext_port`, but for that to `mesh_port`, which arrives at
+///   `mesh_listener`. Whether another program listens on those ports makes no difference.
+/// - UDP, ICMP and connections opened before the rules are left alone.
 ///
-/// Where nobody listens on those ports, connections are refused: the rules stay when the agent
-/// dies. A process with `CAP_NET_ADMIN` in the namespace can mark its packets and pass.
+/// The agent's listeners are on loopback, may have any address (`IP_TRANSPARENT`) and carry
+/// [`MARK`](super::MARK), as [`listen_captured`](crate::socket::listen_captured) makes them. Where none is,
+/// connections are refused: the rules stay when the agent dies. A process with `CAP_NET_ADMIN` in the namespace
+/// (since Linux 5.17 also one with `CAP_NET_RAW`) can mark its packets and pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NamespaceRules {
-    /// The agent's port for what the workload sends.
-    pub outbound_port: u16,
-    /// The agent's port for what comes in without the mesh.
-    pub plaintext_port: u16,
-    /// The agent's port for other agents.
+    /// The agent's port for what the workload sends; none while it does not listen.
+    pub outbound_port: Option<u16>,
+    /// The agent's port for what comes in without the mesh; none while it does not listen.
+    pub plaintext_port: Option<u16>,
+    /// The agent's port for other agents; none while it does not listen.
+    pub mesh_listener: Option<u16>,
+    /// The port that other agents dial.
     pub mesh_port: u16,
+    /// What becomes of connections that cannot be led to the agent.
+    pub unroutable: Unroutable,
 }
 
 impl NamespaceRules {
@@ -39,66 +49,86 @@ impl NamespaceRules {
     pub fn ruleset(&self) -> Result<Ruleset> {
         self.check()?;
         Ok(Ruleset {
+            sets: older_sets(),
             chains: vec![
-                self.output(),
+                Chain::named(UNDECIDED),
+                older_chain(),
+                self.loopback_chain(),
+                self.mesh_chain(),
                 self.prerouting(),
-                transparent::chain(),
-                guard_output(),
-                self.guard_input(),
+                self.output(),
+                self.leaving(),
             ],
+            routing: Routing::Namespace,
+            scope: Scope::Namespace,
+            owner: String::new(),
         })
-    }
-
-    /// Installs the rules in the calling thread's namespace, in place of any earlier ones.
-    pub fn install(&self) -> Result<()> {
-        self.ruleset()?.install()
     }
 
     fn check(&self) -> Result<()> {
-        let ports = [self.outbound_port, self.plaintext_port, self.mesh_port];
-        let distinct = ports[0] != ports[1] && ports[1] != ports[2] && ports[0] != ports[2];
-        if distinct && !ports.contains(&0) {
-            return Ok(());
+        let ports =
+            [self.outbound_port, self.plaintext_port, self.mesh_listener, Some(self.mesh_port)];
+        let mut seen = BTreeMap::new();
+        for port in ports.into_iter().flatten() {
+            if port == 0 || seen.insert(port, ()).is_some() {
+                return Err(Error::InvalidRules {
+                    reason: format!("the ports must differ and not be zero: {self:?}"),
+                });
+            }
         }
-        Err(Error::InvalidRules {
-            reason: format!("the ports must differ and not be zero: {self:?}"),
-        })
+        Ok(())
     }
 
+    /// The mark of what the workload sends: only where nothing else led it to loopback already.
+    fn mark(&self) -> u32 {
+        captured(self.outbound_port.unwrap_or(0))
+    }
+
+    /// Sees what the workload sends before anything else does, and leads it to loopback if the routing rules did
+    /// not.
     fn output(&self) -> Chain {
-        Chain::at("output", Hook::NAT_OUTPUT)
+        Chain::at("output", Hook::ROUTE_OUTPUT)
             .rule([tcp(Is::Not), pass()])
-            .rules(our_own())
+            .rules(agents_own())
+            .rule([jump("older")])
             .rule([to_loopback(Is::Equal), pass()])
-            .rule([opening(), redirect_to(self.outbound_port)])
+            .rule([set_mark(self.mark())])
     }
 
     fn prerouting(&self) -> Chain {
-        Chain::at("prerouting", Hook::NAT_PREROUTING)
+        let chain = Chain::at("prerouting", Hook::PREROUTING)
             .rule([tcp(Is::Not), pass()])
-            .rule([from_loopback(Is::Equal), pass()])
-            .rule([destination_port(self.mesh_port), pass()])
-            .rule([opening(), redirect_to(self.plaintext_port)])
+            .rule([from_loopback(Is::Equal), goto("from_loopback")])
+            // Or the rule that leads everything to loopback would make its source look false.
+            .rule([set_mark(MARK_UNCAPTURED)]);
+        let chain = chain.rule([destination_port(self.mesh_port), goto("mesh")]);
+        families_to_listener(chain, self.plaintext_port).rule([opening(Is::Equal), reset()])
     }
 
-    /// Redirection sees what conntrack takes for the first packet of a connection. An attempt
-    /// that began before the rules, or that conntrack holds invalid, would be sent on as it is.
-    fn guard_input(&self) -> Chain {
-        Chain::at("guard_input", Hook::FILTER_INPUT)
-            .rule([tcp(Is::Not), pass()])
-            .rule([from_loopback(Is::Equal), pass()])
-            .rule([destination_port(self.mesh_port), pass()])
-            .rule([destination_port(self.plaintext_port), pass()])
-            .rule([opening(), reset()])
+    fn mesh_chain(&self) -> Chain {
+        families_to_listener(Chain::named("mesh"), self.mesh_listener)
+            .rule([opening(Is::Equal), reset()])
     }
-}
 
-/// As [`NamespaceRules::guard_input`], for the way out.
-fn guard_output() -> Chain {
-    Chain::at("guard_output", Hook::FILTER_OUTPUT)
-        .rule([tcp(Is::Not), pass()])
-        .rules(our_own())
-        .rule([to_loopback(Is::Equal), pass()])
-        .rule([redirected(), pass()])
-        .rule([opening(), reset()])
+    fn leaving(&self) -> Chain {
+        let any = || tcp(Is::Equal);
+        unroutable(leaving(), any, self.unroutable)
+    }
+
+    /// What is on loopback belongs to the connection that its addresses name, the agent's end of a captured one
+    /// included. Only what opens a connection has to be told where.
+    fn loopback_chain(&self) -> Chain {
+        let mut chain =
+            mesh_from_loopback(Chain::named("from_loopback"), self.mesh_port, self.mesh_listener)
+                .rules(carried())
+                .rule([opening(Is::Not), jump(UNDECIDED)])
+                .rule([opening(Is::Not), pass()])
+                .rule([set_mark(MARK_UNCAPTURED), to_this_host(Is::Equal), pass()]);
+        if let Some(port) = self.outbound_port {
+            for family in crate::links::Family::ALL {
+                chain = chain.rule([to_listener(family, port), let_through()]);
+            }
+        }
+        chain.rule([reset()])
+    }
 }

@@ -1,6 +1,9 @@
 //! A description of the table: chains and rules as values, before the kernel sees them.
 
-use super::expression::Expression;
+use std::collections::BTreeSet;
+
+use super::{expression::Expression, older::Scope, second_line::Routing};
+use crate::links::Family;
 
 /// Where a base chain sits in the path of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,8 +19,6 @@ pub(super) struct Hook {
 /// A base chain's type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ChainKind {
-    /// Rewrites addresses; sees the first packet of a connection only.
-    Nat,
     /// Sees every packet; a change of mark makes the kernel route it again.
     Route,
     /// Sees every packet.
@@ -27,7 +28,6 @@ pub(super) enum ChainKind {
 impl ChainKind {
     pub(super) fn name(self) -> &'static str {
         match self {
-            ChainKind::Nat => "nat",
             ChainKind::Route => "route",
             ChainKind::Filter => "filter",
         }
@@ -36,26 +36,24 @@ impl ChainKind {
 
 // `NF_INET_*` of `linux/netfilter.h`.
 const PREROUTING: u32 = 0;
-const INPUT: u32 = 1;
 const OUTPUT: u32 = 3;
+const POSTROUTING: u32 = 4;
 
-/// Ahead of the usual place of destination NAT (-100): the first chain to rewrite a connection
-/// wins, and a service proxy on the same machine must not come before the mesh.
-const BEFORE_DSTNAT: i32 = -105;
-const MANGLE: i32 = -150;
+/// Ahead of connection tracking (-200), which is to leave captured connections alone, and of everything else
+/// that may mark a packet: here, an outgoing packet's mark is still its socket's.
+const FIRST: i32 = -310;
 const FILTER: i32 = 0;
 
 impl Hook {
-    pub(super) const NAT_OUTPUT: Hook =
-        Hook { kind: ChainKind::Nat, number: OUTPUT, priority: BEFORE_DSTNAT };
-    pub(super) const NAT_PREROUTING: Hook =
-        Hook { kind: ChainKind::Nat, number: PREROUTING, priority: BEFORE_DSTNAT };
+    pub(super) const PREROUTING: Hook =
+        Hook { kind: ChainKind::Filter, number: PREROUTING, priority: FIRST };
     pub(super) const ROUTE_OUTPUT: Hook =
-        Hook { kind: ChainKind::Route, number: OUTPUT, priority: MANGLE };
+        Hook { kind: ChainKind::Route, number: OUTPUT, priority: FIRST };
     pub(super) const FILTER_OUTPUT: Hook =
         Hook { kind: ChainKind::Filter, number: OUTPUT, priority: FILTER };
-    pub(super) const FILTER_INPUT: Hook =
-        Hook { kind: ChainKind::Filter, number: INPUT, priority: FILTER };
+    /// The first place where a packet that was routed by its mark shows its new interface.
+    pub(super) const POSTROUTING: Hook =
+        Hook { kind: ChainKind::Filter, number: POSTROUTING, priority: FILTER };
 }
 
 /// A chain: a base chain with a hook, or one that others go to.
@@ -71,8 +69,8 @@ impl Chain {
         Self { name: name.to_owned(), hook: Some(hook), rules: Vec::new() }
     }
 
-    pub(super) fn named(name: String) -> Self {
-        Self { name, hook: None, rules: Vec::new() }
+    pub(super) fn named(name: impl Into<String>) -> Self {
+        Self { name: name.into(), hook: None, rules: Vec::new() }
     }
 
     /// Adds a rule of the given parts, which must all match from left to right.
@@ -95,20 +93,60 @@ pub(super) struct Rule {
     pub(super) expressions: Vec<Expression>,
 }
 
-/// The whole table, as it is to be.
+/// What a set has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum SetContent {
+    /// These ports.
+    Ports(BTreeSet<u16>),
+    /// Connections of a family, by both ends as the workload sees them. They come and go: the description has
+    /// none of them.
+    Connections(Family),
+}
+
+/// A named set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Set {
+    pub(super) name: &'static str,
+    pub(super) content: SetContent,
+}
+
+/// The whole table, as it is to be, and the policy routing that belongs to it.
 ///
 /// Made by [`NamespaceRules::ruleset`](super::NamespaceRules::ruleset) and
 /// [`HostRules::ruleset`](super::HostRules::ruleset).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ruleset {
+    pub(super) sets: Vec<Set>,
     pub(super) chains: Vec<Chain>,
+    pub(super) routing: Routing,
+    /// Whose connections are captured, and so which older ones are left alone.
+    pub(super) scope: Scope,
+    /// Who put the rules there.
+    pub(super) owner: String,
 }
 
 impl Ruleset {
+    /// The same, with the name of the agent that they belong to: it is written into the table's comment, and tells
+    /// the rules of several agents on one machine apart ([`owner`](super::owner)).
+    #[must_use]
+    pub fn owned_by(self, owner: &str) -> Self {
+        Self { owner: owner.to_owned(), ..self }
+    }
+
     /// A stable number of the description: equal rules have equal numbers, across restarts and
     /// versions that make the same rules. It is also written into the installed table's comment.
     pub fn fingerprint(&self) -> u64 {
         let mut hash = Fnv::new();
+        for set in &self.sets {
+            hash.part(set.name.as_bytes());
+            match &set.content {
+                SetContent::Ports(ports) => {
+                    ports.iter().for_each(|port| hash.part(&port.to_be_bytes()));
+                }
+                SetContent::Connections(family) => hash.part(&[family.number()]),
+            }
+        }
+        hash.part(format!("{:?}", self.routing).as_bytes());
         for chain in &self.chains {
             hash.part(chain.name.as_bytes());
             if let Some(hook) = chain.hook {

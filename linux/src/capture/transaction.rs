@@ -10,14 +10,23 @@ use netlink_bindings::{
 use netlink_socket2::NetlinkSocket;
 use nix::libc;
 
-use super::ruleset::{Chain, Rule, Ruleset};
-use crate::error::{Context, Result, accept};
+use super::{
+    UNDECIDED, parts,
+    ruleset::{Chain, Rule, Ruleset, Set, SetContent},
+};
+use crate::{
+    error::{Context, Result, accept},
+    links::Family,
+};
 
 /// The one table, of the `inet` family: IPv4 and IPv6 alike.
 pub(super) const TABLE: &CStr = c"hauberk";
 
 /// `NFPROTO_INET` of `linux/netfilter.h`.
 pub(super) const INET: u8 = 1;
+
+/// A list of elements is one attribute, whose length has 16 bits.
+const ELEMENTS_A_MESSAGE: usize = 500;
 
 const ACCEPT: u32 = 1;
 const EXPRESSION_NAME: u16 = 1;
@@ -45,16 +54,42 @@ fn send(batch: ChainedFinal<'_>, operation: &str) -> Result<()> {
     reply.recv_all().context(operation)
 }
 
+/// Ends the time in which it is being found out which connections are older than the rules.
+pub(super) fn decide() -> Result<()> {
+    let mut batch = Batch::begin();
+    batch.flush_chain(UNDECIDED);
+    send(batch.end(), "installing the capture rules")
+}
+
+/// Adds connections to the set of those that are older than the rules.
+pub(super) fn add_connections(set: &str, keys: &[Vec<u8>]) -> Result<()> {
+    for keys in keys.chunks(ELEMENTS_A_MESSAGE) {
+        let mut batch = Batch::begin();
+        batch.add_elements(set, keys);
+        send(batch.end(), "telling the capture rules of older connections")?;
+    }
+    Ok(())
+}
+
 fn replacement(ruleset: &Ruleset) -> ChainedFinal<'static> {
     let mut batch = Batch::begin();
     // Deleting what isn't there would fail the transaction, so it is made first.
     batch.create_table(ruleset);
     batch.delete_table();
     batch.create_table(ruleset);
+    for (number, set) in (1..).zip(&ruleset.sets) {
+        batch.create_set(set, number);
+    }
     for chain in &ruleset.chains {
         batch.create_chain(chain);
     }
-    for chain in &ruleset.chains {
+    for set in &ruleset.sets {
+        if let SetContent::Ports(ports) = &set.content {
+            let keys: Vec<_> = ports.iter().map(|port| port.to_be_bytes().to_vec()).collect();
+            keys.chunks(ELEMENTS_A_MESSAGE).for_each(|keys| batch.add_elements(set.name, keys));
+        }
+    }
+    for chain in ruleset.chains.iter().chain([&parts::undecided()]) {
         for rule in &chain.rules {
             batch.append_rule(&chain.name, rule);
         }
@@ -88,7 +123,7 @@ impl Batch {
 
     fn create_table(&mut self, ruleset: &Ruleset) {
         let header = self.header.clone();
-        let comment = comment(&format!("hauberk {:016x}", ruleset.fingerprint()));
+        let comment = comment(&format!("hauberk {:016x} {}", ruleset.fingerprint(), ruleset.owner));
         self.create().op_newtable_do(&header).encode().push_name(TABLE).push_userdata(&comment);
     }
 
@@ -110,6 +145,52 @@ impl Batch {
                 .push_type_bytes(hook.kind.name().as_bytes())
                 .push_policy(ACCEPT);
         }
+    }
+
+    fn create_set(&mut self, set: &Set, number: u32) {
+        // Types of nft's own, by which it shows the elements; the kernel does not look at them.
+        const IPV4_ADDRESS: u32 = 7;
+        const IPV6_ADDRESS: u32 = 8;
+        const PORT: u32 = 13;
+        /// `NFT_SET_EVAL`: rules take elements out.
+        const CHANGED_BY_RULES: u32 = 0x20;
+        let ends = |address: u32| (((address << 6 | PORT) << 6 | address) << 6) | PORT;
+        let (key_type, key_length, flags) = match &set.content {
+            SetContent::Ports(_) => (PORT, 2, 0),
+            SetContent::Connections(Family::V4) => (ends(IPV4_ADDRESS), 16, CHANGED_BY_RULES),
+            SetContent::Connections(Family::V6) => (ends(IPV6_ADDRESS), 40, CHANGED_BY_RULES),
+        };
+        let header = self.header.clone();
+        let mut request = self.create().op_newset_do(&header);
+        request
+            .encode()
+            .push_table(TABLE)
+            .push_name_bytes(set.name.as_bytes())
+            .push_flags(flags)
+            .push_key_type(key_type)
+            .push_key_len(key_length)
+            .push_id(number);
+    }
+
+    fn add_elements(&mut self, set: &str, keys: &[Vec<u8>]) {
+        let header = self.header.clone();
+        let mut request = self.create().op_newsetelem_do(&header);
+        let mut elements =
+            request.encode().push_table(TABLE).push_set_bytes(set.as_bytes()).nested_elements();
+        for key in keys {
+            elements =
+                elements.nested_elem().nested_key().push_value(key).end_nested().end_nested();
+        }
+    }
+
+    fn flush_chain(&mut self, chain: &str) {
+        let header = self.header.clone();
+        self.messages
+            .request()
+            .op_delrule_do(&header)
+            .encode()
+            .push_table(TABLE)
+            .push_chain_bytes(chain.as_bytes());
     }
 
     fn append_rule(&mut self, chain: &str, rule: &Rule) {
@@ -153,6 +234,13 @@ fn subsystem() -> Nfgenmsg {
     header
 }
 
+/// The owner that a table's user data name.
+pub(super) fn owner(userdata: &[u8]) -> Option<String> {
+    let text = userdata.strip_prefix(&[USERDATA_COMMENT])?.get(1..)?.strip_suffix(&[0])?;
+    let text = std::str::from_utf8(text).ok()?;
+    Some(text.splitn(3, ' ').nth(2)?.to_owned())
+}
+
 fn comment(text: &str) -> Vec<u8> {
     let length = u8::try_from(text.len() + 1).unwrap_or(u8::MAX);
     let mut userdata = vec![USERDATA_COMMENT, length];
@@ -167,7 +255,7 @@ mod tests {
     use netlink_bindings::traits::NetlinkChained;
 
     use super::*;
-    use crate::capture::NamespaceRules;
+    use crate::capture::{NamespaceRules, Unroutable};
 
     /// The message types of a batch, in order.
     fn types(payload: &[u8]) -> Vec<u16> {
@@ -188,7 +276,13 @@ mod tests {
         const BATCH_END: u16 = 0x11;
         const NEW_TABLE: u16 = 0xa00;
         const DELETE_TABLE: u16 = 0xa02;
-        let rules = NamespaceRules { outbound_port: 1, plaintext_port: 2, mesh_port: 3 };
+        let rules = NamespaceRules {
+            outbound_port: Some(1),
+            plaintext_port: Some(2),
+            mesh_listener: Some(3),
+            mesh_port: 4,
+            unroutable: Unroutable::Refuse,
+        };
         let batch = replacement(&rules.ruleset().unwrap());
         let types = types(batch.payload());
         let count = |wanted| types.iter().filter(|found| **found == wanted).count();

@@ -1,9 +1,16 @@
-use hauberk_linux::capture::{self, Drift, HostRules, HostWorkload, NamespaceRules, ProcessMatch};
+use hauberk_linux::capture::{
+    self, Drift, HostRules, HostWorkload, NamespaceRules, ProcessMatch, Unroutable,
+};
 
 use crate::support::*;
 
-const RULES: NamespaceRules =
-    NamespaceRules { outbound_port: OUTBOUND, plaintext_port: PLAINTEXT, mesh_port: MESH };
+const RULES: NamespaceRules = NamespaceRules {
+    outbound_port: Some(OUTBOUND),
+    plaintext_port: Some(PLAINTEXT),
+    mesh_listener: Some(MESH_LISTENER),
+    mesh_port: MESH,
+    unroutable: Unroutable::Refuse,
+};
 
 #[test]
 fn every_alteration_is_told_and_repaired_by_installing_again() {
@@ -16,34 +23,40 @@ fn every_alteration_is_told_and_repaired_by_installing_again() {
             "nft insert rule inet hauberk output tcp dport 22 accept",
             Drift::RulesAltered(chain("output")),
         ),
-        ("nft add rule inet hauberk guard_input accept", Drift::RulesAltered(chain("guard_input"))),
+        ("nft add rule inet hauberk leaving accept", Drift::RulesAltered(chain("leaving"))),
+        ("nft insert rule inet hauberk undecided drop", Drift::RulesAltered(chain("undecided"))),
         (
-            "h=$(nft -a list chain inet hauberk prerouting | sed -n 's/.*:15006.*handle //p') && \
+            "h=$(nft -a list chain inet hauberk prerouting | grep -m1 15006 | sed 's/.*handle //') && \
              nft replace rule inet hauberk prerouting handle $h \
-             'tcp flags & (fin|syn|rst|ack) == syn redirect to :15007'",
+             'meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:15007 accept'",
             Drift::RulesAltered(chain("prerouting")),
         ),
         ("nft add chain inet hauberk extra", Drift::ChainUnknown(chain("extra"))),
-        ("nft 'delete chain inet hauberk transparent'", Drift::ChainMissing(chain("transparent"))),
         (
-            "nft 'chain inet hauberk guard_input { policy drop; }'",
-            Drift::ChainAltered(chain("guard_input")),
+            "nft 'flush chain inet hauberk leaving; delete chain inet hauberk leaving'",
+            Drift::ChainMissing(chain("leaving")),
+        ),
+        (
+            "nft 'chain inet hauberk leaving { policy drop; }'",
+            Drift::ChainAltered(chain("leaving")),
         ),
         ("ip -6 rule del fwmark 0x4843 table 18502", Drift::PolicyRoutingMissing),
+        ("ip rule del ipproto tcp table 18502", Drift::PolicyRoutingMissing),
         ("ip route flush table 18502", Drift::PolicyRoutingMissing),
+        ("sysctl -qw net.ipv4.conf.eth0.src_valid_mark=0", Drift::SettingChanged("src_valid_mark")),
         ("ip rule add priority 1 prohibit", Drift::PolicyRoutingMissing),
     ];
     let network = Network::new();
     network.in_workload(|| {
         let ruleset = RULES.ruleset().unwrap();
         for (alteration, expected) in cases {
-            ruleset.install().unwrap();
+            install(&ruleset);
             assert_eq!(ruleset.drift().unwrap(), [], "before {alteration}");
             command(alteration);
             assert_eq!(ruleset.drift().unwrap(), [expected], "after {alteration}");
         }
         command("ip rule del priority 1");
-        ruleset.install().unwrap();
+        install(&ruleset);
         assert_eq!(ruleset.drift().unwrap(), []);
         capture::remove().unwrap();
     });
@@ -52,11 +65,13 @@ fn every_alteration_is_told_and_repaired_by_installing_again() {
 #[test]
 fn rules_for_other_ports_differ_and_have_another_fingerprint() {
     let network = Network::new();
-    let other = NamespaceRules { outbound_port: 16001, ..RULES };
+    let other = NamespaceRules { outbound_port: Some(16001), ..RULES };
     network.in_workload(|| {
-        RULES.install().unwrap();
+        install(&RULES.ruleset().unwrap());
         let (ours, other) = (RULES.ruleset().unwrap(), other.ruleset().unwrap());
-        assert_eq!(other.drift().unwrap(), [Drift::RulesAltered("output".to_owned())]);
+        let altered =
+            ["from_loopback", "output"].map(|chain| Drift::RulesAltered(chain.to_owned()));
+        assert_eq!(other.drift().unwrap(), altered);
         assert_ne!(ours.fingerprint(), other.fingerprint());
         let comment = format!("hauberk {:016x}", ours.fingerprint());
         assert!(command("nft list table inet hauberk").contains(&comment));
@@ -70,9 +85,11 @@ fn host_rules_come_back_as_they_were_sent() {
         process: Some(ProcessMatch::User(uid)),
         outbound_port: Some(outbound_port),
         service_ports,
+        unroutable: Unroutable::Refuse,
     };
     let rules = HostRules {
         mesh_port: MESH,
+        mesh_listener: Some(MESH_LISTENER),
         plaintext_port: Some(PLAINTEXT),
         workloads: vec![
             workload(1001, 15101, vec![8080, 8081]),
@@ -81,9 +98,9 @@ fn host_rules_come_back_as_they_were_sent() {
         ],
     };
     network.in_workload(|| {
-        rules.install().unwrap();
+        install(&rules.ruleset().unwrap());
         assert_eq!(rules.ruleset().unwrap().drift().unwrap(), []);
-        rules.install().unwrap();
+        install(&rules.ruleset().unwrap());
         assert_eq!(rules.ruleset().unwrap().drift().unwrap(), []);
     });
 }

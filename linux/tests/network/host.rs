@@ -7,8 +7,8 @@ use std::{
 
 use hauberk_linux::{
     Error,
-    capture::{self, HostRules, HostWorkload, ProcessMatch},
-    socket::{original_destination, outbound_socket},
+    capture::{self, HostRules, HostWorkload, ProcessMatch, Unroutable},
+    socket::outbound_socket,
 };
 
 use crate::support::*;
@@ -25,9 +25,11 @@ fn rules(web: ProcessMatch, database: ProcessMatch) -> HostRules {
         process: Some(process),
         outbound_port: Some(outbound_port),
         service_ports: vec![port],
+        unroutable: Unroutable::Refuse,
     };
     HostRules {
         mesh_port: MESH,
+        mesh_listener: Some(MESH_LISTENER),
         plaintext_port: Some(PLAINTEXT),
         workloads: vec![
             workload(web, WEB_OUTBOUND, WEB),
@@ -48,7 +50,7 @@ fn me() -> u32 {
 #[test]
 fn an_undeclared_process_is_left_alone() {
     let network = Network::new();
-    network.in_workload(|| by_user(WEB_USER, DATABASE_USER).install()).unwrap();
+    network.in_workload(|| install(&by_user(WEB_USER, DATABASE_USER).ruleset().unwrap()));
     for family in families() {
         let server = listen(&network.remote, family.any, 80);
         let mut client = connect(&network.workload, family.remote, 80).unwrap();
@@ -69,9 +71,9 @@ fn an_undeclared_process_is_left_alone() {
 #[test]
 fn a_declared_user_is_redirected_to_its_own_port() {
     let network = Network::new();
-    network.in_workload(|| by_user(me(), DATABASE_USER).install()).unwrap();
+    network.in_workload(|| install(&by_user(me(), DATABASE_USER).ruleset().unwrap()));
     for family in families() {
-        let agent = listen(&network.workload, family.loopback, WEB_OUTBOUND);
+        let agent = listen_captured(&network.workload, family, WEB_OUTBOUND);
         for (address, port) in [
             (family.remote, 80),
             (family.beyond, DATABASE),
@@ -82,7 +84,7 @@ fn a_declared_user_is_redirected_to_its_own_port() {
             let _client = connect(&network.workload, address, port).unwrap();
             let (accepted, _) = accept(&agent);
             let expected = SocketAddr::new(address, port);
-            assert_eq!(original_destination(&accepted).unwrap(), expected);
+            assert_eq!(accepted.local_addr().unwrap(), expected);
         }
         // Over loopback: its own service, and what nobody declared.
         for port in [WEB, 9999] {
@@ -102,10 +104,10 @@ fn a_declared_user_is_redirected_to_its_own_port() {
 #[test]
 fn a_service_port_is_redirected_from_outside_and_from_undeclared_processes() {
     let network = Network::new();
-    network.in_workload(|| by_user(WEB_USER, DATABASE_USER).install()).unwrap();
+    network.in_workload(|| install(&by_user(WEB_USER, DATABASE_USER).ruleset().unwrap()));
     for family in families() {
         let service = listen(&network.workload, family.any, WEB);
-        let plaintext = listen(&network.workload, family.any, PLAINTEXT);
+        let plaintext = listen_captured(&network.workload, family, PLAINTEXT);
         for (netns, address) in [
             (&network.remote, family.workload),
             (&network.workload, family.workload),
@@ -114,7 +116,7 @@ fn a_service_port_is_redirected_from_outside_and_from_undeclared_processes() {
             let _client = connect(netns, address, WEB).unwrap();
             let (accepted, _) = accept(&plaintext);
             let expected = SocketAddr::new(address, WEB);
-            assert_eq!(original_destination(&accepted).unwrap(), expected);
+            assert_eq!(accepted.local_addr().unwrap(), expected);
         }
         assert!(nobody_came(&service));
         // The agent reaches the service.
@@ -127,7 +129,7 @@ fn a_service_port_is_redirected_from_outside_and_from_undeclared_processes() {
 #[test]
 fn the_applications_view_of_the_client_works_on_a_host_too() {
     let network = Network::new();
-    network.in_workload(|| by_user(WEB_USER, DATABASE_USER).install()).unwrap();
+    network.in_workload(|| install(&by_user(WEB_USER, DATABASE_USER).ruleset().unwrap()));
     for family in families() {
         let service = listen(&network.workload, family.any, WEB);
         let source = SocketAddr::new(family.beyond, 45678);
@@ -144,7 +146,7 @@ fn the_applications_view_of_the_client_works_on_a_host_too() {
 #[test]
 fn without_the_agent_declared_traffic_is_refused() {
     let network = Network::new();
-    network.in_workload(|| by_user(me(), DATABASE_USER).install()).unwrap();
+    network.in_workload(|| install(&by_user(me(), DATABASE_USER).ruleset().unwrap()));
     for family in families() {
         let _server = listen(&network.remote, family.any, 80);
         let _service = listen(&network.workload, family.any, WEB);
@@ -155,11 +157,11 @@ fn without_the_agent_declared_traffic_is_refused() {
 }
 
 #[test]
-fn an_outbound_port_cannot_be_dialled_from_outside() {
+fn the_agents_listeners_cannot_be_dialled_from_outside() {
     let network = Network::new();
-    network.in_workload(|| by_user(me(), DATABASE_USER).install()).unwrap();
+    network.in_workload(|| install(&by_user(me(), DATABASE_USER).ruleset().unwrap()));
     for family in families() {
-        let agent = listen(&network.workload, family.any, WEB_OUTBOUND);
+        let agent = listen_captured(&network.workload, family, WEB_OUTBOUND);
         assert_refused(connect(&network.remote, family.workload, WEB_OUTBOUND));
         assert!(nobody_came(&agent));
     }
@@ -170,12 +172,13 @@ fn traffic_that_passes_through_the_machine_is_left_alone() {
     let network = Network::new();
     let inner = hauberk_linux::Netns::create().unwrap();
     network.in_workload(|| {
-        by_user(WEB_USER, DATABASE_USER).install().unwrap();
         hauberk_linux::links::create_veth("inner", "eth0", &inner).unwrap();
         hauberk_linux::links::sysctl("ipv4/ip_forward", "1").unwrap();
         let address: IpAddr = "10.8.0.1".parse().unwrap();
         hauberk_linux::links::add_address("inner", address, 24).unwrap();
         hauberk_linux::links::set_up("inner").unwrap();
+        // After the interface, as an agent does when there is a new one.
+        install(&by_user(WEB_USER, DATABASE_USER).ruleset().unwrap());
     });
     let address: IpAddr = "10.8.0.2".parse().unwrap();
     inner
@@ -238,10 +241,10 @@ impl Drop for Dialling {
 #[test]
 fn needs_root_other_users_are_told_apart() {
     let network = Network::new();
-    network.in_workload(|| by_user(WEB_USER, DATABASE_USER).install()).unwrap();
+    network.in_workload(|| install(&by_user(WEB_USER, DATABASE_USER).ruleset().unwrap()));
     for family in families() {
-        let web = listen(&network.workload, family.loopback, WEB_OUTBOUND);
-        let database = listen(&network.workload, family.loopback, DATABASE_OUTBOUND);
+        let web = listen_captured(&network.workload, family, WEB_OUTBOUND);
+        let database = listen_captured(&network.workload, family, DATABASE_OUTBOUND);
         let service = listen(&network.workload, family.any, WEB);
         for (user, address, port, expected) in [
             (WEB_USER, family.remote, 80, &web),
@@ -254,7 +257,7 @@ fn needs_root_other_users_are_told_apart() {
                 network.in_workload(|| dialler("", address, port).uid(user).spawn().unwrap()),
             );
             let (accepted, _) = accept(expected);
-            assert_eq!(original_destination(&accepted).unwrap(), SocketAddr::new(address, port));
+            assert_eq!(accepted.local_addr().unwrap(), SocketAddr::new(address, port));
         }
         assert!(nobody_came(&service));
     }
@@ -298,11 +301,11 @@ fn needs_root_a_cgroup_is_redirected_and_its_neighbour_is_not() {
     let web = ProcessMatch::Cgroup { level: 2, path: format!("{parent}/web") };
     let rules = rules(web, ProcessMatch::User(DATABASE_USER));
     network.in_workload(|| {
-        rules.install().unwrap();
+        install(&rules.ruleset().unwrap());
         assert_eq!(rules.ruleset().unwrap().drift().unwrap(), []);
     });
     for family in families() {
-        let agent = listen(&network.workload, family.loopback, WEB_OUTBOUND);
+        let agent = listen_captured(&network.workload, family, WEB_OUTBOUND);
         let server = listen(&network.remote, family.any, 80);
         for (cgroup, expected) in [(&inside, &agent), (&below, &agent), (&outside, &server)] {
             let prepare = format!("echo $$ > {}/cgroup.procs &&", cgroup.0);

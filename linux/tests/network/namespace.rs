@@ -5,18 +5,23 @@ use std::{
 };
 
 use hauberk_linux::{
-    capture::{self, NamespaceRules},
-    socket::{original_destination, outbound_socket},
+    capture::{self, NamespaceRules, Unroutable},
+    socket::outbound_socket,
 };
 
 use crate::support::*;
 
-const RULES: NamespaceRules =
-    NamespaceRules { outbound_port: OUTBOUND, plaintext_port: PLAINTEXT, mesh_port: MESH };
+const RULES: NamespaceRules = NamespaceRules {
+    outbound_port: Some(OUTBOUND),
+    plaintext_port: Some(PLAINTEXT),
+    mesh_listener: Some(MESH_LISTENER),
+    mesh_port: MESH,
+    unroutable: Unroutable::Refuse,
+};
 
 fn captured_network() -> Network {
     let network = Network::new();
-    network.in_workload(|| RULES.install()).unwrap();
+    network.in_workload(|| install(&RULES.ruleset().unwrap()));
     network
 }
 
@@ -24,11 +29,11 @@ fn captured_network() -> Network {
 fn what_leaves_is_redirected_with_its_original_destination() {
     let network = captured_network();
     for family in families() {
-        let agent = listen(&network.workload, family.any, OUTBOUND);
+        let agent = listen_captured(&network.workload, family, OUTBOUND);
         for (address, port) in [(family.remote, 80), (family.beyond, 443)] {
             let mut client = connect(&network.workload, address, port).unwrap();
             let (mut accepted, _) = accept(&agent);
-            let destination = original_destination(&accepted).unwrap();
+            let destination = accepted.local_addr().unwrap();
             assert_eq!(destination, SocketAddr::new(address, port));
             assert_joined(&mut client, &mut accepted);
         }
@@ -36,28 +41,11 @@ fn what_leaves_is_redirected_with_its_original_destination() {
 }
 
 #[test]
-fn a_dual_stack_listener_sees_the_ipv4_destination() {
-    let network = captured_network();
-    let agent = network.in_workload(|| {
-        let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None)?;
-        socket.set_only_v6(false)?;
-        socket.bind(&"[::]:15001".parse::<SocketAddr>().unwrap().into())?;
-        socket.listen(16)?;
-        socket.set_nonblocking(true)?;
-        std::io::Result::Ok(std::net::TcpListener::from(socket))
-    });
-    let _client = connect(&network.workload, families()[0].remote, 80).unwrap();
-    let (accepted, _) = accept(&agent.unwrap());
-    let expected = SocketAddr::new(families()[0].remote, 80);
-    assert_eq!(original_destination(&accepted).unwrap(), expected);
-}
-
-#[test]
 fn the_agents_own_sockets_pass() {
     let network = captured_network();
     for family in families() {
         let server = listen(&network.remote, family.any, 80);
-        let agent = listen(&network.workload, family.any, OUTBOUND);
+        let agent = listen_captured(&network.workload, family, OUTBOUND);
         let to = SocketAddr::new(family.remote, 80);
         let mut client = network.in_workload(|| connect_socket(outbound_socket(to)?, to)).unwrap();
         let (mut accepted, peer) = accept(&server);
@@ -72,14 +60,14 @@ fn what_comes_in_is_redirected_and_the_mesh_port_is_not() {
     let network = captured_network();
     for family in families() {
         let application = listen(&network.workload, family.any, 8080);
-        let plaintext = listen(&network.workload, family.any, PLAINTEXT);
-        let mesh = listen(&network.workload, family.any, MESH);
+        let plaintext = listen_captured(&network.workload, family, PLAINTEXT);
+        let mesh = listen_captured(&network.workload, family, MESH_LISTENER);
 
         let mut client = connect(&network.remote, family.workload, 8080).unwrap();
         let (mut accepted, peer) = accept(&plaintext);
         assert_eq!(peer, client.local_addr().unwrap());
         let expected = SocketAddr::new(family.workload, 8080);
-        assert_eq!(original_destination(&accepted).unwrap(), expected);
+        assert_eq!(accepted.local_addr().unwrap(), expected);
         assert_joined(&mut client, &mut accepted);
         assert!(nobody_came(&application));
 
@@ -93,13 +81,13 @@ fn what_comes_in_is_redirected_and_the_mesh_port_is_not() {
 fn the_agents_ports_dialled_from_outside_show_as_their_own_destination() {
     let network = captured_network();
     for family in families() {
-        let plaintext = listen(&network.workload, family.any, PLAINTEXT);
-        let outbound = listen(&network.workload, family.any, OUTBOUND);
+        let plaintext = listen_captured(&network.workload, family, PLAINTEXT);
+        let outbound = listen_captured(&network.workload, family, OUTBOUND);
         for port in [OUTBOUND, PLAINTEXT] {
             let _client = connect(&network.remote, family.workload, port).unwrap();
             let (accepted, _) = accept(&plaintext);
             let expected = SocketAddr::new(family.workload, port);
-            assert_eq!(original_destination(&accepted).unwrap(), expected);
+            assert_eq!(accepted.local_addr().unwrap(), expected);
         }
         assert!(nobody_came(&outbound));
     }
@@ -144,7 +132,7 @@ fn connections_older_than_the_rules_and_udp_are_left_alone() {
         let client = connect(&network.remote, family.workload, 8080).unwrap();
         pairs.push((client, accept(&application).0));
     }
-    network.in_workload(|| RULES.install()).unwrap();
+    network.in_workload(|| install(&RULES.ruleset().unwrap()));
     for (client, server) in &mut pairs {
         assert_joined(client, server);
         assert_joined(server, client);
@@ -193,7 +181,7 @@ fn an_attempt_that_began_before_the_rules_does_not_slip_through() {
         assert!(socket.connect(&to.into()).is_err());
         std::io::Result::Ok(socket)
     });
-    network.in_workload(|| RULES.install()).unwrap();
+    network.in_workload(|| install(&RULES.ruleset().unwrap()));
     network.in_remote(|| command("nft delete table inet drops"));
     // The kernel repeats the opening after one second, then two.
     assert!(accept_within(&server, std::time::Duration::from_secs(4)).is_none());
@@ -205,7 +193,7 @@ fn rules_are_replaced_without_a_window() {
     let network = captured_network();
     let family = families()[0];
     let server = listen(&network.remote, family.any, 80);
-    let agent = listen(&network.workload, family.any, OUTBOUND);
+    let agent = listen_captured(&network.workload, family, OUTBOUND);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let client = scope.spawn(|| {
@@ -225,7 +213,7 @@ fn rules_are_replaced_without_a_window() {
             }
         });
         for _ in 0..200 {
-            network.in_workload(|| RULES.install()).unwrap();
+            network.in_workload(|| install(&RULES.ruleset().unwrap()));
         }
         done.store(true, Ordering::Relaxed);
         assert!(client.join().unwrap() > 10);
@@ -242,7 +230,7 @@ fn removal_leaves_nothing() {
         let before = state();
         assert!(!capture::installed().unwrap());
         for _ in 0..2 {
-            RULES.install().unwrap();
+            install(&RULES.ruleset().unwrap());
             assert!(capture::installed().unwrap());
         }
         assert_ne!(state(), before);
@@ -264,7 +252,7 @@ fn a_namespace_without_ipv6_is_captured_too() {
     let network = Network::new();
     network.in_workload(|| {
         hauberk_linux::links::sysctl("ipv6/conf/all/disable_ipv6", "1").unwrap();
-        RULES.install().unwrap();
+        install(&RULES.ruleset().unwrap());
         assert_eq!(RULES.ruleset().unwrap().drift().unwrap(), []);
         capture::remove().unwrap();
     });
@@ -273,7 +261,12 @@ fn a_namespace_without_ipv6_is_captured_too() {
 #[test]
 fn equal_or_zero_ports_are_refused() {
     for (outbound_port, plaintext_port, mesh_port) in [(1, 1, 2), (1, 2, 1), (2, 1, 1), (0, 1, 2)] {
-        let rules = NamespaceRules { outbound_port, plaintext_port, mesh_port };
+        let rules = NamespaceRules {
+            outbound_port: Some(outbound_port),
+            plaintext_port: Some(plaintext_port),
+            mesh_port,
+            ..RULES
+        };
         assert!(rules.ruleset().is_err(), "{rules:?}");
     }
 }

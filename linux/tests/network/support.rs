@@ -9,13 +9,16 @@ use std::{
 };
 
 use hauberk_linux::{
-    Netns, links,
-    socket::{self, ListenOptions},
+    Netns,
+    capture::{Before, Installed, Ruleset},
+    links,
+    socket::{self, Peer},
 };
 
 pub(crate) const OUTBOUND: u16 = 15001;
 pub(crate) const PLAINTEXT: u16 = 15006;
 pub(crate) const MESH: u16 = 15008;
+pub(crate) const MESH_LISTENER: u16 = 15108;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Addresses of one family, so that every test can go through both.
@@ -90,7 +93,20 @@ impl Network {
 
 pub(crate) fn listen(netns: &Netns, address: IpAddr, port: u16) -> TcpListener {
     let address = SocketAddr::new(address, port);
-    netns.run(|| socket::listen(address, ListenOptions::default())).unwrap().unwrap()
+    netns.run(|| socket::listen(address)).unwrap().unwrap()
+}
+
+/// A listener of the agent's, which is on loopback.
+pub(crate) fn listen_captured(netns: &Netns, family: Addresses, port: u16) -> TcpListener {
+    let address = SocketAddr::new(family.loopback, port);
+    let peer =
+        if [PLAINTEXT, MESH_LISTENER].contains(&port) { Peer::Network } else { Peer::Application };
+    netns.run(|| socket::listen_captured(address, peer)).unwrap().unwrap()
+}
+
+/// Puts rules in place for the first time, or in place of others.
+pub(crate) fn install(rules: &Ruleset) -> Installed {
+    rules.install(&Before::Unknown).unwrap()
 }
 
 pub(crate) fn connect(netns: &Netns, address: IpAddr, port: u16) -> io::Result<TcpStream> {

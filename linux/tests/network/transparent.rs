@@ -1,7 +1,7 @@
 use std::net::SocketAddr;
 
 use hauberk_linux::{
-    capture::NamespaceRules,
+    capture::{NamespaceRules, Unroutable},
     links,
     socket::{outbound_socket, transparent_socket, transparent_socket_other_port},
 };
@@ -10,15 +10,20 @@ use crate::support::*;
 
 fn captured_network() -> Network {
     let network = Network::new();
-    let rules =
-        NamespaceRules { outbound_port: OUTBOUND, plaintext_port: PLAINTEXT, mesh_port: MESH };
+    let rules = NamespaceRules {
+        outbound_port: Some(OUTBOUND),
+        plaintext_port: Some(PLAINTEXT),
+        mesh_listener: Some(MESH_LISTENER),
+        mesh_port: MESH,
+        unroutable: Unroutable::Refuse,
+    };
     network.in_workload(|| {
         // As strict as a distribution may have it.
         for interface in ["all", "default", "eth0", "lo"] {
             let path = format!("ipv4/conf/{interface}/rp_filter");
             links::sysctl(&path, "1").unwrap();
         }
-        rules.install().unwrap();
+        install(&rules.ruleset().unwrap());
     });
     network
 }
@@ -102,7 +107,7 @@ fn redirected_plaintext_is_passed_on_with_the_address_and_another_port() {
     let network = captured_network();
     for family in families() {
         let application = listen(&network.workload, family.any, 8080);
-        let plaintext = listen(&network.workload, family.any, PLAINTEXT);
+        let plaintext = listen_captured(&network.workload, family, PLAINTEXT);
         let mut client = connect(&network.remote, family.workload, 8080).unwrap();
         let (mut accepted, source) = accept(&plaintext);
         let to = SocketAddr::new(family.workload, 8080);

@@ -1179,6 +1179,14 @@ pub struct WorkloadStatus {
     pub not_after_unix_ms: i64,
     #[prost(string, tag = "5")]
     pub serial: ::prost::alloc::string::String,
+    /// How often somebody else altered its capture rules, and the agent restored them; when the last time was, in
+    /// milliseconds since the Unix epoch, and what had been altered.
+    #[prost(uint64, tag = "6")]
+    pub restored: u64,
+    #[prost(int64, tag = "7")]
+    pub restored_at_unix_ms: i64,
+    #[prost(string, tag = "8")]
+    pub restored_what: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -1677,9 +1685,12 @@ pub struct NodeInfo {
     /// Why nothing is issued to it until it joins anew; empty if it is not locked.
     #[prost(string, tag = "10")]
     pub locked: ::prost::alloc::string::String,
+    /// Until when it may renew its certificate although that has expired; 0 if it may not.
+    #[prost(int64, tag = "11")]
+    pub renewable_until_unix_ms: i64,
     /// By how much its clock is ahead of the control plane's, in milliseconds; negative if it is behind. Absent until
     /// its agent has measured it.
-    #[prost(sint64, optional, tag = "11")]
+    #[prost(sint64, optional, tag = "12")]
     pub clock_skew_ms: ::core::option::Option<i64>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1704,6 +1715,13 @@ pub struct WorkloadInfo {
     pub not_after_unix_ms: i64,
     #[prost(string, tag = "10")]
     pub serial: ::prost::alloc::string::String,
+    /// As in WorkloadStatus.
+    #[prost(uint64, tag = "11")]
+    pub restored: u64,
+    #[prost(int64, tag = "12")]
+    pub restored_at_unix_ms: i64,
+    #[prost(string, tag = "13")]
+    pub restored_what: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WhyRequest {

@@ -39,6 +39,7 @@ pub struct AgentMetrics {
     open: PerDirection<IntGauge>,
     open_duration: PerDirection<Histogram>,
     captured: PerDirection<IntCounter>,
+    capture_restored: IntCounter,
     handshakes: Handshakes,
     handshake_wait: Histogram,
     idle_sessions: PerDirection<IntGauge>,
@@ -175,7 +176,7 @@ impl AgentMetrics {
         )?;
         let captured = make.counters(
             "hauberk_captured_connections_total",
-            "Connections of workloads redirected to the agent, by direction.",
+            "Connections of workloads led to the agent, by direction.",
             &["direction"],
         )?;
         let workloads = make.gauges(
@@ -201,6 +202,10 @@ impl AgentMetrics {
             edges,
             open: PerDirection::resolve(|direction| open.with_label_values(&[direction])),
             open_duration: PerDirection::resolve(|direction| child(&open_duration, &[direction])),
+            capture_restored: make.counter(
+                "hauberk_capture_restored_total",
+                "Times that capture rules were found altered by somebody else, and were restored.",
+            )?,
             captured: PerDirection::resolve(|direction| captured.with_label_values(&[direction])),
             handshakes: handshakes(&make)?,
             handshake_wait: make.histogram(
@@ -411,6 +416,11 @@ impl AgentMetrics {
     pub fn set_clock_skew(&self, millis: i64) {
         let size = Duration::from_millis(millis.unsigned_abs()).as_secs_f64();
         self.clock_skew.set(if millis < 0 { -size } else { size });
+    }
+
+    /// Notes that capture rules were altered by somebody else, and are restored.
+    pub fn capture_restored(&self) {
+        self.capture_restored.inc();
     }
 
     /// Sets how many workloads of this node are in the mesh, and how many are not.

@@ -19,6 +19,8 @@ crate::trials!(
     a_replaced_agent_carries_on_until_its_drain_is_over,
     a_replaced_agent_ends_when_the_one_after_it_does,
     a_next_agent_that_cannot_start_changes_nothing,
+    a_next_agent_takes_over_once_it_has_an_identity,
+    a_next_agent_that_waits_for_an_identity_closes_what_the_one_before_leaves,
     a_next_agent_that_ends_before_it_is_ready_costs_no_connection,
     a_next_agent_that_ends_early_takes_along_only_what_it_had,
 );
@@ -203,12 +205,67 @@ fn a_next_agent_that_cannot_start_changes_nothing() -> anyhow::Result<()> {
     std::fs::write(&node, b"damaged")?;
     mesh.start_agent("machine-b", &["--take-over"])?;
     wait_for(&mesh, "machine-b", "node.json is damaged")?;
-    std::fs::write(&node, kept)?;
+    // It waits, and answers probes in the meantime.
+    let error = mesh.get("machine-b", METRICS, "/readyz").expect_err("it is ready");
+    ensure!(error.to_string().contains("503"), "{error}");
     ensure!(before.ended().is_none(), "the agent that ran does so no longer");
     still_carries(&mut open(&mesh, &listener, "checkout")?)?;
+    let log = std::fs::read_to_string(mesh.log("machine-b"))?;
+    ensure!(!log.contains("another agent takes this one's place"), "{log}");
+    mesh.kill("machine-b");
+    std::fs::write(&node, kept)?;
     // Its metrics are its own again.
     wait_for_answer(&mesh, "machine-b")?;
     drop(replace_from(&mut mesh, before)?);
+    still_carries(&mut open(&mesh, &listener, "checkout")?)
+}
+
+/// Damages the identity of machine-b while its agent runs, and starts another one beside it. Gives the one that
+/// runs, and what mends it.
+fn wait_beside(
+    mesh: &mut Mesh,
+) -> anyhow::Result<(hauberk_cli::lab::Running, impl Fn() -> anyhow::Result<()> + use<>)> {
+    let before = mesh.release("machine-b").context("no agent runs")?;
+    let node = mesh.folder().join("machine-b").join("node.json");
+    let kept = std::fs::read(&node)?;
+    std::fs::write(&node, b"damaged")?;
+    mesh.start_agent("machine-b", &["--take-over"])?;
+    wait_for(mesh, "machine-b", "node.json is damaged")?;
+    Ok((before, move || Ok(std::fs::write(&node, &kept)?)))
+}
+
+fn a_next_agent_takes_over_once_it_has_an_identity() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let (mut before, mend) = wait_beside(&mut mesh)?;
+    still_carries(&mut open(&mesh, &listener, "checkout")?)?;
+    mend()?;
+    wait_for(&mesh, "machine-b", TOOK)?;
+    ensure!(before.ended().is_none(), "the agent before ended by itself");
+    drop(before);
+    still_carries(&mut open(&mesh, &listener, "checkout")?)?;
+    mesh.wait_ready()
+}
+
+fn a_next_agent_that_waits_for_an_identity_closes_what_the_one_before_leaves() -> anyhow::Result<()>
+{
+    let mut mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let (mut before, mend) = wait_beside(&mut mesh)?;
+    before.kill();
+    mesh.namespace("ledger")?.run(capture::remove)??;
+    mesh.wait("the rules", PATIENCE, |mesh| {
+        let installed = mesh.namespace("ledger")?.run(capture::installed)??;
+        ensure!(installed, "the ledger is open");
+        Ok(())
+    })
+    .with_context(|| mesh.logs())?;
+    expect_reset(mesh.connect("outside", mesh.ledger(8080)))?;
+    listener.set_nonblocking(true)?;
+    ensure!(listener.accept().is_err(), "somebody came through");
+    listener.set_nonblocking(false)?;
+    mend()?;
+    mesh.wait_ready().with_context(|| mesh.logs())?;
     still_carries(&mut open(&mesh, &listener, "checkout")?)
 }
 

@@ -120,6 +120,17 @@ impl Forger {
         change: impl FnOnce(&mut CertificateParams),
     ) -> anyhow::Result<Forged> {
         let key = KeyPair::generate()?;
+        let chain = self.chain_for(&key, id, change)?;
+        Ok(Forged { chain, key })
+    }
+
+    /// The chain of such a leaf, for a key that is there.
+    pub(crate) fn chain_for(
+        &self,
+        key: &KeyPair,
+        id: &str,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> anyhow::Result<Vec<CertificateDer<'static>>> {
         let now = time::OffsetDateTime::now_utc();
         let mut parameters = CertificateParams::default();
         parameters.distinguished_name = rcgen::DistinguishedName::new();
@@ -133,8 +144,8 @@ impl Forger {
         parameters.not_before = now - time::Duration::minutes(10);
         parameters.not_after = now + time::Duration::minutes(10);
         change(&mut parameters);
-        let leaf = parameters.signed_by(&key, &self.issuer)?.der().clone();
-        Ok(Forged { chain: vec![leaf, self.certificate.clone()], key })
+        let leaf = parameters.signed_by(key, &self.issuer)?.der().clone();
+        Ok(vec![leaf, self.certificate.clone()])
     }
 }
 

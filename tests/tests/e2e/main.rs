@@ -9,6 +9,7 @@
 )]
 
 mod attacks;
+mod away;
 mod clock;
 mod command;
 mod control_plane;
@@ -59,6 +60,7 @@ fn main() -> std::process::ExitCode {
         attacks::trials(),
         identity::trials(),
         restart::trials(),
+        away::trials(),
         handover::trials(),
         sessions::trials(),
         tls::trials(),

@@ -58,7 +58,7 @@ pub(crate) fn carries(mesh: &Mesh, listener: &TcpListener) -> anyhow::Result<()>
     Ok(client.read_exact(&mut [0])?)
 }
 
-fn refused(mesh: &Mesh, from: &str) -> anyhow::Result<()> {
+pub(crate) fn refused(mesh: &Mesh, from: &str) -> anyhow::Result<()> {
     let Ok(mut stream) = mesh.connect(from, mesh.ledger(8080)) else { return Ok(()) };
     if stream.write_all(b"x").is_err() {
         return Ok(());
@@ -241,14 +241,18 @@ fn a_damaged_node_identity_opens_nothing_and_a_token_mends_it() -> anyhow::Resul
     for how in [cut_short as Damage, altered] {
         mesh.stop("machine-a");
         damage(&path, how)?;
-        let mut command = mesh.hauberk()?;
-        command.arg("agent").arg("--data").arg(&data);
-        command.arg("--netns-dir").arg(mesh.folder().join("netns"));
-        let told = says_no(&mesh, "machine-a", &mut command)?;
-        ensure!(told.contains(&format!("{} is damaged", path.display())), "{told}");
-        ensure!(told.contains("join anew with a token (`hauberk token create`"), "{told}");
+        fs::write(mesh.log("machine-a"), "")?;
+        mesh.start_agent("machine-a", &[])?;
+        mesh.wait("the message", PATIENCE, |mesh| {
+            let told = fs::read_to_string(mesh.log("machine-a"))?;
+            ensure!(told.contains(&format!("{} is damaged", path.display())), "{told}");
+            let mend = "join anew with a token (`hauberk token create --node machine-a`";
+            ensure!(told.contains(mend), "{told}");
+            Ok(())
+        })?;
         refused(&mesh, "checkout")?;
         refused(&mesh, "web")?;
+        mesh.stop("machine-a");
         let token = mesh.token("machine-a")?;
         mesh.start_agent("machine-a", &["--join-token", &token])?;
         mesh.wait("the agent", PATIENCE, |mesh| carries(mesh, &listener))?;

@@ -1,0 +1,247 @@
+//! A network namespace of a workload's own that is captured.
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::Context as _;
+use hauberk_core::{
+    identity::ResourceName,
+    policy::{Mode, ProcessSelector, resolve::MeshWorkload},
+};
+use hauberk_linux::{
+    Netns, NetnsWorker,
+    capture::{self, NamespaceRules, Unroutable},
+};
+
+use super::{
+    Locals,
+    guard::{Guard, Restored, Site},
+    listeners::{Accepting, Pair, accept, bind},
+    serve::{accept_mesh, accept_plaintext, mesh_tls},
+};
+use crate::{
+    context::{Context, Local, MESH_PORT, Place},
+    handover::{Inherited, Replaced, Role},
+    identity::Identities,
+    outbound,
+};
+
+/// What becomes of a place whose workload is gone from the registry.
+pub(super) enum Departure {
+    /// It may still be running, and must not be free: a pod whose object was deleted by force, for one.
+    Stays,
+    /// It gets its plain network back.
+    Free,
+    /// Nothing is there any more.
+    Gone,
+}
+
+/// A captured network namespace.
+pub(super) struct NamespaceCapture {
+    path: PathBuf,
+    /// Of a pod.
+    pod_namespace: Option<ResourceName>,
+    context: Arc<Context>,
+    worker: Arc<NetnsWorker>,
+    guard: Guard,
+    locals: Arc<Locals>,
+    ports: Ports,
+    listeners: Vec<Accepting>,
+}
+
+/// Where the agent listens; nothing where it could not.
+#[derive(Clone, Copy, Default)]
+struct Ports {
+    outbound: Option<u16>,
+    plaintext: Option<u16>,
+    mesh: Option<u16>,
+}
+
+impl NamespaceCapture {
+    /// Listens first, and then puts the rules in place, so that nobody is cut off for a moment. If it cannot
+    /// listen, the rules close the namespace.
+    ///
+    /// # Errors
+    /// If it could not be captured. What could be closed is.
+    pub(super) fn start(
+        context: &Arc<Context>,
+        workload: &Arc<MeshWorkload>,
+        path: &Path,
+        identities: &mut Identities,
+        inherited: &Inherited,
+        replaced: &Replaced,
+    ) -> anyhow::Result<Self> {
+        let netns = Netns::open(path)
+            .with_context(|| format!("open the network namespace {}", path.display()))?;
+        let worker = Arc::new(NetnsWorker::start(&netns, workload.name.as_ref())?);
+        let locals = Arc::new(Locals::default());
+        let site = Site::Namespace(worker.clone());
+        let guard = Guard::start(context, site, workload.key(), &locals, replaced)?;
+        let mut capture = Self {
+            path: path.to_owned(),
+            pod_namespace: None,
+            context: context.clone(),
+            worker,
+            guard,
+            locals,
+            ports: Ports::default(),
+            listeners: Vec::new(),
+        };
+        let ready = capture.listen(inherited).and_then(|()| capture.settle(workload, identities));
+        if let Err(error) = ready {
+            capture.ports = Ports::default();
+            capture.enforce(workload).context("close what could not be captured")?;
+            return Err(error);
+        }
+        capture.enforce(workload)?;
+        Ok(capture)
+    }
+
+    /// What is to become of it, now that its workload is gone. Only leaving the mesh frees a pod.
+    pub(super) fn departure(&self, is_enrolled: impl Fn(&str) -> Option<bool>) -> Departure {
+        match &self.pod_namespace {
+            None => Departure::Free,
+            Some(namespace) if is_enrolled(namespace.as_str()) == Some(false) => Departure::Free,
+            // Its sandbox is gone, or another one has the name.
+            Some(_) if !self.still_there(&self.path).unwrap_or(false) => Departure::Gone,
+            Some(_) => Departure::Stays,
+        }
+    }
+
+    /// The number of the namespace, as the kernel has it.
+    pub(super) fn inode(&self) -> u64 {
+        self.worker.netns().inode()
+    }
+
+    /// Whether it is the namespace of this path.
+    pub(super) fn is_at(&self, path: &Path) -> bool {
+        self.path == path
+    }
+
+    /// Whether the path still names this very namespace.
+    pub(super) fn still_there(&self, path: &Path) -> anyhow::Result<bool> {
+        let netns = Netns::open(path)
+            .with_context(|| format!("open the network namespace {}", path.display()))?;
+        Ok(netns.inode() == self.worker.netns().inode())
+    }
+
+    /// Takes up a change of the workload, and heals the rules.
+    pub(super) fn update(
+        &mut self,
+        workload: &Arc<MeshWorkload>,
+        identities: &mut Identities,
+    ) -> anyhow::Result<()> {
+        self.settle(workload, identities)?;
+        self.enforce(workload)
+    }
+
+    /// Makes the workload the one that lives here.
+    fn settle(
+        &mut self,
+        workload: &Arc<MeshWorkload>,
+        identities: &mut Identities,
+    ) -> anyhow::Result<()> {
+        self.pod_namespace = match &workload.process {
+            ProcessSelector::Pod { .. } => workload.namespace.clone(),
+            ProcessSelector::User(_)
+            | ProcessSelector::Cgroup(_)
+            | ProcessSelector::NetworkNamespace { .. } => None,
+        };
+        let identity = identities.ensure(workload)?;
+        let known = self.locals.get(&workload.key()).is_some_and(|local| {
+            local.workload == *workload && Arc::ptr_eq(&local.identity, &identity)
+        });
+        if !known {
+            let place = Place::Namespace(self.worker.clone());
+            let local = Local::new(&self.context, workload.clone(), identity, place);
+            self.locals.store(vec![Arc::new(local)]);
+        }
+        Ok(())
+    }
+
+    fn listen(&mut self, inherited: &Inherited) -> anyhow::Result<()> {
+        let (namespace, from_before) = (Some(self.inode()), inherited.clone());
+        let pairs = self.worker.call(move || {
+            [Role::Outbound(None), Role::Plaintext, Role::Mesh]
+                .map(|role| bind(&from_before, namespace, &role, &BTreeSet::new()))
+        })?;
+        let [outbound, plaintext, mesh] = pairs;
+        let Pair { port, listeners } = outbound?;
+        self.ports.outbound = Some(port);
+        for listener in listeners {
+            let locals = self.locals.clone();
+            self.listeners.push(accept(&self.context, listener, move |context, arrival| {
+                let local = locals.all().into_iter().next();
+                async move {
+                    if let Some(local) = local {
+                        outbound::serve(&context, &local, arrival).await;
+                    }
+                }
+            })?);
+        }
+        let Pair { port, listeners } = plaintext?;
+        self.ports.plaintext = Some(port);
+        for listener in listeners {
+            self.listeners.push(accept_plaintext(&self.context, listener, &self.locals)?);
+        }
+        let Pair { port, listeners } = mesh?;
+        self.ports.mesh = Some(port);
+        let tls = mesh_tls(&self.context, &self.locals)?;
+        for listener in listeners {
+            self.listeners.push(accept_mesh(&self.context, listener, &self.locals, &tls)?);
+        }
+        Ok(())
+    }
+
+    fn enforce(&self, workload: &MeshWorkload) -> anyhow::Result<()> {
+        let rules = NamespaceRules {
+            outbound_port: self.ports.outbound,
+            plaintext_port: self.ports.plaintext,
+            mesh_listener: self.ports.mesh,
+            mesh_port: MESH_PORT,
+            unroutable: unroutable(workload.mode),
+        };
+        self.guard.enforce(&rules.ruleset()?.owned_by(&self.context.node))
+    }
+
+    pub(super) fn locals(&self) -> &Locals {
+        &self.locals
+    }
+
+    pub(super) fn listeners(&self) -> impl Iterator<Item = &Accepting> {
+        self.listeners.iter()
+    }
+
+    /// When its rules were restored last.
+    pub(super) fn restored(&self) -> Restored {
+        self.guard.restored()
+    }
+
+    /// New connections are refused from here on, unless another agent has the listeners.
+    pub(super) fn close(&mut self) {
+        self.listeners.clear();
+    }
+
+    /// Ends what is captured, and gives the plain network back.
+    pub(super) fn remove_rules(self) {
+        let Self { worker, guard, listeners, .. } = self;
+        // It would put them back.
+        drop(guard);
+        let removed = worker.call(capture::remove).and_then(|result| result);
+        if let Err(error) = removed {
+            tracing::warn!(%error, "capture rules could not be removed");
+        }
+        drop(listeners);
+    }
+}
+
+/// What becomes of connections that cannot be led to the agent.
+pub(super) fn unroutable(mode: Mode) -> Unroutable {
+    match mode {
+        Mode::Enforce => Unroutable::Refuse,
+        Mode::Audit => Unroutable::Pass,
+    }
+}

@@ -1,0 +1,51 @@
+//! What every captured place serves: the mesh, and what comes in without it.
+
+use std::sync::Arc;
+
+use hauberk_core::session;
+use hauberk_linux::socket::reset_on_close;
+use hauberk_tls::mesh_server_config;
+use rustls::ServerConfig;
+
+use super::{
+    Locals,
+    listeners::{Accepting, Arrival, Bound, accept},
+};
+use crate::{context::Context, inbound};
+
+pub(super) fn mesh_tls(context: &Context, locals: &Locals) -> anyhow::Result<Arc<ServerConfig>> {
+    let config = mesh_server_config(locals.names.clone(), context.trust.clone(), session::ALPN)?;
+    Ok(Arc::new(config))
+}
+
+pub(super) fn accept_mesh(
+    context: &Arc<Context>,
+    listener: Bound,
+    locals: &Arc<Locals>,
+    tls: &Arc<ServerConfig>,
+) -> anyhow::Result<Accepting> {
+    let (locals, tls) = (locals.clone(), tls.clone());
+    accept(context, listener, move |context, arrival| {
+        let (locals, tls) = (locals.clone(), tls.clone());
+        async move {
+            let Arrival { stream, from, wanted } = arrival;
+            match wanted {
+                Some(_) => inbound::serve_mesh(&context, &locals, tls, stream, from).await,
+                // A program of this machine, which has no business here.
+                None => drop(reset_on_close(&stream)),
+            }
+        }
+    })
+}
+
+pub(super) fn accept_plaintext(
+    context: &Arc<Context>,
+    listener: Bound,
+    locals: &Arc<Locals>,
+) -> anyhow::Result<Accepting> {
+    let locals = locals.clone();
+    accept(context, listener, move |context, arrival| {
+        let locals = locals.clone();
+        async move { inbound::serve_plaintext(&context, &locals, arrival).await }
+    })
+}

@@ -1,0 +1,164 @@
+//! Connections that are older than the rules: they go on as they are.
+//!
+//! The kernel keeps them, in two sets of the table, and tells which they are: it lists its sockets. So an
+//! agent that starts anew knows them, and nothing that was opened while the rules were missing is taken for
+//! one of them.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use super::{OLDER_V4, OLDER_V6, ProcessMatch, drift, transaction};
+use crate::{
+    error::Result,
+    links::{Family, addresses},
+    sockets::{TcpSocket, tcp_sockets, uncaptured},
+};
+
+/// Whose connections are captured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// All of the namespace.
+    Namespace,
+    /// Those of these processes, and those of these ports.
+    Host { processes: Vec<ProcessMatch>, service_ports: BTreeSet<u16> },
+}
+
+impl Scope {
+    /// Whether there is nothing to capture.
+    pub(super) fn is_empty(&self) -> bool {
+        match self {
+            Self::Namespace => false,
+            Self::Host { processes, service_ports } => {
+                processes.is_empty() && service_ports.is_empty()
+            }
+        }
+    }
+
+    /// What this one has and another one had not.
+    pub(super) fn beyond(&self, before: &Self) -> Self {
+        match (self, before) {
+            (
+                Self::Host { processes, service_ports },
+                Self::Host { processes: known, service_ports: known_ports },
+            ) => Self::Host {
+                processes: processes.iter().filter(|one| !known.contains(one)).cloned().collect(),
+                service_ports: service_ports.difference(known_ports).copied().collect(),
+            },
+            (Self::Namespace, Self::Namespace) => {
+                Self::Host { processes: Vec::new(), service_ports: BTreeSet::new() }
+            }
+            (scope, _) => scope.clone(),
+        }
+    }
+
+    /// Whether a connection is one of these.
+    fn covers(&self, socket: &TcpSocket, cgroups: &HashSet<u64>) -> bool {
+        match self {
+            Self::Namespace => true,
+            Self::Host { processes, service_ports } => {
+                service_ports.contains(&socket.local.port())
+                    || socket.cgroup.is_some_and(|cgroup| cgroups.contains(&cgroup))
+                    || processes.contains(&ProcessMatch::User(socket.user))
+            }
+        }
+    }
+
+    /// The kernel's numbers of the cgroups that count, with those below them.
+    fn cgroups(&self) -> Result<HashSet<u64>> {
+        let mut found = HashSet::new();
+        if let Self::Host { processes, .. } = self {
+            for process in processes {
+                process.cgroups_below(&mut found)?;
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The two ends of a connection, as its workload sees them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Connection {
+    /// The workload's end.
+    pub local: SocketAddr,
+    /// The other one.
+    pub remote: SocketAddr,
+}
+
+impl Connection {
+    fn of(socket: &TcpSocket) -> Self {
+        Self { local: socket.local, remote: socket.remote }
+    }
+
+    /// As the sets have it: both ends, each part padded to 4 bytes.
+    fn key(&self) -> (Family, Vec<u8>) {
+        let mut key = Vec::new();
+        for end in [self.local, self.remote] {
+            match end.ip() {
+                IpAddr::V4(address) => key.extend(address.octets()),
+                IpAddr::V6(address) => key.extend(address.octets()),
+            }
+            key.extend(end.port().to_be_bytes());
+            key.extend([0; 2]);
+        }
+        (Family::of(self.remote.ip()), key)
+    }
+
+    fn from_key(key: &[u8]) -> Option<Self> {
+        let (local, remote) = key.split_at_checked(key.len() / 2)?;
+        let end = |part: &[u8]| {
+            let (address, port) = part.split_at_checked(part.len().checked_sub(4)?)?;
+            let address = match address.len() {
+                4 => IpAddr::V4(Ipv4Addr::from(*address.first_chunk::<4>()?)),
+                _ => IpAddr::V6(Ipv6Addr::from(*address.first_chunk::<16>()?)),
+            };
+            Some(SocketAddr::new(address, u16::from_be_bytes(*port.first_chunk()?)))
+        };
+        Some(Self { local: end(local)?, remote: end(remote)? })
+    }
+}
+
+/// The connections in the calling thread's namespace that are known to be older than the rules.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn older() -> Result<Vec<Connection>> {
+    let mut found = Vec::new();
+    for set in [OLDER_V4, OLDER_V6] {
+        let keys = drift::elements(set)?.unwrap_or_default();
+        found.extend(keys.iter().filter_map(|key| Connection::from_key(key)));
+    }
+    Ok(found)
+}
+
+/// The connections that are open and not captured, of those that the rules are to capture.
+pub(super) fn open_uncaptured(scope: &Scope) -> Result<Vec<TcpSocket>> {
+    if scope.is_empty() {
+        return Ok(Vec::new());
+    }
+    let cgroups = scope.cgroups()?;
+    let own: HashSet<IpAddr> = addresses()?.into_iter().map(|address| address.ip).collect();
+    let sockets = tcp_sockets()?;
+    Ok(uncaptured(&sockets, &own)
+        .into_iter()
+        .filter(|socket| scope.covers(socket, &cgroups))
+        .cloned()
+        .collect())
+}
+
+/// Those of them that have been opened, rather than being about to be.
+pub(super) fn connections(sockets: &[TcpSocket]) -> Vec<Connection> {
+    sockets.iter().filter(|socket| !socket.is_opening()).map(Connection::of).collect()
+}
+
+/// Tells the rules of them.
+pub(super) fn spare(connections: &[Connection]) -> Result<()> {
+    for (family, set) in [(Family::V4, OLDER_V4), (Family::V6, OLDER_V6)] {
+        let keys: Vec<_> = connections.iter().map(Connection::key).collect();
+        let of_family: Vec<_> =
+            keys.into_iter().filter(|(of, _)| *of == family).map(|(_, key)| key).collect();
+        transaction::add_connections(set, &of_family)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,117 @@
+//! What the rules of a namespace and those of a host have in common.
+
+use super::{
+    MARK, MARK_TRANSPARENT, MARK_UNCAPTURED, OLDER_V4, OLDER_V6, OWN_MARKS, REPORT_GROUP,
+    UNDECIDED, Unroutable,
+    expression::{
+        Expression, Is, destination_port, discard, forget_outgoing, let_through, mark, masked_mark,
+        opening, outgoing_in, pass, report_to, set_mark, tcp, to_listener, to_loopback,
+        to_this_host, to_transparent_socket, untracked,
+    },
+    ruleset::{Chain, Hook, Set, SetContent},
+};
+use crate::links::Family;
+
+/// What the agent sends, and what was found to be no business of the mesh, leaves as it is.
+pub(super) fn agents_own() -> Vec<Vec<Vec<Expression>>> {
+    vec![vec![own(), let_through()], vec![mark(MARK_TRANSPARENT), let_through()]]
+}
+
+/// The same on a host: what the agent exchanges with applications over loopback is no business of connection
+/// tracking, which others use there.
+pub(super) fn agents_own_untracked() -> Vec<Vec<Vec<Expression>>> {
+    vec![
+        vec![own(), to_loopback(Is::Equal), untracked(), let_through()],
+        vec![own(), let_through()],
+        vec![mark(MARK_TRANSPARENT), untracked(), let_through()],
+    ]
+}
+
+/// The agent's own mark, or that of what is left alone.
+fn own() -> Vec<Expression> {
+    masked_mark(Is::Equal, MARK & OWN_MARKS, OWN_MARKS)
+}
+
+/// Neither of them.
+pub(super) fn not_own() -> Vec<Expression> {
+    masked_mark(Is::Not, MARK & OWN_MARKS, OWN_MARKS)
+}
+
+/// The agent's own packets to applications, and their answers.
+pub(super) fn carried() -> Vec<Vec<Vec<Expression>>> {
+    vec![vec![own(), pass()], vec![mark(MARK_TRANSPARENT), pass()]]
+}
+
+/// From one workload's agent to another's, on one machine.
+pub(super) fn mesh_from_loopback(chain: Chain, mesh_port: u16, listener: Option<u16>) -> Chain {
+    let Some(listener) = listener else { return chain };
+    Family::ALL.into_iter().fold(chain, |chain, family| {
+        chain.rule([
+            mark(MARK),
+            destination_port(mesh_port),
+            to_listener(family, listener),
+            let_through(),
+        ])
+    })
+}
+
+/// All packets that do not belong to a connection of an application's go to the agent's listener.
+pub(super) fn families_to_listener(chain: Chain, listener: Option<u16>) -> Chain {
+    let Some(listener) = listener else { return chain };
+    Family::ALL
+        .into_iter()
+        .fold(chain, |chain, family| chain.rule([to_listener(family, listener), let_through()]))
+}
+
+/// The connections that are older than the rules.
+pub(super) fn older_sets() -> Vec<Set> {
+    vec![
+        Set { name: OLDER_V4, content: SetContent::Connections(Family::V4) },
+        Set { name: OLDER_V6, content: SetContent::Connections(Family::V6) },
+    ]
+}
+
+/// Lets connections go on that are older than the rules. One that is opened anew between the same ends is not.
+pub(super) fn older_chain() -> Chain {
+    let families = [(Family::V4, OLDER_V4), (Family::V6, OLDER_V6)];
+    families.into_iter().fold(Chain::named("older"), |chain, (family, set)| {
+        chain.rule([opening(Is::Equal), forget_outgoing(family, set)]).rule([
+            outgoing_in(family, set),
+            set_mark(MARK_UNCAPTURED),
+            let_through(),
+        ])
+    })
+}
+
+/// The rules of the chain [`UNDECIDED`](super::UNDECIDED) while it is being found out which connections are older
+/// than the rules: a packet on loopback that belongs to none of the agent's is lost, and sent again by its
+/// application's kernel, rather than refused.
+pub(super) fn undecided() -> Chain {
+    Chain::named(UNDECIDED)
+        .rule([to_transparent_socket(), pass()])
+        .rule([set_mark(MARK_UNCAPTURED), to_this_host(Is::Equal), pass()])
+        .rule([discard()])
+}
+
+/// The beginning of a chain for what is captured and was not led to loopback after all, as with a socket that is
+/// bound to another interface.
+pub(super) fn leaving() -> Chain {
+    Chain::at("leaving", Hook::POSTROUTING)
+        .rule([tcp(Is::Not), pass()])
+        .rule([to_loopback(Is::Equal), pass()])
+        .rule([own(), pass()])
+}
+
+/// Tells of such a connection of a workload, and stops it or not. A reset cannot be sent from here: whoever is told
+/// ends the connection.
+pub(super) fn unroutable(
+    chain: Chain,
+    of_workload: impl Fn() -> Vec<Expression>,
+    what: Unroutable,
+) -> Chain {
+    let chain = chain.rule([of_workload(), opening(Is::Equal), report_to(REPORT_GROUP)]);
+    match what {
+        Unroutable::Refuse => chain.rule([of_workload(), discard()]),
+        Unroutable::Pass => chain.rule([of_workload(), let_through()]),
+    }
+}

@@ -1,0 +1,201 @@
+//! The TCP sockets of the calling thread's network namespace, and their end: `sock_diag(7)`.
+//!
+//! The kernel's own list tells which connections are captured, which are older than the capture rules, and
+//! which were opened while the rules were missing. Nothing here depends on connection tracking or on
+//! what this process remembers.
+
+use std::{
+    collections::HashSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use netlink_bindings::{
+    inet_diag::{IterableReplyAttrs, Msg, OpTcpDiagDump, ReqV2, Request, Sockid},
+    traits::{NetlinkRequest, Protocol},
+};
+use netlink_socket2::NetlinkSocket;
+use nix::libc;
+
+use crate::{
+    capture::MARK,
+    error::{Context, Result, accept},
+    links::Family,
+};
+
+/// `TCP_*` of `include/net/tcp_states.h`.
+const SYN_SENT: u8 = 2;
+const TIME_WAIT: u8 = 6;
+const CLOSE: u8 = 7;
+const LISTEN: u8 = 10;
+const NEW_SYN_RECV: u8 = 12;
+
+/// `SOCK_DESTROY` and `NETLINK_SOCK_DIAG` of `linux/sock_diag.h` and `linux/netlink.h`.
+const SOCK_DESTROY: u16 = 21;
+const NETLINK_SOCK_DIAG: u16 = 4;
+
+/// A TCP socket that is, or is about to be, one end of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TcpSocket {
+    /// Its own end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    /// Whose it is.
+    pub user: u32,
+    /// The cgroup it was made in, by the kernel's number; none if the kernel has no cgroups for sockets.
+    pub cgroup: Option<u64>,
+    /// `SO_MARK`. Zero, too, if the caller may not see it.
+    mark: u32,
+    state: u8,
+    header: Sockid,
+    family: Family,
+}
+
+impl TcpSocket {
+    /// Whether the agent made it, or accepted it.
+    pub fn is_agents(&self) -> bool {
+        self.mark == MARK || self.mark == crate::capture::MARK_TRANSPARENT
+    }
+
+    /// Whether it only listens.
+    pub fn listens(&self) -> bool {
+        self.state == LISTEN
+    }
+
+    /// Whether it is waiting for the answer to its first packet.
+    pub fn is_opening(&self) -> bool {
+        self.state == SYN_SENT
+    }
+}
+
+/// All TCP sockets with an application behind them, of both families. Those that wait out their end
+/// (`TIME_WAIT`) have none.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn tcp_sockets() -> Result<Vec<TcpSocket>> {
+    let mut found = Vec::new();
+    for family in Family::ALL {
+        let operation = || format!("listing the {family:?} TCP sockets");
+        let header = ReqV2 {
+            family: family.number(),
+            protocol: 6,
+            states: !((1 << TIME_WAIT) | (1 << CLOSE) | (1 << NEW_SYN_RECV)),
+            ..Default::default()
+        };
+        let request = Request::new().op_tcp_diag_dump(&header);
+        let mut socket = NetlinkSocket::new();
+        let mut reply = socket.request(&request).context(operation())?;
+        while let Some(answer) = reply.recv() {
+            match answer {
+                Ok((message, attributes)) => found.extend(read(family, &message, &attributes)),
+                // A kernel without IPv6 has no such sockets.
+                Err(error) if error.as_io_error().raw_os_error() == Some(libc::ENOENT) => break,
+                Err(error) => return Err(error).context(operation()),
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn read(family: Family, message: &Msg, attributes: &IterableReplyAttrs<'_>) -> Option<TcpSocket> {
+    let ports = (u16::from_be(message.sockid._sport_be), u16::from_be(message.sockid._dport_be));
+    Some(TcpSocket {
+        local: SocketAddr::new(address(family, &message.sockid.src)?, ports.0),
+        remote: SocketAddr::new(address(family, &message.sockid.dst)?, ports.1),
+        user: message.uid,
+        cgroup: attributes.get_cgroup_id().ok(),
+        mark: attributes.get_mark().unwrap_or(0),
+        state: message.state,
+        header: message.sockid.clone(),
+        family,
+    })
+}
+
+fn address(family: Family, bytes: &[u8; 16]) -> Option<IpAddr> {
+    Some(match family {
+        Family::V4 => IpAddr::V4(Ipv4Addr::from(bytes.first_chunk::<4>().copied()?)),
+        // An IPv6 socket may have an IPv4 connection.
+        Family::V6 => Ipv6Addr::from(*bytes).to_canonical(),
+    })
+}
+
+/// The applications' connections to other hosts among these sockets that do not go through the agent: neither
+/// end is a socket of the agent's, and the other end is no address of this namespace.
+pub fn uncaptured<'a>(
+    sockets: &'a [TcpSocket],
+    own_addresses: &'a HashSet<IpAddr>,
+) -> Vec<&'a TcpSocket> {
+    let agents: HashSet<(SocketAddr, SocketAddr)> = sockets
+        .iter()
+        .filter(|socket| socket.is_agents())
+        .map(|socket| (socket.remote, socket.local))
+        .collect();
+    connections(sockets, own_addresses)
+        .filter(|socket| !agents.contains(&(socket.local, socket.remote)))
+        .collect()
+}
+
+/// The applications' connections to other hosts, whether captured or not.
+pub fn connections<'a>(
+    sockets: &'a [TcpSocket],
+    own_addresses: &'a HashSet<IpAddr>,
+) -> impl Iterator<Item = &'a TcpSocket> {
+    sockets.iter().filter(|socket| {
+        let remote = socket.remote.ip();
+        !socket.is_agents()
+            && !socket.listens()
+            && !remote.is_unspecified()
+            && !remote.is_loopback()
+            && !own_addresses.contains(&remote)
+    })
+}
+
+/// Ends a connection at once: its application sees a reset, and nothing of it is sent any more.
+///
+/// # Errors
+/// If the kernel cannot do that (`CONFIG_INET_DIAG_DESTROY`). One that is gone already is no error.
+pub fn destroy(socket: &TcpSocket) -> Result<()> {
+    let operation = || format!("ending the connection {} to {}", socket.local, socket.remote);
+    let request = Destroy::new(socket);
+    let mut netlink = NetlinkSocket::new();
+    let mut reply = netlink.request(&request).context(operation())?;
+    accept(reply.recv_ack().context(operation()), &[libc::ENOENT])
+}
+
+/// A request that the bindings have no type for.
+struct Destroy(Vec<u8>);
+
+impl Destroy {
+    fn new(socket: &TcpSocket) -> Self {
+        let header = ReqV2 {
+            family: socket.family.number(),
+            protocol: 6,
+            states: u32::MAX,
+            sockid: socket.header.clone(),
+            ..Default::default()
+        };
+        let mut payload = Vec::new();
+        drop(OpTcpDiagDump::encode_request(&mut payload, &header));
+        Self(payload)
+    }
+}
+
+impl NetlinkRequest for Destroy {
+    type ReplyType<'buf> = ();
+
+    fn protocol(&self) -> Protocol {
+        Protocol::Raw { protonum: NETLINK_SOCK_DIAG, request_type: SOCK_DESTROY }
+    }
+
+    fn flags(&self) -> u16 {
+        // What every request has is added on its way.
+        0
+    }
+
+    fn payload(&self) -> &[u8] {
+        &self.0
+    }
+
+    fn decode_reply(_: &[u8]) -> Self::ReplyType<'_> {}
+}
