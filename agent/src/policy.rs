@@ -1,5 +1,6 @@
 //! What this node enforces: the snapshot that every decision reads, and its sole writer.
 
+mod clock;
 mod kept;
 mod snapshot;
 mod subscribe;

@@ -5,17 +5,36 @@ use std::{
     collections::{BTreeSet, HashMap},
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use hauberk_core::policy::Backends;
+use tokio::time::Instant;
 
 /// How long a backend that could not be reached is left alone, while there are others.
 const REST: Duration = Duration::from_secs(10);
 
 /// What this agent knows of backends.
 #[derive(Default)]
-pub(crate) struct Balancer(Mutex<HashMap<SocketAddr, Load>>);
+pub(crate) struct Balancer(Mutex<Loads>);
+
+/// The backends that have open connections, and those that failed a moment ago.
+#[derive(Default)]
+struct Loads {
+    of: HashMap<SocketAddr, Load>,
+    swept: Option<Instant>,
+}
+
+impl Loads {
+    /// Forgets backends that have rested and carry nothing. They may be gone: nobody would ask for them again.
+    fn sweep(&mut self, now: Instant) {
+        if self.swept.is_some_and(|at| now.saturating_duration_since(at) < REST) {
+            return;
+        }
+        self.swept = Some(now);
+        self.of.retain(|_, load| load.open > 0 || load.rests(now));
+    }
+}
 
 #[derive(Default)]
 struct Load {
@@ -38,17 +57,17 @@ pub(crate) struct Chosen {
 impl Chosen {
     /// It could not be reached.
     pub(crate) fn failed(&self) {
-        self.balancer.lock().entry(self.backend).or_default().failed = Some(Instant::now());
+        self.balancer.lock().of.entry(self.backend).or_default().failed = Some(Instant::now());
     }
 }
 
 impl Drop for Chosen {
     fn drop(&mut self) {
         let mut loads = self.balancer.lock();
-        if let Some(load) = loads.get_mut(&self.backend) {
+        if let Some(load) = loads.of.get_mut(&self.backend) {
             load.open = load.open.saturating_sub(1);
             if load.open == 0 && !load.rests(Instant::now()) {
-                loads.remove(&self.backend);
+                loads.of.remove(&self.backend);
             }
         }
     }
@@ -59,9 +78,10 @@ impl Balancer {
     pub(crate) fn choose(self: &Arc<Self>, backends: &Backends) -> Option<Chosen> {
         let now = Instant::now();
         let mut loads = self.lock();
+        loads.sweep(now);
         let fit_of = |backends: &BTreeSet<SocketAddr>| -> Vec<SocketAddr> {
             let is_fit =
-                |backend: &SocketAddr| loads.get(backend).is_none_or(|load| !load.rests(now));
+                |backend: &SocketAddr| loads.of.get(backend).is_none_or(|load| !load.rests(now));
             backends.iter().copied().filter(is_fit).collect()
         };
         let mut fit = fit_of(&backends.first);
@@ -74,15 +94,15 @@ impl Balancer {
         }
         let one = *fit.get(chance(fit.len())?)?;
         let other = *fit.get(chance(fit.len())?)?;
-        let open = |backend: &SocketAddr| loads.get(backend).map_or(0, |load| load.open);
+        let open = |backend: &SocketAddr| loads.of.get(backend).map_or(0, |load| load.open);
         let backend = if open(&other) < open(&one) { other } else { one };
-        loads.entry(backend).or_default().open += 1;
+        loads.of.entry(backend).or_default().open += 1;
         drop(loads);
         Some(Chosen { balancer: self.clone(), backend })
     }
 
     /// Plain data: a panic elsewhere leaves nothing half-changed in it.
-    fn lock(&self) -> MutexGuard<'_, HashMap<SocketAddr, Load>> {
+    fn lock(&self) -> MutexGuard<'_, Loads> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -123,7 +143,25 @@ mod tests {
             assert!((60..=140).contains(&count), "{backend}: {count} of 300");
         }
         drop(open);
-        assert!(balancer.lock().is_empty(), "what is closed is forgotten");
+        assert!(balancer.lock().of.is_empty(), "what is closed is forgotten");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn backends_that_failed_and_are_gone_are_forgotten() {
+        let balancer = Arc::<Balancer>::default();
+        let long = balancer.choose(&backends(1)).unwrap();
+        for port in 2..2_000 {
+            let gone = Backends { first: set([port]), ..Backends::default() };
+            balancer.choose(&gone).unwrap().failed();
+            tokio::time::advance(Duration::from_secs(1)).await;
+            // Those of the last two rests at most.
+            assert!(balancer.lock().of.len() <= 21, "{}", balancer.lock().of.len());
+        }
+        assert!(balancer.lock().of.contains_key(&long.backend), "it is open");
+        drop(long);
+        tokio::time::advance(REST).await;
+        drop(balancer.choose(&backends(1)).unwrap());
+        assert!(balancer.lock().of.is_empty());
     }
 
     #[test]

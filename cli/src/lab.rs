@@ -270,6 +270,19 @@ impl Lab {
     /// # Errors
     /// If it cannot.
     pub fn start_agent(&mut self, machine: &str, arguments: &[&str]) -> anyhow::Result<()> {
+        self.start_agent_with(machine, arguments, &[])
+    }
+
+    /// The same, with more environment variables.
+    ///
+    /// # Errors
+    /// If it cannot.
+    pub fn start_agent_with(
+        &mut self,
+        machine: &str,
+        arguments: &[&str],
+        variables: &[(&str, OsString)],
+    ) -> anyhow::Result<()> {
         let data = self.folder.path().join(machine);
         let mut command = self.hauberk()?;
         command
@@ -280,7 +293,8 @@ impl Lab {
             .arg(self.folder.path().join("netns"))
             .arg("--records")
             .arg(self.records(machine))
-            .args(arguments);
+            .args(arguments)
+            .envs(variables.iter().cloned());
         if !data.join("node.json").exists() {
             command.env("HAUBERK_JOIN_TOKEN", self.token(machine)?);
         }

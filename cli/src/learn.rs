@@ -74,7 +74,9 @@ fn merged(mut answers: Vec<v1::LearnResponse>) -> anyhow::Result<Told> {
     let mut of_nodes: BTreeMap<(String, Edge), (Seen, bool)> = BTreeMap::new();
     let mut standings: BTreeMap<Edge, Standing> = BTreeMap::new();
     let mut gaps: BTreeMap<String, v1::LearnedGap> = BTreeMap::new();
+    let mut forgotten_nodes = 0;
     for answer in answers {
+        forgotten_nodes = forgotten_nodes.max(answer.forgotten_nodes);
         for edge in answer.edges {
             let standing = standing(edge.standing, edge.policy)?;
             let message =
@@ -120,6 +122,12 @@ fn merged(mut answers: Vec<v1::LearnResponse>) -> anyhow::Result<Told> {
     }
     told.unvouched.retain(|edge, _| !told.edges.contains_key(edge));
     told.gaps = gaps.iter().flat_map(|(node, gap)| sentences(node, gap)).collect();
+    if forgotten_nodes > 0 {
+        told.gaps.push(format!(
+            "{forgotten_nodes} nodes have left the mesh whose edges the control plane dropped, to make room for those \
+             of others"
+        ));
+    }
     Ok(told)
 }
 
@@ -545,6 +553,7 @@ mod tests {
         );
         let gap = v1::LearnedGap { node: "a".to_owned(), missed: 5, full: true, unread: true };
         known.gaps = vec![gap];
+        known.forgotten_nodes = 2;
         let told = merged(vec![known]).unwrap();
         let chosen = Chosen::new(&told, &ALL);
         let text = chosen.yaml(&told.gaps);
@@ -555,10 +564,11 @@ mod tests {
             "#   shop/web -> [fd00::9]:443: 2 connections",
             "#   dev/web -> payments/ledger:5432: 3 connections, the last at 1970-01-01T00:03:20Z; Guardrail pci\n",
             "# NOT COMPLETE: the agent of a had no room for the edges of 5 connections",
+            "# NOT COMPLETE: 2 nodes have left the mesh whose edges the control plane dropped",
         ] {
             assert!(text.contains(part), "no {part:?} in\n{text}");
         }
-        assert_eq!(text.matches("# NOT COMPLETE: ").count(), 3, "{text}");
+        assert_eq!(text.matches("# NOT COMPLETE: ").count(), 4, "{text}");
         assert!(!text.contains("payments/old"), "{text}");
         let value = chosen.json(&told.gaps);
         let fates = value["edges"].as_array().unwrap().iter().map(|edge| edge["fate"].as_str());

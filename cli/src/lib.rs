@@ -1,6 +1,7 @@
 //! The `hauberk` command: everything in one file. Runs the control plane and the agent, asks the
 //! control plane, and shows all of it in a demonstration.
 
+mod check;
 mod control;
 mod demo;
 pub mod lab;
@@ -239,7 +240,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Action::Why(args) => operator::why(&args),
         Action::Denied(args) => operator::denied(&args),
         Action::Learn(args) => learn::run(&args),
-        Action::Check(args) => operator::check(&args),
+        Action::Check(args) => check::check(&args),
         Action::Completions { shell } => {
             clap_complete::generate(
                 shell,

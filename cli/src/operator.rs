@@ -5,13 +5,16 @@ use std::{future::Future, path::Path, process::ExitCode, time::Duration};
 use anyhow::Context;
 use comfy_table::{Table, presets};
 use futures_util::StreamExt;
-use hauberk_core::time::Timestamp;
+use hauberk_core::{
+    clock::{ClockSkew, SkewVerdict},
+    time::Timestamp,
+};
 use hauberk_proto::v1;
 use hauberk_telemetry::record::RecordLine;
 use serde_json::json;
 
 use crate::{
-    Asking, CheckArgs, DeniedArgs, Output, WhyArgs,
+    Asking, DeniedArgs, Output, WhyArgs,
     control::{self, Client},
 };
 
@@ -56,7 +59,7 @@ pub(crate) fn get_status(socket: &Path) -> anyhow::Result<v1::GetStatusResponse>
 }
 
 /// Asks every replica: each knows the agents that are connected to it.
-fn whole_status(asking: &Asking) -> anyhow::Result<v1::GetStatusResponse> {
+pub(crate) fn whole_status(asking: &Asking) -> anyhow::Result<v1::GetStatusResponse> {
     control::run(async {
         let mut statuses = Vec::new();
         for mut client in asking.way.clients().await? {
@@ -129,6 +132,7 @@ fn status_json(status: &v1::GetStatusResponse) -> serde_json::Value {
             "last_seen": time(node.last_seen_unix_ms),
             "agent_version": node.agent_version,
             "open_connections": node.open_connections,
+            "clock_skew_ms": node.clock_skew_ms,
         })).collect::<Vec<_>>(),
         "workloads": status.workloads.iter().map(|workload| json!({
             "workload": workload.workload,
@@ -199,6 +203,21 @@ fn print_status(status: &v1::GetStatusResponse, now: Timestamp) {
     for note in &status.ca_notes {
         println!("certificate authority: {note}");
     }
+    for (node, skew) in clocks_off(status) {
+        println!("clock: node {node} is {skew} the control plane");
+    }
+}
+
+/// The nodes whose clocks are further from the control plane's than is tolerated.
+pub(crate) fn clocks_off(
+    status: &v1::GetStatusResponse,
+) -> impl Iterator<Item = (&str, ClockSkew)> {
+    status.nodes.iter().filter_map(|node| {
+        let skew = ClockSkew::from_millis(node.clock_skew_ms?);
+        // What an agent said before it went away says nothing of now.
+        let tolerated = !node.connected || skew.verdict() == SkewVerdict::Tolerated;
+        (!tolerated).then_some((node.name.as_str(), skew))
+    })
 }
 
 pub(crate) fn why(args: &WhyArgs) -> anyhow::Result<ExitCode> {
@@ -315,170 +334,14 @@ fn denial_line(event: &v1::DeniedEvent) -> String {
     line
 }
 
-/// One finding of `hauberk check`.
-struct Finding {
-    problem: String,
-    hint: &'static str,
-}
-
-pub(crate) fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
-    let status = whole_status(&args.asking)?;
-    let findings = findings(&status, args.expiry_warn, now());
-    match args.asking.output {
-        Output::Json => println!(
-            "{}",
-            json!(
-                findings
-                    .iter()
-                    .map(|finding| json!({"problem": finding.problem, "hint": finding.hint}))
-                    .collect::<Vec<_>>()
-            )
-        ),
-        Output::Text if findings.is_empty() => println!("nothing is wrong"),
-        Output::Text => {
-            for finding in &findings {
-                println!("✗ {}\n    hint: {}", finding.problem, finding.hint);
-            }
-        }
-    }
-    Ok(if findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// How long `check` speaks of capture rules that somebody altered.
-const RESTORED_SHOWN: Duration = Duration::from_secs(24 * 60 * 60);
-
 /// Whether a node's last certificate is good no more. Those of a cluster have none that the registry keeps.
-fn has_expired(node: &v1::NodeInfo, now: Timestamp) -> bool {
+pub(crate) fn has_expired(node: &v1::NodeInfo, now: Timestamp) -> bool {
     let end = node.certificate_not_after_unix_ms;
     end != 0 && end <= now.unix_millis()
 }
 
-/// What to do about a node whose certificate has expired.
-fn way_back(node: &v1::NodeInfo, now: Timestamp) -> &'static str {
-    if node.renewable_until_unix_ms > now.unix_millis() {
-        "start its agent and let it reach the control plane: it renews the certificate by itself until then"
-    } else {
-        "hauberk token create --node NAME here, hauberk join TOKEN there; its agent takes it up as it runs"
-    }
-}
-
-fn now() -> Timestamp {
+pub(crate) fn now() -> Timestamp {
     Timestamp::from(std::time::SystemTime::now())
-}
-
-fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    let mut find = |problem: String, hint| findings.push(Finding { problem, hint });
-    for error in &status.manifest_errors {
-        find(
-            format!("manifest: {error}"),
-            "correct it; until then the last good state is in force",
-        );
-    }
-    for warning in &status.warnings {
-        find(
-            warning.clone(),
-            "a name may be misspelt, a Workload manifest missing, or a pod not fit for the mesh",
-        );
-    }
-    for note in &status.ca_notes {
-        find(
-            format!("certificate authority: {note}"),
-            "mend what it says, or wait until the time that it names",
-        );
-    }
-    for node in &status.nodes {
-        if !node.locked.is_empty() {
-            find(
-                format!("node {} is locked: {}", node.name, node.locked),
-                "find out who used its credential, then join it anew: hauberk token create --node \
-                 NAME here, hauberk join TOKEN there",
-            );
-        } else if !node.joined {
-            find(
-                format!("node {} has not joined", node.name),
-                "hauberk token create --node NAME here, hauberk join TOKEN there",
-            );
-        } else if !node.connected && has_expired(node, now) {
-            let end = time(node.certificate_not_after_unix_ms);
-            let until = match node.renewable_until_unix_ms {
-                until if until > now.unix_millis() => {
-                    format!("may be renewed until {}", time(until))
-                }
-                _ => "is not renewed any more".to_owned(),
-            };
-            find(
-                format!(
-                    "node {} is away, and its certificate, which ended at {end}, {until}",
-                    node.name
-                ),
-                way_back(node, now),
-            );
-        } else if !node.connected {
-            find(
-                format!(
-                    "node {} is away; it enforces revision {}",
-                    node.name, node.enforced_revision
-                ),
-                "is its agent running, and does it reach the control plane?",
-            );
-        } else if node.enforced_revision != status.revision {
-            find(
-                format!(
-                    "node {} enforces revision {}, not {} {}",
-                    node.name, node.enforced_revision, status.revision, node.refused
-                ),
-                "wait a moment; if it stays, look at the agent's log",
-            );
-        }
-    }
-    for workload in &status.workloads {
-        if !workload.captured {
-            let told = Some(workload.problem.as_str()).filter(|text| !text.is_empty());
-            find(
-                format!(
-                    "{} on {} is not captured: {}",
-                    workload.workload,
-                    workload.node,
-                    told.unwrap_or("its agent has not told of it yet")
-                ),
-                "what it serves is refused until it is; so is what it sends, unless its user or cgroup is \
-                 what is missing",
-            );
-        } else if workload.not_after_unix_ms <= now.unix_millis() {
-            find(
-                format!("{} has no valid certificate", workload.workload),
-                "look at the log of its agent for failed renewals",
-            );
-        }
-        let recently = now.saturating_sub(RESTORED_SHOWN).unix_millis();
-        if workload.restored_at_unix_ms > recently {
-            find(
-                format!(
-                    "the capture rules of {} on {} were altered and restored, {} times, last at {}: {}",
-                    workload.workload,
-                    workload.node,
-                    workload.restored,
-                    time(workload.restored_at_unix_ms),
-                    workload.restored_what
-                ),
-                "find out which program changes nftables or routing there; hauberk denied shows what was cut",
-            );
-        }
-    }
-    let soon = now.saturating_add(warn).unix_millis();
-    for (name, end) in [
-        ("root", status.root_not_after_unix_ms),
-        ("intermediate", status.intermediate_not_after_unix_ms),
-    ] {
-        if end < soon {
-            find(
-                format!("the CA's {name} certificate ends at {}", time(end)),
-                "the intermediate renews by itself at half of its life; see the control plane's log",
-            );
-        }
-    }
-    findings
 }
 
 fn table(headers: &[&str]) -> Table {
@@ -488,7 +351,7 @@ fn table(headers: &[&str]) -> Table {
     table
 }
 
-fn time(unix_ms: i64) -> String {
+pub(crate) fn time(unix_ms: i64) -> String {
     if unix_ms == 0 { "-".to_owned() } else { Timestamp::from_unix_millis(unix_ms).to_string() }
 }
 

@@ -33,6 +33,14 @@ pub(crate) struct Args {
     )]
     manifests: PathBuf,
 
+    /// Accept at this start that the manifests have no workload, although the last good ones have some.
+    ///
+    /// Without it the last good manifests stay in force, because a missing mount and a failed sync look the same, and
+    /// the agents open the ports of workloads that are gone. It confirms the folder as it is at this start only: leave
+    /// it out of the command of a service.
+    #[arg(long)]
+    allow_empty: bool,
+
     /// Where both keep what they must; `control-plane` and `agent` are made in it.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/hauberk")]
     data: PathBuf,
@@ -144,6 +152,7 @@ fn control_plane(args: &Args) -> hauberk_control_plane::config::Args {
     hauberk_control_plane::config::Args {
         data: args.data.join("control-plane"),
         manifests: args.manifests.clone(),
+        allow_empty: args.allow_empty,
         listen: args.listen,
         advertise: args.advertise.clone(),
         ..hauberk_control_plane::config::Args::defaults(args.trust_domain.clone())

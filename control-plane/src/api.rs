@@ -84,6 +84,15 @@ impl Shared {
         })
     }
 
+    /// Forgets what agents said whose nodes have left the mesh.
+    pub(crate) fn forget_gone_nodes(&self) {
+        let published = self.publisher.current();
+        // Without a state no node is known, and none is gone.
+        if published.revision > 0 {
+            self.fleet.retain_nodes(|node| published.has_machine(node));
+        }
+    }
+
     fn trust_bundle(&self) -> Vec<Vec<u8>> {
         self.authority.roots().iter().map(|root| root.to_vec()).collect()
     }

@@ -38,7 +38,7 @@ use crate::{
     custody::{self, Custody, Look, Pace},
     issuance::IssuanceRate,
     kubernetes,
-    policy::{HEALTH_CHECK, Publisher},
+    policy::{Emptied, HEALTH_CHECK, Publisher},
     serve,
     store::Store,
 };
@@ -126,6 +126,7 @@ pub async fn run(
     };
     let publisher = Publisher::start(
         cluster.is_none().then(|| args.manifests.clone()),
+        if args.allow_empty { Emptied::Confirmed } else { Emptied::Refused },
         args.trust_domain.clone(),
         store.clone(),
         metrics.clone(),
@@ -168,6 +169,7 @@ pub async fn run(
         stopping: stopping.clone(),
     });
     health.set(custody::HEALTH_CHECK, HealthState::Ready);
+    tokio::spawn(forget_gone_nodes(shared.clone()));
     match cluster {
         None => drop(tokio::spawn(publisher.watch())),
         Some(cluster) => {
@@ -232,6 +234,14 @@ pub async fn run(
     }
     drop(std::fs::remove_file(&operator_path));
     Ok(())
+}
+
+/// With each revision nodes may have left the mesh.
+async fn forget_gone_nodes(shared: Arc<Shared>) {
+    let mut published = shared.publisher.subscribe();
+    while published.changed().await.is_ok() {
+        shared.forget_gone_nodes();
+    }
 }
 
 /// Serves metrics and health until the program ends.

@@ -5,6 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use hauberk_core::{
     admission::AttestedNode,
+    clock::NOT_BEFORE_BACKDATE,
     identity::IdentityKind,
     svid::{LeafFacts, VerifiedSvid},
     time::Timestamp,
@@ -14,7 +15,6 @@ use tonic::{Extensions, Status};
 
 use crate::{
     api::Shared,
-    ca::BACKDATE,
     store::{SerialCheck, Shown},
 };
 
@@ -157,7 +157,7 @@ fn name_of(facts: &LeafFacts) -> Result<String, Status> {
 
 fn shown<'a>(serial: &'a str, facts: &LeafFacts) -> Shown<'a> {
     // Whole seconds are in the certificate: rounded up, so that the one of a join is not older than that.
-    let issued = facts.not_before().saturating_add(BACKDATE + Duration::from_secs(1));
+    let issued = facts.not_before().saturating_add(NOT_BEFORE_BACKDATE + Duration::from_secs(1));
     Shown { serial, issued_unix_ms: issued.unix_millis() }
 }
 

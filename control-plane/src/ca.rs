@@ -10,6 +10,6 @@ mod roots;
 
 pub(crate) use authority::{Authority, CaError, Signer};
 pub(crate) use brought::{Brought, CERTIFICATE, KEY, ROOTS};
-pub(crate) use issuer::{BACKDATE, Issued};
+pub(crate) use issuer::Issued;
 pub(crate) use own::{exists as own_exists, keep_root, open as open_own, root_files};
 pub(crate) use roots::Roots;

@@ -43,6 +43,14 @@ pub struct Args {
     )]
     pub manifests: PathBuf,
 
+    /// Accept at this start that the manifests have no workload, although the last good ones have some.
+    ///
+    /// Without it the last good manifests stay in force, because a missing mount and a failed sync look the same, and
+    /// agents open the ports of workloads that are gone. It confirms the folder as it is at this start only: leave it
+    /// out of the command of a service.
+    #[arg(long, conflicts_with = "kubernetes")]
+    pub allow_empty: bool,
+
     /// Take policies, pods and services from the Kubernetes API, and keep the CA and the revision there,
     /// instead of a manifest folder and files: for control planes that run in a cluster.
     #[arg(long, env = "HAUBERK_KUBERNETES", conflicts_with = "manifests")]
@@ -157,6 +165,7 @@ impl Args {
             trust_domain,
             data: "/var/lib/hauberk/control-plane".into(),
             manifests: "/etc/hauberk/manifests".into(),
+            allow_empty: false,
             kubernetes: false,
             ca: None,
             ca_secret: None,

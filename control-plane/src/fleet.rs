@@ -59,6 +59,14 @@ impl Fleet {
         change(agent);
     }
 
+    /// Forgets the agents of nodes that are gone: `is_there` does not know them, and they have no stream. What they saw
+    /// is kept for as long as nobody needs its room.
+    pub(crate) fn retain_nodes(&self, is_there: impl Fn(&str) -> bool) {
+        let mut agents = lock(&self.agents);
+        agents.retain(|node, agent| agent.streams > 0 || is_there(node));
+        self.seen.nodes_are(|node| is_there(node) || agents.contains_key(node));
+    }
+
     /// Ends the streams that a node has open: its credential is not good any more.
     pub(crate) fn cut(&self, node: &str) {
         // There may be no stream at all.
@@ -113,4 +121,25 @@ impl Fleet {
 /// Plain data: a panic elsewhere leaves nothing half-changed in it.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agents_of_nodes_that_are_gone_are_forgotten() {
+        let fleet = Fleet::default();
+        let now = Timestamp::UNIX_EPOCH;
+        for number in 0..10_000 {
+            let (node, there) = (format!("node-{number}"), |node: &str| node == "stays");
+            fleet.update(&node, now, |agent| agent.streams += 1);
+            fleet.retain_nodes(there);
+            assert_eq!(fleet.agents()[&node].streams, 1, "it is not registered, but connected");
+            fleet.update(&node, now, |agent| agent.streams -= 1);
+            fleet.update("stays", now, |_| {});
+            fleet.retain_nodes(there);
+            assert_eq!(fleet.agents().keys().collect::<Vec<_>>(), ["stays"]);
+        }
+    }
 }

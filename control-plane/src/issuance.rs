@@ -37,10 +37,30 @@ struct Node {
     exceeded: bool,
 }
 
-/// A bucket a node. Only nodes with a certificate get one, so there are as many as have joined.
+/// With this many buckets, the full ones are thrown away for the first time.
+const FIRST_SWEEP: usize = 1_000;
+
+/// A bucket for each node that asked lately. A full one is as good as none.
 #[derive(Default)]
 pub(crate) struct IssuanceRate {
-    nodes: Mutex<HashMap<String, Node>>,
+    nodes: Mutex<Nodes>,
+}
+
+#[derive(Default)]
+struct Nodes {
+    buckets: HashMap<String, Node>,
+    /// How many there were after the last sweep.
+    swept: usize,
+}
+
+impl Nodes {
+    /// Throws the full buckets away whenever there are twice as many as were left the last time.
+    fn sweep(&mut self, now: Instant) {
+        if self.buckets.len() >= FIRST_SWEEP.max(self.swept.saturating_mul(2)) {
+            self.buckets.retain(|_, node| node.earned > now);
+            self.swept = self.buckets.len();
+        }
+    }
 }
 
 impl IssuanceRate {
@@ -48,8 +68,11 @@ impl IssuanceRate {
     pub(crate) fn take(&self, node: &str, now: Instant) -> Result<(), Exceeded> {
         let one = Duration::from_secs(1) / PER_SECOND;
         let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
-        let node =
-            nodes.entry(node.to_owned()).or_insert_with(|| Node { earned: now, exceeded: false });
+        nodes.sweep(now);
+        let node = nodes
+            .buckets
+            .entry(node.to_owned())
+            .or_insert_with(|| Node { earned: now, exceeded: false });
         let earned = node.earned.max(now) + one;
         if earned.saturating_duration_since(now) > one * BURST {
             let first = !std::mem::replace(&mut node.exceeded, true);
@@ -67,6 +90,25 @@ impl IssuanceRate {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nodes_that_ask_no_more_are_forgotten() {
+        let rate = IssuanceRate::default();
+        let mut now = Instant::now();
+        for number in 0..20_000 {
+            now += Duration::from_millis(10);
+            assert_eq!(rate.take(&format!("node-{number}"), now), Ok(()));
+            assert!(rate.nodes.lock().unwrap().buckets.len() <= FIRST_SWEEP, "number {number}");
+        }
+        // One that asks too much is not let off by it.
+        for _ in 0..BURST {
+            drop(rate.take("flood", now));
+        }
+        for number in 0..FIRST_SWEEP * 3 {
+            drop(rate.take(&format!("other-{number}"), now));
+        }
+        assert_eq!(rate.take("flood", now), Err(Exceeded { first: true }));
+    }
 
     #[test]
     fn a_flood_is_slowed_down_told_once_and_leaves_others_alone() {

@@ -8,7 +8,7 @@ mod status;
 mod warnings;
 
 pub(crate) use kubernetes::{Follower, HEALTH_CHECK};
-pub(crate) use publish::{Published, Publisher, chain};
+pub(crate) use publish::{Emptied, Published, Publisher, chain};
 pub(crate) use source::{Folder, read_folder};
 pub(crate) use status::StatusWriter;
 pub(crate) use warnings::warnings;

@@ -3,7 +3,8 @@
 //!
 //! An agent tells all of its edges anew on each new stream, so what a replica forgets comes back; what an agent
 //! forgets when it is restarted, the replica keeps. A node speaks for its own workloads only: what it says of others is
-//! kept, but nothing is learned from it.
+//! kept, but nothing is learned from it. What nodes told that are gone stays for as long as there is room: it is dropped, the
+//! oldest first, as soon as nodes that are there need that.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -33,6 +34,8 @@ struct Inner {
     nodes: BTreeMap<String, Told>,
     /// How many edges all of them have.
     held: usize,
+    /// How many nodes that are gone lost their edges to others.
+    forgotten: u64,
 }
 
 /// What one node's agent told.
@@ -42,6 +45,8 @@ struct Told {
     missed: Tally,
     full: bool,
     unread: bool,
+    /// Whether its node has left the mesh.
+    gone: bool,
 }
 
 #[derive(Debug)]
@@ -111,8 +116,10 @@ impl Memory {
             }
         }
         let mut guard = self.lock();
-        let Inner { nodes, held } = &mut *guard;
-        let Told { edges, missed, full, unread } = nodes.entry(node.to_owned()).or_default();
+        guard.make_room(node, &read);
+        let Inner { nodes, held, forgotten: _ } = &mut *guard;
+        let Told { edges, missed, full, unread, gone } = nodes.entry(node.to_owned()).or_default();
+        *gone = false;
         missed.told(since, report.missed);
         *unread |= bad;
         for (edge, seen) in read {
@@ -132,6 +139,14 @@ impl Memory {
                 Entry::Vacant(_) => *full = true,
             }
         }
+    }
+
+    /// Notes which nodes are there. Of those that are gone only edges stay.
+    pub(crate) fn nodes_are(&self, is_there: impl Fn(&str) -> bool) {
+        self.lock().nodes.retain(|node, told| {
+            told.gone = !is_there(node);
+            !told.gone || !told.edges.is_empty()
+        });
     }
 
     /// Every edge of every node.
@@ -162,9 +177,37 @@ impl Memory {
         gaps.filter(|gap| gap.missed > 0 || gap.full || gap.unread).collect()
     }
 
+    /// How many nodes that are gone lost their edges to others.
+    pub(crate) fn forgotten_nodes(&self) -> u64 {
+        self.lock().forgotten
+    }
+
     /// Plain data: a panic elsewhere leaves nothing half-changed in it.
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// Drops what nodes told that are gone, until the edges of a report find room or no such node is left.
+    fn make_room(&mut self, node: &str, read: &[(Edge, Seen)]) {
+        let known = self.nodes.get(node).map(|told| &told.edges);
+        let is_new = |edge: &Edge| known.is_none_or(|edges| !edges.contains_key(edge));
+        let new = read.iter().filter(|(edge, _)| is_new(edge)).count();
+        while self.held + new > MAX_EDGES {
+            let gone = self.nodes.iter().filter(|(name, told)| told.gone && *name != node);
+            let oldest =
+                gone.min_by_key(|(_, told)| told.edges.values().map(|edge| edge.seen.last).max());
+            let Some(oldest) = oldest.map(|(name, _)| name.clone()) else { return };
+            let dropped = self.nodes.remove(&oldest).map_or(0, |told| told.edges.len());
+            self.held -= dropped;
+            self.forgotten += 1;
+            tracing::info!(
+                node = oldest,
+                edges = dropped,
+                "the edges of a node that is gone are dropped, for those of others"
+            );
+        }
     }
 }
 
@@ -282,6 +325,44 @@ mod tests {
             memory.sightings().remove(0).vouched
         };
         assert_eq!([vouched(false), vouched(true), vouched(false)], [false, true, true]);
+    }
+
+    #[test]
+    fn nodes_that_are_gone_crowd_out_no_edge_of_one_that_is_there() {
+        const OF_EACH: u16 = 10_000;
+        let memory = Memory::default();
+        let many: Vec<(Edge, u64)> =
+            (1..=OF_EACH).map(|port| (edge("web", "ledger", port), 1)).collect();
+        let of = |node: &str| counts(&memory).iter().filter(|(name, ..)| name == node).count();
+        for number in 0..20_i64 {
+            let node = format!("node-{number}");
+            for part in many.chunks(MAX_A_REPORT) {
+                memory.take(&node, report(number, part), is_ledger);
+            }
+            assert_eq!(of(&node), usize::from(OF_EACH), "{node} found no room");
+            assert!(memory.sightings().len() <= MAX_EDGES);
+            memory.nodes_are(|name| name == node);
+        }
+        // What is gone stays while there is room, the newest of it.
+        assert_eq!(memory.sightings().len(), MAX_EDGES);
+        assert_eq!((of("node-14"), of("node-15")), (0, usize::from(OF_EACH)));
+        assert_eq!((memory.forgotten_nodes(), memory.gaps()), (15, Vec::new()));
+        // A node that comes back is told of by its agent anew.
+        memory.take("node-16", report(30, &many[..1]), is_ledger);
+        memory.take("other", report(31, &many[..2]), is_ledger);
+        assert_eq!((of("node-16"), of("node-15"), of("other")), (usize::from(OF_EACH), 0, 2));
+    }
+
+    #[test]
+    fn nodes_that_are_gone_and_have_no_edge_leave_nothing() {
+        let memory = Memory::default();
+        for number in 0..10_000 {
+            let node = format!("node-{number}");
+            let told = v1::Seen { since_unix_ms: 1, edges: Vec::new(), missed: 1 };
+            memory.take(&node, told, is_ledger);
+            memory.nodes_are(|_| false);
+        }
+        assert_eq!((memory.gaps(), memory.lock().nodes.len()), (Vec::new(), 0));
     }
 
     #[test]

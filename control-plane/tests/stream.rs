@@ -4,8 +4,12 @@
 
 mod place;
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant, SystemTime},
+};
 
+use hauberk_core::time::Timestamp;
 use hauberk_proto::{
     convert::Resource,
     state::state_hash,
@@ -188,6 +192,98 @@ async fn a_refused_update_ends_the_stream_and_the_next_one_has_everything() {
         let status = status.into_inner();
         let node = status.nodes.iter().find(|node| node.name == "machine-a").unwrap();
         assert_eq!(node.refused, format!("revision {}: no", first.revision));
+    };
+    place.serve(test).await;
+}
+
+fn system_time_ms() -> i64 {
+    Timestamp::from(SystemTime::now()).unix_millis()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn revisions_and_the_time_are_told_to_the_millisecond() {
+    let place = Place::new(&[HOSTS, &policy("[5432]")].concat());
+    let test = async {
+        let channel = place.join().await.channel(&place);
+        let mut agent = Agent::subscribe(&channel, &nothing()).await;
+        agent.next().await;
+        // Several times, as one may fall on a whole second.
+        for port in 6000..6003 {
+            let before = system_time_ms();
+            place.put(&[HOSTS, &policy(&format!("[{port}]"))].concat());
+            let made = agent.next().await.made_at_unix_ms;
+            assert!((before..=system_time_ms()).contains(&made), "made {} ms early", before - made);
+            let before = system_time_ms();
+            let mut client = StateClient::new(channel.clone());
+            let told = client.get_time(v1::GetTimeRequest {}).await.unwrap().into_inner();
+            assert!((before..=system_time_ms()).contains(&told.now_unix_ms), "{told:?} {before}");
+        }
+    };
+    place.serve(test).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_has_the_clock_skew_that_an_agent_reports() {
+    let place = Place::new(&[HOSTS, &policy("[5432]")].concat());
+    let test = async {
+        let channel = place.join().await.channel(&place);
+        let agent = Agent::subscribe(&channel, &nothing()).await;
+        let skew = async || {
+            let status = place.operator().await.get_status(v1::GetStatusRequest {}).await.unwrap();
+            status.into_inner().nodes[0].clock_skew_ms
+        };
+        assert_eq!(skew().await, None);
+        let report = v1::AgentStatus { clock_skew_ms: Some(-90_000), ..v1::AgentStatus::default() };
+        let report = v1::AgentReport { kind: Some(Kind::Status(report)) };
+        agent.reports.send(report).await.unwrap();
+        let begun = Instant::now();
+        while skew().await != Some(-90_000) {
+            assert!(begun.elapsed() < PATIENCE, "it is not told");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    place.serve(test).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_agent_said_is_forgotten_when_its_machine_is_gone() {
+    const OTHER: &str = "
+apiVersion: hauberk.dev/v1alpha1
+kind: Machine
+metadata: {name: machine-b}
+spec: {addresses: [10.0.0.2]}
+---
+apiVersion: hauberk.dev/v1alpha1
+kind: Workload
+metadata: {name: other, namespace: shop}
+spec: {machine: machine-b, serviceAccount: other, process: {user: other}, ports: []}
+---
+";
+    let place = Place::new(&[HOSTS, OTHER].concat());
+    let test = async {
+        let channel = place.join().await.channel(&place);
+        let mut agent = Agent::subscribe(&channel, &nothing()).await;
+        agent.next().await;
+        // What of machine-a the status says, once `wanted` holds.
+        let status = async |wanted: fn(Option<&v1::NodeInfo>) -> bool| {
+            let begun = Instant::now();
+            loop {
+                let answer = place.operator().await.get_status(v1::GetStatusRequest {}).await;
+                let nodes = answer.unwrap().into_inner().nodes;
+                if wanted(nodes.iter().find(|node| node.name == "machine-a")) {
+                    return;
+                }
+                assert!(begun.elapsed() < PATIENCE, "{nodes:?}");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        status(|node| node.is_some_and(|node| node.connected)).await;
+        drop(agent);
+        status(|node| node.is_some_and(|node| !node.connected && node.last_seen_unix_ms > 0)).await;
+        place.put(OTHER);
+        status(|node| node.is_none()).await;
+        place.put(&[HOSTS, OTHER].concat());
+        status(|node| node.is_some_and(|node| node.last_seen_unix_ms == 0)).await;
     };
     place.serve(test).await;
 }

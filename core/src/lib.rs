@@ -6,6 +6,7 @@
 //! arguments; refusals come out as values that name the reason.
 
 pub mod admission;
+pub mod clock;
 pub mod identity;
 pub mod learn;
 pub mod manifest;

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use crate::time::Timestamp;
+use crate::{clock::NOT_BEFORE_BACKDATE, time::Timestamp};
 
 /// The first retry after a failure comes this long after it, and each further one after twice
 /// the time.
@@ -34,12 +34,10 @@ const RETRY_SPREAD_PART: u32 = 5;
 /// The time within which a certificate is to be renewed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Validity {
-    /// From when the lifetime counts. Our issuer backdates `notBefore` by 60 s against clock
-    /// skew; taken as it stands, that would put the half-life of a certificate of up to a minute
-    /// before its issuance and renew without end. So use [`Validity::observed`], unless the start
-    /// is known to be the issuance.
+    /// The issuance, from which the lifetime counts. It is later than the certificate's own
+    /// `notBefore`: see [`Validity::of_issued`].
     pub not_before: Timestamp,
-    /// The certificate's `notAfter`.
+    /// The certificate's `notAfter`, by the caller's clock.
     pub not_after: Timestamp,
 }
 
@@ -72,11 +70,22 @@ pub enum Step {
 }
 
 impl Validity {
-    /// The validity of a certificate obtained (issued, or read from disk) at `obtained_at`: its
-    /// lifetime counts from then, or from `notBefore` if that is later.
+    /// The validity of a certificate of our issuer, from the two times in it. `obtained_at` is when
+    /// it was issued to the caller, or read from disk.
+    ///
+    /// The lifetime counts from the issuance, [`NOT_BEFORE_BACKDATE`] after `not_before`: counted
+    /// from `not_before`, the half-life of a short one would lie before its issuance, and it would be
+    /// renewed without end. A certificate cannot be obtained before it is issued: if it was, the
+    /// caller's clock is behind by at least the difference, and both times are moved back by that, so
+    /// that the renewal comes in time by the issuer's clock.
     #[must_use]
-    pub fn observed(not_before: Timestamp, not_after: Timestamp, obtained_at: Timestamp) -> Self {
-        Self { not_before: not_before.max(obtained_at), not_after }
+    pub fn of_issued(not_before: Timestamp, not_after: Timestamp, obtained_at: Timestamp) -> Self {
+        let issued = not_before.saturating_add(NOT_BEFORE_BACKDATE);
+        let behind = issued.since(obtained_at);
+        Self {
+            not_before: issued.saturating_sub(behind),
+            not_after: not_after.saturating_sub(behind),
+        }
     }
 
     fn lifetime(self) -> Duration {

@@ -6,8 +6,6 @@
 //! for it with [`ChainVerified`], the only way to a [`VerifiedSvid`]. What is not understood whole
 //! is refused whole.
 
-use std::time::Duration;
-
 use sha2::{Digest, Sha256};
 use x509_parser::prelude::X509Certificate;
 
@@ -20,11 +18,6 @@ use crate::time::Timestamp;
 mod error;
 mod read;
 mod serial;
-
-/// How far a peer's clock may be off before its certificate counts as not yet valid or expired.
-///
-/// None: issuers backdate `notBefore` by 60 s instead, and an expired certificate is expired.
-pub const CLOCK_SKEW_ALLOWANCE: Duration = Duration::ZERO;
 
 /// The largest path length constraint: more than one byte is beyond rustls-webpki, which would
 /// refuse every chain without saying why.
@@ -322,7 +315,9 @@ fn signing_facts(
     })
 }
 
-/// RFC 5280, section 4.1.2.5: valid from `notBefore` through `notAfter`, both included.
+/// RFC 5280, section 4.1.2.5: valid from `notBefore` through `notAfter`, both included. Nothing is allowed for clocks
+/// that are off: the issuer dates `notBefore` back ([`NOT_BEFORE_BACKDATE`](crate::clock::NOT_BEFORE_BACKDATE)), and an
+/// expired certificate is expired.
 fn check_validity(
     certificate: &X509Certificate<'_>,
     now: Timestamp,
@@ -332,10 +327,10 @@ fn check_validity(
     if not_before > not_after {
         return Err(SvidError::EmptyValidity { not_before, not_after });
     }
-    if now.saturating_add(CLOCK_SKEW_ALLOWANCE) < not_before {
+    if now < not_before {
         return Err(SvidError::NotYetValid { not_before, now });
     }
-    if now.saturating_sub(CLOCK_SKEW_ALLOWANCE) > not_after {
+    if now > not_after {
         return Err(SvidError::Expired { not_after, now });
     }
     Ok((not_before, not_after))

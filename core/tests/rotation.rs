@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use hauberk_core::clock::NOT_BEFORE_BACKDATE;
 use hauberk_core::rotation::{
     Failure, Jitter, MAX_RETRY_DELAY, MIN_RETRY_DELAY, Step, Validity, acquire, next,
 };
@@ -106,15 +107,20 @@ fn a_failure_noted_before_the_clock_was_set_back_does_not_hold_renewal_up() {
 
 #[test]
 fn a_backdated_certificate_is_not_renewed_as_soon_as_it_is_obtained() {
-    // Issued at 60 s for 10 s, with notBefore 60 s earlier.
-    let validity = Validity::observed(at(0), at(70_000), at(60_000));
-    assert_eq!(next(validity, at(60_000), Jitter::MIN, None), Step::Wait(at(64_500)));
+    // Issued at 120 s for 10 s, with notBefore 120 s earlier, and obtained a moment later.
+    let validity = Validity::of_issued(at(0), at(130_000), at(120_300));
+    assert_eq!(next(validity, at(120_300), Jitter::MIN, None), Step::Wait(at(124_500)));
+    // Read from disk when its time has come.
+    let validity = Validity::of_issued(at(0), at(130_000), at(126_000));
+    assert_eq!(next(validity, at(126_000), Jitter::MIN, None), Step::RenewNow);
 }
 
 #[test]
-fn a_certificate_for_later_counts_from_its_not_before() {
-    let validity = Validity::observed(at(10_000), at(20_000), at(0));
-    assert_eq!(next(validity, at(0), Jitter::MIN, None), Step::Wait(at(14_500)));
+fn by_a_clock_that_is_behind_renewal_comes_in_time_all_the_same() {
+    // Issued at 120 s for 10 s; the caller's clock says 30 s.
+    let validity = Validity::of_issued(at(0), at(130_000), at(30_000));
+    assert_eq!(next(validity, at(30_000), Jitter::MIN, None), Step::Wait(at(34_500)));
+    assert_eq!(next(validity, at(40_000), Jitter::MIN, None), Step::Expired);
 }
 
 #[test]
@@ -234,16 +240,20 @@ proptest! {
 
     #[test]
     fn a_fresh_certificate_is_never_renewed_at_once(
-        validity in any_validity(), jitter in any_jitter(), obtained in any::<u16>(),
+        validity in any_validity(), jitter in any_jitter(), behind in 0_u64..1_000_000,
     ) {
-        let obtained_at = within(validity, obtained);
-        let remaining = validity.not_after.since(obtained_at);
-        let observed = Validity::observed(validity.not_before, validity.not_after, obtained_at);
-        if remaining >= Duration::from_millis(10) {
-            let Step::Wait(renewal) = next(observed, obtained_at, jitter, None) else {
+        let behind = Duration::from_millis(behind);
+        let life = validity.not_after.since(validity.not_before);
+        let dated = validity.not_before.saturating_sub(NOT_BEFORE_BACKDATE);
+        // By a clock that is right or behind, by however much.
+        let obtained_at = validity.not_before.saturating_sub(behind);
+        let issued = Validity::of_issued(dated, validity.not_after, obtained_at);
+        if life >= Duration::from_millis(10) {
+            let Step::Wait(renewal) = next(issued, obtained_at, jitter, None) else {
                 return Err(TestCaseError::fail("renewed at once"));
             };
-            prop_assert!(renewal.since(obtained_at) >= remaining * 2 / 5);
+            prop_assert!(renewal.since(obtained_at) >= life * 2 / 5);
+            prop_assert!(renewal.since(obtained_at) <= life * 3 / 5);
         }
     }
 

@@ -48,6 +48,7 @@ fn the_agents_metrics_are_these() {
     metrics.policy_enforced(42, now, Duration::from_millis(250));
     metrics.policy_refused();
     metrics.control_plane_connected();
+    metrics.set_clock_skew(-90_250);
     metrics.set_workloads(12, 3);
     metrics.records_lost().inc_by(0);
     insta::assert_snapshot!(exposition(metrics.registry()));

@@ -27,13 +27,33 @@ pub use reauthenticate::{ReauthenticateError, prove, verify_proof};
 pub use trust::{TrustBundle, TrustError, TrustSlot, sha256};
 pub use verify::{LapsedSvid, PeerError, VerifyError, lapsed_client_of, peer_of, verify_chain};
 
-/// The present, as the core wants it. Only adapters and shells call this.
+/// The present, to the millisecond, as the core wants it. Only adapters and shells call this.
 #[must_use]
 pub fn now() -> hauberk_core::time::Timestamp {
-    timestamp(rustls_pki_types::UnixTime::now())
+    std::time::SystemTime::now().into()
 }
 
+/// The time that rustls hands to verifiers: whole seconds.
 fn timestamp(time: rustls_pki_types::UnixTime) -> hauberk_core::time::Timestamp {
     let millis = time.as_secs().saturating_mul(1000);
     hauberk_core::time::Timestamp::from_unix_millis(i64::try_from(millis).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use hauberk_core::time::Timestamp;
+
+    use super::*;
+
+    #[test]
+    fn the_present_is_told_to_the_millisecond() {
+        // Several times, as one may fall on a whole second.
+        for _ in 0..5 {
+            std::thread::sleep(std::time::Duration::from_millis(3));
+            let before = Timestamp::from(std::time::SystemTime::now());
+            let told = now();
+            let after = Timestamp::from(std::time::SystemTime::now());
+            assert!((before..=after).contains(&told), "{told} is not from {before} to {after}");
+        }
+    }
 }

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use hauberk_core::time::Timestamp;
+use hauberk_core::{clock::ClockSkew, time::Timestamp};
 use hauberk_proto::v1;
 use hauberk_tls::CredentialSlot;
 
@@ -18,6 +18,8 @@ pub(crate) struct StatusBoard {
     context: Arc<Context>,
     node: Arc<CredentialSlot>,
     entries: Arc<Mutex<BTreeMap<String, Entry>>>,
+    /// As it was measured last.
+    clock_skew: Arc<Mutex<Option<ClockSkew>>>,
 }
 
 struct Entry {
@@ -30,7 +32,7 @@ struct Entry {
 
 impl StatusBoard {
     pub(crate) fn new(context: Arc<Context>, node: Arc<CredentialSlot>) -> Self {
-        Self { context, node, entries: Arc::default() }
+        Self { context, node, entries: Arc::default(), clock_skew: Arc::default() }
     }
 
     /// Notes how a workload stands. Returns whether that is news.
@@ -71,6 +73,11 @@ impl StatusBoard {
         (count(entries.len() - failed), count(failed))
     }
 
+    /// Notes how far this node's clock is from the control plane's.
+    pub(crate) fn set_clock_skew(&self, skew: ClockSkew) {
+        *self.clock_skew.lock().unwrap_or_else(PoisonError::into_inner) = Some(skew);
+    }
+
     pub(crate) fn report(&self) -> v1::AgentStatus {
         let workloads = self
             .lock()
@@ -100,6 +107,11 @@ impl StatusBoard {
                 .node
                 .load()
                 .map_or(0, |credential| credential.facts().not_after().unix_millis()),
+            clock_skew_ms: self
+                .clock_skew
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .map(ClockSkew::millis),
         }
     }
 

@@ -253,8 +253,8 @@ impl Node {
         match identity.credential {
             Dated::Current(credential) => {
                 let facts = credential.facts();
-                let issued = facts.not_before().saturating_add(super::rotate::BACKDATE);
-                let validity = Validity::observed(issued, facts.not_after(), issued);
+                let now = hauberk_tls::now();
+                let validity = Validity::of_issued(facts.not_before(), facts.not_after(), now);
                 if self.slot.store(credential).is_err() {
                     bail!("the certificate is not that of {}", self.slot.id());
                 }

@@ -26,9 +26,6 @@ use tokio::{sync::watch, task::JoinHandle};
 use super::{ControlPlane, Kept, explain};
 use crate::handover::Replaced;
 
-/// How far back the control plane dates the start of a certificate: its life begins that much later.
-pub(super) const BACKDATE: Duration = Duration::from_secs(60);
-
 /// Wall-clock jumps and suspended machines are noticed at this pace.
 const LONGEST_SLEEP: Duration = Duration::from_secs(30);
 
@@ -184,12 +181,13 @@ struct Rotation {
 impl Rotation {
     async fn run(self) {
         self.load(true);
+        let mut obtained_at = hauberk_tls::now();
         let mut jitter = draw_jitter();
         let mut failure: Option<Failure> = None;
         let mut renewals = self.control_plane.renewals();
         loop {
             let now = hauberk_tls::now();
-            let step = match self.validity() {
+            let step = match self.validity(obtained_at) {
                 Some(validity) => rotation::next(validity, now, jitter, failure),
                 None => rotation::acquire(now, jitter, failure),
             };
@@ -207,13 +205,17 @@ impl Rotation {
                     );
                     self.slot.clear();
                 }
-                Step::RenewNow if !self.may_ask(now).await => {
+                Step::RenewNow if !self.may_ask(now, obtained_at).await => {
                     failure = None;
-                    // What was kept may be good by now, if the clock was wrong.
-                    self.load(false);
+                    if self.slot.load().is_none() {
+                        // What was kept may be good by now, if the clock was wrong.
+                        self.load(false);
+                        obtained_at = hauberk_tls::now();
+                    }
                 }
                 Step::RenewNow => match self.renew().await {
                     Ok(()) => {
+                        obtained_at = hauberk_tls::now();
                         failure = None;
                         jitter = draw_jitter();
                     }
@@ -236,17 +238,16 @@ impl Rotation {
 
     /// Whether the control plane can be asked: not while the node has no certificate that it can use. Waits for
     /// one, but not for long, and not beyond the end of what is in use.
-    async fn may_ask(&self, now: Timestamp) -> bool {
-        let end = self.validity().map(|validity| validity.not_after.since(now));
+    async fn may_ask(&self, now: Timestamp, obtained_at: Timestamp) -> bool {
+        let end = self.validity(obtained_at).map(|validity| validity.not_after.since(now));
         let patience = end.unwrap_or(NODE_LOOK).min(NODE_LOOK).max(Duration::from_millis(20));
         tokio::time::timeout(patience, self.control_plane.usable()).await.is_ok()
     }
 
-    fn validity(&self) -> Option<Validity> {
+    fn validity(&self, obtained_at: Timestamp) -> Option<Validity> {
         let credential = self.slot.load()?;
         let facts = credential.facts();
-        let issued = facts.not_before().saturating_add(BACKDATE);
-        Some(Validity { not_before: issued, not_after: facts.not_after() })
+        Some(Validity::of_issued(facts.not_before(), facts.not_after(), obtained_at))
     }
 
     /// Takes up what is on disk, if nothing is in use and there are roots to trust beside it. `first` says what is

@@ -17,8 +17,9 @@ use hauberk_telemetry::{
 };
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::AbortOnDropHandle;
 
-use super::{Owner, Snapshot, kept};
+use super::{Owner, Snapshot, clock, kept};
 use crate::{
     capture::StatusBoard,
     edges::Edges,
@@ -232,7 +233,8 @@ impl Subscription {
             state_hash: known.state_hash.to_vec(),
         };
         reports.send(report(Kind::Hello(hello))).await?;
-        let mut updates = StateClient::new(self.control_plane.streaming_channel())
+        let channel = self.control_plane.streaming_channel();
+        let mut updates = StateClient::new(channel.clone())
             .max_decoding_message_size(256 * 1024 * 1024)
             .subscribe(ReceiverStream::new(outgoing))
             .await
@@ -244,6 +246,9 @@ impl Subscription {
         let mut denials = self.records.follow_denials();
         let mut status_due = tokio::time::interval(STATUS_PACE);
         let mut edges_due = tokio::time::interval(EDGES_PACE);
+        // A task of its own: its round trips must not wait for an update that is being applied.
+        let clock = clock::watch(channel, self.status.clone(), self.metrics.clone());
+        let _clock = AbortOnDropHandle::new(tokio::spawn(clock));
         // This replica may have forgotten what was told before, or be another.
         let mut told = 0;
         loop {

@@ -143,6 +143,7 @@ fn status(shared: &Shared) -> Result<v1::GetStatusResponse, Status> {
             last_seen_unix_ms: agent.last_seen.map_or(0, |seen| seen.unix_millis()),
             agent_version: agent.version,
             open_connections: agent.status.open_connections,
+            clock_skew_ms: agent.status.clock_skew_ms,
         });
     }
     let workloads = published

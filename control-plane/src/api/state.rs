@@ -66,6 +66,15 @@ impl state_server::State for State {
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
+
+    async fn get_time(
+        &self,
+        request: Request<v1::GetTimeRequest>,
+    ) -> Result<Response<v1::GetTimeResponse>, Status> {
+        attest::node(request.extensions(), &self.0)?;
+        let now_unix_ms = hauberk_tls::now().unix_millis();
+        Ok(Response::new(v1::GetTimeResponse { now_unix_ms }))
+    }
 }
 
 /// Counts the stream for as long as it lives.
@@ -88,6 +97,7 @@ impl Drop for Connected<'_> {
         self.shared.fleet.update(self.node, hauberk_tls::now(), |agent| {
             agent.streams = agent.streams.saturating_sub(1);
         });
+        self.shared.forget_gone_nodes();
         self.shared.metrics.set_agents_connected(connected(self.shared));
         tracing::info!(node = self.node, "an agent disconnected");
     }

@@ -7,6 +7,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use hauberk_core::{
+    clock::NOT_BEFORE_BACKDATE,
     identity::TrustDomain,
     svid::{SigningFacts, SvidError, check_intermediate, check_root},
     time::Timestamp,
@@ -22,7 +23,6 @@ use zeroize::Zeroizing;
 
 use super::{
     authority::{CaError, Maker, Signer},
-    issuer::BACKDATE,
     own,
 };
 
@@ -230,7 +230,7 @@ impl Brought {
 
     /// From when nobody whose clock is behind refuses it.
     pub(crate) fn settled_from(&self) -> Timestamp {
-        self.not_before.saturating_add(BACKDATE)
+        self.not_before.saturating_add(NOT_BEFORE_BACKDATE)
     }
 
     /// When the first of its certificates ends.

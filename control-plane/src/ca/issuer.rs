@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use hauberk_core::{identity::SpiffeId, time::Timestamp};
+use hauberk_core::{clock::NOT_BEFORE_BACKDATE, identity::SpiffeId, time::Timestamp};
 use rcgen::{
     CertificateParams, CertificateSigningRequestParams, DistinguishedName, ExtendedKeyUsagePurpose,
     IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
@@ -13,9 +13,6 @@ use time::OffsetDateTime;
 use x509_parser::{certification_request::X509CertificationRequest, prelude::FromDer};
 
 use super::CaError;
-
-/// How far the start of a certificate lies in the past, for clocks that are behind.
-pub(crate) const BACKDATE: Duration = Duration::from_secs(60);
 
 /// A certificate request longer than this carries more than a key.
 const MAX_REQUEST: usize = 8 * 1024;
@@ -117,5 +114,5 @@ pub(super) fn validity(
     if let Some(limit) = at_most {
         end = end.min(limit);
     }
-    Ok((date(now.saturating_sub(BACKDATE))?, date(end)?))
+    Ok((date(now.saturating_sub(NOT_BEFORE_BACKDATE))?, date(end)?))
 }

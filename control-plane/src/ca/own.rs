@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use hauberk_core::{
+    clock::NOT_BEFORE_BACKDATE,
     identity::{SpiffeId, TrustDomain},
     svid::{check_intermediate, check_root},
     time::Timestamp,
@@ -239,7 +240,7 @@ fn intermediate(
     Ok(Intermediate {
         issuer: Issuer::from_ca_cert_der(&certificate, key)?,
         not_after: facts.not_after(),
-        made_at: facts.not_before().saturating_add(issuer::BACKDATE),
+        made_at: facts.not_before().saturating_add(NOT_BEFORE_BACKDATE),
         certificate,
     })
 }

@@ -30,6 +30,16 @@ const DEBOUNCE: Duration = Duration::from_millis(50);
 /// File systems without change notices, and notices that were lost, are caught up with at this pace.
 const RESCAN: Duration = Duration::from_secs(10);
 
+/// What manifests without any workload mean while the last good ones have some.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Emptied {
+    /// A mount that is missing, or a sync that failed: agents would open every protected port for it. The last good
+    /// manifests stay in force.
+    Refused,
+    /// The operator has confirmed it.
+    Confirmed,
+}
+
 /// One revision.
 #[derive(Debug)]
 pub(crate) struct Published {
@@ -39,6 +49,7 @@ pub(crate) struct Published {
     pub(crate) state_hash: [u8; 32],
     pub(crate) table: DecisionTable,
     pub(crate) workloads: Vec<MeshWorkload>,
+    /// In order.
     pub(crate) machines: Vec<String>,
     pub(crate) warnings: Vec<String>,
     /// Each as `namespace/name`, those that bind to nothing included.
@@ -56,6 +67,11 @@ impl Published {
     /// The registered workload that people call so: by its key, or by that of a pod without the UID.
     pub(crate) fn named(&self, name: &str) -> Option<&MeshWorkload> {
         self.workloads.iter().find(|workload| workload.shown() == name || workload.key() == name)
+    }
+
+    /// Whether a machine, or a node of the cluster, is in the mesh.
+    pub(crate) fn has_machine(&self, name: &str) -> bool {
+        self.machines.binary_search_by(|known| known.as_str().cmp(name)).is_ok()
     }
 
     /// Whether an identity is registered.
@@ -120,9 +136,11 @@ struct Seen {
 
 impl Publisher {
     /// Reads the folder, or the last good manifests if it has errors. Without a folder there is no state
-    /// until one is [put](Self::put).
+    /// until one is [put](Self::put). `emptied` is about the folder as it is now: one that loses its workloads later
+    /// is refused in any case.
     pub(crate) fn start(
         folder: Option<PathBuf>,
+        emptied: Emptied,
         trust_domain: TrustDomain,
         store: Arc<Store>,
         metrics: Arc<ControlPlaneMetrics>,
@@ -150,7 +168,7 @@ impl Publisher {
             seen: Mutex::default(),
         });
         if let Some(folder) = &publisher.folder
-            && !publisher.reload(folder)?
+            && !publisher.reload(folder, emptied)?
         {
             publisher.fall_back()?;
         }
@@ -201,7 +219,9 @@ impl Publisher {
                 () = tokio::time::sleep(RESCAN) => {}
             }
             let (publisher, folder) = (self.clone(), folder.clone());
-            let reloaded = tokio::task::spawn_blocking(move || publisher.reload(&folder)).await;
+            let reloaded =
+                tokio::task::spawn_blocking(move || publisher.reload(&folder, Emptied::Refused))
+                    .await;
             match reloaded {
                 Ok(Ok(_)) => {}
                 // People see it in the status as well, and it is tried again at the next look.
@@ -215,7 +235,7 @@ impl Publisher {
     }
 
     /// Puts the folder in force if it is whole. Returns whether it is.
-    fn reload(&self, folder: &Path) -> Result<bool, StoreError> {
+    fn reload(&self, folder: &Path, emptied: Emptied) -> Result<bool, StoreError> {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let files = match read_folder(folder) {
             Ok(files) => files,
@@ -232,45 +252,49 @@ impl Publisher {
         }
         // What cannot be stored is tried again.
         *seen = None;
-        let good = match Folder::parse(files.clone()) {
-            Ok(folder) => {
-                let good = self.publish(&folder)?;
-                if good {
-                    self.set_errors(Vec::new());
-                }
-                good
-            }
-            Err(error) => {
-                self.set_errors(error.lines());
-                false
-            }
+        let refused = match Folder::parse(files.clone()) {
+            Ok(folder) => self.publish(&folder, emptied)?,
+            Err(error) => error.lines(),
         };
-        *seen = Some(Seen { files, in_force: good });
-        Ok(good)
+        let in_force = refused.is_empty();
+        self.set_errors(refused);
+        *seen = Some(Seen { files, in_force });
+        Ok(in_force)
     }
 
+    /// Puts the last good manifests in force. Without any, nothing is: agents go on with what they have from before, and
+    /// one that has nothing allows nothing. An empty state would tell them to open every port.
     fn fall_back(&self) -> Result<(), StoreError> {
         let files = self.store.manifests()?;
         if files.is_empty() {
-            tracing::warn!("there are no good manifests yet: everything is denied");
-            return self.publish_resolved(Resolved::default(), Vec::new(), Counts::default());
+            tracing::warn!("there are no good manifests yet; agents get no state until there are");
+            return Ok(());
         }
-        match Folder::parse(files) {
-            Ok(folder) => {
-                tracing::warn!("the last good manifests are in force");
-                self.publish(&folder).map(|_| ())
-            }
-            Err(error) => {
-                // A newer version may refuse what an older one took.
-                tracing::error!(errors = ?error.lines(),
-                    "the last good manifests are not accepted any more: everything is denied");
-                self.publish_resolved(Resolved::default(), Vec::new(), Counts::default())
-            }
+        // They are the last good ones, whatever is in them.
+        let refused = match Folder::parse(files) {
+            Ok(folder) => self.publish(&folder, Emptied::Confirmed)?,
+            Err(error) => error.lines(),
+        };
+        if refused.is_empty() {
+            tracing::warn!("the last good manifests are in force");
+            return Ok(());
         }
+        // A newer version may refuse what an older one took.
+        let stored = refused.iter().map(|line| {
+            format!(
+                "the last good manifests are not accepted any more, so agents get no state: {line}"
+            )
+        });
+        let mut errors = self.errors();
+        errors.extend(stored);
+        self.set_errors(errors);
+        Ok(())
     }
 
     /// What people should mend; empty if everything is in force.
     pub(crate) fn set_errors(&self, lines: Vec<String>) {
+        self.metrics
+            .manifests_read(u64::try_from(lines.len()).unwrap_or(u64::MAX), SystemTime::now());
         let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
         if *errors == lines {
             return;
@@ -282,29 +306,52 @@ impl Publisher {
         if lines.is_empty() {
             tracing::info!("the manifests are accepted again");
         }
-        self.metrics
-            .manifests_read(u64::try_from(lines.len()).unwrap_or(u64::MAX), SystemTime::now());
         *errors = lines;
     }
 
-    fn publish(&self, folder: &Folder) -> Result<bool, StoreError> {
+    /// Puts manifests in force, or says why not.
+    fn publish(&self, folder: &Folder, emptied: Emptied) -> Result<Vec<String>, StoreError> {
         let declared = &folder.declared;
         let resolved = match resolve(declared, &self.trust_domain) {
             Ok(resolved) => resolved,
-            Err(error) => {
-                self.set_errors(vec![chain(&error)]);
-                return Ok(false);
-            }
+            Err(error) => return Ok(vec![chain(&error)]),
         };
+        let kept = self.store.manifests()?;
+        if resolved.workloads.is_empty()
+            && let Some(before) = self.workloads_of(&kept)
+        {
+            match emptied {
+                Emptied::Refused => return Ok(vec![lost_all(&before)]),
+                Emptied::Confirmed => tracing::warn!(target: "hauberk.audit", last_good = before,
+                    "the manifests have no workload any more, and --allow-empty confirms it: nothing is protected"),
+            }
+        }
         // Kept before it is in force: a restart must not find something older as the last good.
-        if self.store.manifests()? != folder.files {
+        if kept != folder.files {
             self.store.save_manifests(&folder.files)?;
         }
         let machines = declared.machines.iter().map(|machine| machine.name.to_string()).collect();
         let counts =
             Counts { policies: declared.policies.len(), guardrails: declared.guardrails.len() };
         self.publish_resolved(resolved, machines, counts)?;
-        Ok(true)
+        Ok(Vec::new())
+    }
+
+    /// How many workloads manifests have that were good once, in words; nothing if they have none.
+    fn workloads_of(&self, files: &[(String, String)]) -> Option<String> {
+        if files.is_empty() {
+            return None;
+        }
+        let declared = Folder::parse(files.to_vec()).ok().map(|folder| folder.declared);
+        match declared.and_then(|declared| resolve(&declared, &self.trust_domain).ok()) {
+            Some(resolved) => match resolved.workloads.len() {
+                0 => None,
+                1 => Some("1 workload".to_owned()),
+                count => Some(format!("{count} workloads")),
+            },
+            // A newer version may refuse what an older one took; agents enforce it all the same.
+            None => Some("workloads that this version cannot read".to_owned()),
+        }
     }
 
     fn publish_resolved(
@@ -330,7 +377,6 @@ impl Publisher {
     /// Puts a state in force under its number.
     pub(crate) fn put(&self, revision: u64, state: State) {
         self.metrics.set_state_revision(revision);
-        self.metrics.manifests_read(0, SystemTime::now());
         let before = self.current();
         if before.revision == revision
             && before.machines == state.machines
@@ -364,6 +410,15 @@ impl Publisher {
             guardrails: counts.guardrails,
         }));
     }
+}
+
+/// Why manifests without a workload are not taken.
+fn lost_all(before: &str) -> String {
+    format!(
+        "the folder has no workload any more, and the last good manifests have {before}: a missing mount and a \
+         failed sync look the same; restore the files, or start the control plane once with --allow-empty to \
+         confirm it"
+    )
 }
 
 fn policy_names(resolved: &Resolved) -> BTreeSet<String> {
@@ -401,3 +456,6 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests;

@@ -779,6 +779,14 @@ pub mod workload_identity_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetTimeRequest {}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetTimeResponse {
+    /// In milliseconds since the Unix epoch.
+    #[prost(int64, tag = "1")]
+    pub now_unix_ms: i64,
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct StateUpdate {
     /// Counts up by one with each change of the state; never goes backwards.
@@ -1150,6 +1158,10 @@ pub struct AgentStatus {
     /// The node certificate's end, in milliseconds since the Unix epoch.
     #[prost(int64, tag = "3")]
     pub node_not_after_unix_ms: i64,
+    /// By how much the node's clock is ahead of the control plane's, in milliseconds; negative if it is behind.
+    /// Absent until it was measured.
+    #[prost(sint64, optional, tag = "4")]
+    pub clock_skew_ms: ::core::option::Option<i64>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WorkloadStatus {
@@ -1342,6 +1354,28 @@ pub mod state_client {
                 .insert(GrpcMethod::new("hauberk.v1.State", "Subscribe"));
             self.inner.streaming(req, path, codec).await
         }
+        /// The control plane's clock, for an agent to compare its own with.
+        pub async fn get_time(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetTimeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetTimeResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/hauberk.v1.State/GetTime");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("hauberk.v1.State", "GetTime"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1368,6 +1402,11 @@ pub mod state_server {
             &self,
             request: tonic::Request<tonic::Streaming<super::AgentReport>>,
         ) -> std::result::Result<tonic::Response<Self::SubscribeStream>, tonic::Status>;
+        /// The control plane's clock, for an agent to compare its own with.
+        async fn get_time(
+            &self,
+            request: tonic::Request<super::GetTimeRequest>,
+        ) -> std::result::Result<tonic::Response<super::GetTimeResponse>, tonic::Status>;
     }
     /// What agents enforce.
     #[derive(Debug)]
@@ -1490,6 +1529,49 @@ pub mod state_server {
                     };
                     Box::pin(fut)
                 }
+                "/hauberk.v1.State/GetTime" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetTimeSvc<T: State>(pub Arc<T>);
+                    impl<T: State> tonic::server::UnaryService<super::GetTimeRequest>
+                    for GetTimeSvc<T> {
+                        type Response = super::GetTimeResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetTimeRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as State>::get_time(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetTimeSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 _ => {
                     Box::pin(async move {
                         let mut response = http::Response::new(
@@ -1606,6 +1688,10 @@ pub struct NodeInfo {
     /// Until when it may renew its certificate although that has expired; 0 if it may not.
     #[prost(int64, tag = "11")]
     pub renewable_until_unix_ms: i64,
+    /// By how much its clock is ahead of the control plane's, in milliseconds; negative if it is behind. Absent until
+    /// its agent has measured it.
+    #[prost(sint64, optional, tag = "12")]
+    pub clock_skew_ms: ::core::option::Option<i64>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WorkloadInfo {
@@ -1709,6 +1795,9 @@ pub struct LearnResponse {
     /// Every AccessPolicy, as "namespace/name".
     #[prost(string, repeated, tag = "5")]
     pub policies: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// How many nodes have left the mesh whose edges this replica has dropped, to make room for those of others.
+    #[prost(uint64, tag = "6")]
+    pub forgotten_nodes: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LearnedEdge {

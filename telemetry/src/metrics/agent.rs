@@ -53,6 +53,7 @@ pub struct AgentMetrics {
     policy_last_good: IntGauge,
     policy_updates: IntCounterVec,
     control_plane_connected: IntGauge,
+    clock_skew: Gauge,
     enrolled: IntGauge,
     unenrolled: IntGauge,
     records_lost: IntCounter,
@@ -264,6 +265,11 @@ impl AgentMetrics {
                 "hauberk_control_plane_connected",
                 "1 while the stream from the control plane is up, else 0.",
             )?,
+            clock_skew: make.float_gauge(
+                "hauberk_clock_skew_seconds",
+                "Seconds by which this node's clock is ahead of the control plane's; negative if it \
+                 is behind. 0 until it was measured.",
+            )?,
             enrolled: workloads.with_label_values(&["enrolled"]),
             unenrolled: workloads.with_label_values(&["unenrolled"]),
             records_lost: make.counter(
@@ -404,6 +410,12 @@ impl AgentMetrics {
     /// Sets that the stream from the control plane is down.
     pub fn control_plane_disconnected(&self) {
         self.control_plane_connected.set(0);
+    }
+
+    /// Sets by how many milliseconds this node's clock is ahead of the control plane's.
+    pub fn set_clock_skew(&self, millis: i64) {
+        let size = Duration::from_millis(millis.unsigned_abs()).as_secs_f64();
+        self.clock_skew.set(if millis < 0 { -size } else { size });
     }
 
     /// Notes that capture rules were altered by somebody else, and are restored.

@@ -11,6 +11,7 @@
 mod attacks;
 mod capture;
 mod away;
+mod clock;
 mod command;
 mod control_plane;
 mod demo;
@@ -19,6 +20,7 @@ mod hosts;
 mod identity;
 mod learn;
 mod local_edges;
+mod manifests;
 mod policy;
 mod programs;
 mod relay;
@@ -67,6 +69,8 @@ fn main() -> std::process::ExitCode {
         local_edges::trials(),
         hosts::trials(),
         control_plane::trials(),
+        clock::trials(),
+        manifests::trials(),
         command::trials(),
         learn::trials(),
         demo::trials(),

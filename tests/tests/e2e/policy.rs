@@ -12,6 +12,7 @@ use hauberk_cli::lab::ipv4;
 use hauberk_core::{
     policy::Reason,
     session::{Refusal, RefusalCause},
+    time::Timestamp,
 };
 use hauberk_tests::mesh::{Mesh, PATIENCE, WEB, is, ledger_policy, workload};
 
@@ -334,7 +335,9 @@ spec:
 fn a_rule_that_ends_cuts_its_connections() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let before = mesh.wait_revision(0)?;
-    let end = hauberk_tls::now().saturating_add(std::time::Duration::from_secs(5));
+    // A tenth after a whole second: whoever counts in those is 0.9 s late.
+    let soon = hauberk_tls::now().saturating_add(Duration::from_secs(5));
+    let end = Timestamp::from_unix_millis(soon.unix_millis() / 1000 * 1000 + 100);
     mesh.write_manifest(
         "ledger.yaml",
         &ledger_policy(&format!("{WEB_RULE}    notAfter: '{end}'\n")),
@@ -344,7 +347,9 @@ fn a_rule_that_ends_cuts_its_connections() -> anyhow::Result<()> {
     let (mut client, _server) = open(&mesh, &listener, "web")?;
     let error = client.read(&mut [0]).expect_err("a reset at the rule's end");
     ensure!(error.kind() == ErrorKind::ConnectionReset, "got {error}");
-    ensure!(hauberk_tls::now() >= end, "it was cut before its end");
+    let cut = hauberk_tls::now();
+    ensure!(cut >= end, "it was cut before its end");
+    ensure!(cut.since(end) < Duration::from_millis(700), "it was cut {:?} late", cut.since(end));
     expect_reset(mesh.connect("web", mesh.ledger(8080)))?;
     let record = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
     ensure!(is(&record, "reason", "grant_expired"), "{record}");

@@ -127,8 +127,7 @@ fn each_certificate_has_its_key_its_issuer_and_its_time() {
         assert_eq!(algorithm, signature, "{name}");
         let issued_by = certificate.issuer().iter_common_name().next().unwrap();
         assert_eq!(issued_by.as_str().unwrap(), issuer, "{name}");
-        let wanted =
-            (start().saturating_sub(Duration::from_secs(60)), start().saturating_add(life));
+        let wanted = (start().saturating_sub(NOT_BEFORE_BACKDATE), start().saturating_add(life));
         assert_eq!(validity(&certificate), wanted, "{name}");
     }
     assert_eq!(issued.not_after, start().saturating_add(HOUR));
@@ -274,7 +273,7 @@ fn a_leaf_ends_with_its_issuer_at_the_latest() {
         let now = start().saturating_add(passed);
         let issued = authority.issue(&WEB.parse().unwrap(), &request, lifetime, now).unwrap();
         let (begin, end) = validity(&parsed(&issued.chain[0]));
-        assert_eq!(begin, now.saturating_sub(Duration::from_secs(60)), "{name}");
+        assert_eq!(begin, now.saturating_sub(NOT_BEFORE_BACKDATE), "{name}");
         assert_eq!((end, issued.not_after), (wanted, wanted), "{name}");
         verifies(&authority, &issued.chain, now);
     }

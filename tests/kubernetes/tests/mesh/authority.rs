@@ -22,8 +22,8 @@ pub(crate) const TESTS: &[(&str, Test)] = &[(
 )];
 
 /// Until a root that is new may issue, and until an old one is forgotten: two and a half lives of a certificate,
-/// and some looks.
-const ROTATION: Duration = Duration::from_secs(180);
+/// and some looks. Until a renewed one may: two minutes, for clocks that are behind, and half a life.
+const ROTATION: Duration = Duration::from_secs(300);
 
 /// A cluster whose certificates live for half a minute.
 pub(crate) fn start() -> anyhow::Result<Cluster> {
