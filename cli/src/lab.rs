@@ -283,14 +283,14 @@ impl Lab {
         arguments: &[&str],
         variables: &[(&str, OsString)],
     ) -> anyhow::Result<()> {
-        let data = self.folder.path().join(machine);
+        let data = self.data(machine);
         let mut command = self.hauberk()?;
         command
             .args(["agent", "--stop-with-stdin"])
             .arg("--data")
             .arg(&data)
             .arg("--netns-dir")
-            .arg(self.folder.path().join("netns"))
+            .arg(self.netns_dir())
             .arg("--records")
             .arg(self.records(machine))
             .args(arguments)
@@ -301,6 +301,18 @@ impl Lab {
         let running = self.spawn(machine, machine, &mut command)?;
         self.children.insert(machine.to_owned(), running);
         Ok(())
+    }
+
+    /// An agent's data folder.
+    #[must_use]
+    pub fn data(&self, machine: &str) -> PathBuf {
+        self.folder.path().join(machine)
+    }
+
+    /// Where agents find the lab's namespaces.
+    #[must_use]
+    pub fn netns_dir(&self) -> PathBuf {
+        self.folder.path().join("netns")
     }
 
     /// Where an agent's records are.

@@ -16,7 +16,9 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use hauberk_cli::lab::ipv4;
 use hauberk_linux::packets::{CaptureOptions, PacketCapture};
-use hauberk_tests::mesh::{CHECKOUT, Mesh, OUTSIDE, PATIENCE, PORTS, WEB, is, ledger_policy, workload};
+use hauberk_tests::mesh::{
+    CHECKOUT, Mesh, OUTSIDE, PATIENCE, PORTS, WEB, is, ledger_policy, workload,
+};
 
 use crate::programs::Process;
 
@@ -275,7 +277,12 @@ fn a_machine_that_boots_is_closed_before_its_agent_starts() -> anyhow::Result<()
     ensure!(is_answered(&mesh, target), "without any rule the port should be open");
     let data = mesh.data("machine-b");
     let mut close = mesh.hauberk()?;
-    close.args(["agent", "close"]).arg("--data").arg(&data).arg("--netns-dir").arg(mesh.netns_dir());
+    close
+        .args(["agent", "--data"])
+        .arg(&data)
+        .arg("--netns-dir")
+        .arg(mesh.netns_dir())
+        .arg("close");
     let closed = mesh.run("machine-b", &mut close)?;
     ensure!(closed.starts_with("closed: 2 workloads of machine-b in 2 places"), "{closed}");
     ensure!(!is_answered(&mesh, target), "the port is open");
@@ -297,7 +304,10 @@ fn users_that_two_workloads_claim_are_closed_alone() -> anyhow::Result<()> {
     let (mesh, target) = with_store("")?;
     let revision = mesh.wait_revision(0)?;
     answer_everybody(mesh.listen("machine-b", target)?);
-    let other = store("4343", "").replace("store", "second").replace("7070", "7171")
+    // One user by its number and by its name, which only that machine knows to be the same.
+    mesh.write_manifest("store.yaml", &store("5", ""))?;
+    let revision = mesh.wait_revision(revision)?;
+    let other = store("games", "").replace("store", "second").replace("7070", "7171")
         + "---\n"
         + &store("4545", "").replace("store", "third").replace("7070", "15006");
     mesh.write_manifest("others.yaml", &other)?;
@@ -310,7 +320,10 @@ fn users_that_two_workloads_claim_are_closed_alone() -> anyhow::Result<()> {
         };
         for name in ["jobs/store", "jobs/second"] {
             let text = problem(name);
-            ensure!(text.contains("jobs/second and jobs/store are the same to the kernel"), "{name}: {text}");
+            ensure!(
+                text.contains("jobs/second and jobs/store are the same to the kernel"),
+                "{name}: {text}"
+            );
         }
         ensure!(problem("jobs/third").is_empty(), "{}", problem("jobs/third"));
         ensure!(problem("payments/ledger").is_empty(), "{}", problem("payments/ledger"));
@@ -357,9 +370,8 @@ fn loopback_addresses() -> [IpAddr; 4] {
 fn loopback_between_two_workloads_of_a_host_is_decided_at_both_ends() -> anyhow::Result<()> {
     let (mesh, _) = with_store("")?;
     let mut revision = mesh.wait_revision(0)?;
-    for any in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)] {
-        answer_everybody(mesh.listen("machine-b", SocketAddr::new(any, 7070))?);
-    }
+    // Of both families.
+    answer_everybody(mesh.listen("machine-b", SocketAddr::from((Ipv6Addr::UNSPECIFIED, 7070)))?);
     for mode in ["Audit", "Enforce"] {
         mesh.write_manifest("caller.yaml", &caller(mode))?;
         revision = mesh.wait_revision(revision)?;
@@ -405,9 +417,8 @@ spec:
 
 fn an_audited_server_is_reached_over_loopback() -> anyhow::Result<()> {
     let (mesh, target) = with_store("mode: Audit")?;
-    for any in [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)] {
-        answer_everybody(mesh.listen("machine-b", SocketAddr::new(any, 7070))?);
-    }
+    // Of both families.
+    answer_everybody(mesh.listen("machine-b", SocketAddr::from((Ipv6Addr::UNSPECIFIED, 7070)))?);
     for address in loopback_addresses() {
         // A health check of root's.
         let answer = ask_as(&mesh, 0, address, 7070)?;
@@ -431,7 +442,10 @@ fn is_free(mesh: &Mesh, namespace: &str) -> anyhow::Result<()> {
     let outside = mesh.listen("outside", SocketAddr::new(ipv4(OUTSIDE), 80))?;
     mesh.connect(namespace, outside.local_addr()?)?;
     outside.set_nonblocking(true)?;
-    mesh.wait("the connection", PATIENCE, |_| Ok(drop(outside.accept()?)))
+    mesh.wait("the connection", PATIENCE, |_| {
+        outside.accept()?;
+        Ok(())
+    })
 }
 
 fn rules_of_a_workload_that_went_while_no_agent_ran_are_removed() -> anyhow::Result<()> {
@@ -461,7 +475,10 @@ fn a_workload_in_another_namespace_leaves_the_first_one_free() -> anyhow::Result
     mesh.wait_revision(before)?;
     is_free(&mesh, "web")?;
     mesh.wait("the new place", PATIENCE, |mesh| {
-        ensure!(mesh.namespace("elsewhere")?.run(hauberk_linux::capture::installed)??, "not captured");
+        ensure!(
+            mesh.namespace("elsewhere")?.run(hauberk_linux::capture::installed)??,
+            "not captured"
+        );
         Ok(())
     })
 }
@@ -473,7 +490,14 @@ fn a_socket_bound_to_an_interface_is_refused_with_a_record() -> anyhow::Result<(
     let started = Instant::now();
     let output = mesh.output(
         "web",
-        Command::new("curl").args(["-sS", "--interface", "if!eth0", "--max-time", "20", "http://10.77.0.99/"]),
+        Command::new("curl").args([
+            "-sS",
+            "--interface",
+            "if!eth0",
+            "--max-time",
+            "20",
+            "http://10.77.0.99/",
+        ]),
     )?;
     ensure!(!output.status.success(), "{output:?}");
     ensure!(started.elapsed() < Duration::from_secs(10), "it took {:?}", started.elapsed());
@@ -497,7 +521,8 @@ fn connections_end_before_the_capture_of_their_workload() -> anyhow::Result<()> 
     let listener = mesh.listen("ledger", mesh.ledger(8080))?;
     unheard(&mesh, || {
         let (mut client, _server) = joined(&mesh, &listener)?;
-        let gone = audited.replace("name: checkout, namespace: shop", "name: other, namespace: shop")
+        let gone = audited
+            .replace("name: checkout, namespace: shop", "name: other, namespace: shop")
             .replace("networkNamespace: checkout", "networkNamespace: nowhere");
         mesh.write_manifest("workloads.yaml", &gone)?;
         mesh.wait_revision(revision)?;
@@ -543,10 +568,8 @@ fn a_renamed_workload_keeps_its_connections() -> anyhow::Result<()> {
 fn only_the_agent_reaches_other_agents() -> anyhow::Result<()> {
     let (mesh, _) = with_store("")?;
     let agent = mesh.ledger(15_008);
-    match mesh.connect("machine-b", agent) {
-        Err(_) => Ok(()),
-        Ok(_) => bail!("somebody who is not the agent reached an agent"),
+    if mesh.connect("machine-b", agent).is_ok() {
+        bail!("somebody on a captured host who is not the agent reached an agent");
     }
-    .context("from a captured host")?;
     mesh.connect("outside", agent).context("from a machine that is not in the mesh").map(drop)
 }

@@ -9,8 +9,8 @@
 )]
 
 mod attacks;
-mod capture;
 mod away;
+mod capture;
 mod clock;
 mod command;
 mod control_plane;
