@@ -8,11 +8,11 @@
 //! Connection tracking has no part in it. A captured connection is led to loopback, where the kernel finds the
 //! agent's end of it by its addresses, which are those that the application sees: the agent's sockets have
 //! other hosts' addresses (`IP_TRANSPARENT`). Every packet is looked at, not only a connection's first, so that
-//! nothing leaves as the application wrote it, whatever was forgotten meanwhile ([ADR 13]).
+//! nothing leaves as the application wrote it, whatever was forgotten meanwhile ([ADR 14]).
 //!
 //! Connections that are older than the rules go on as they are; the kernel keeps a list of them.
 //!
-//! [ADR 13]: ../../../docs/adr/0013-capture-without-connection-tracking.md
+//! [ADR 14]: ../../../docs/adr/0014-capture-without-connection-tracking.md
 
 mod drift;
 mod expression;
@@ -32,10 +32,11 @@ pub use namespace::NamespaceRules;
 pub use older::{Connection, older};
 pub use ruleset::Ruleset;
 
-use std::collections::HashSet;
+use std::{collections::HashSet, net::IpAddr};
 
 use crate::{
     error::Result,
+    links::addresses,
     sockets::{self, TcpSocket, tcp_sockets},
 };
 use older::Scope;
@@ -189,13 +190,14 @@ pub fn remove() -> Result<()> {
 
 /// Ends the applications' ends of the connections that the agent has, or had, the other end of.
 fn end_captured() -> Result<()> {
+    let own: HashSet<IpAddr> = addresses()?.into_iter().map(|address| address.ip).collect();
     let all = tcp_sockets()?;
-    let agents: HashSet<_> = all
+    let agents = sockets::other_ends(&all, &own);
+    for socket in all
         .iter()
-        .filter(|socket| socket.is_agents())
-        .map(|socket| (socket.remote, socket.local))
-        .collect();
-    for socket in all.iter().filter(|socket| agents.contains(&(socket.local, socket.remote))) {
+        .filter(|socket| !socket.is_over())
+        .filter(|socket| agents.contains(&(socket.local, socket.remote)))
+    {
         sockets::destroy(socket)?;
     }
     Ok(())

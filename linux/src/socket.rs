@@ -187,12 +187,14 @@ fn set_transparent(socket: &Socket, address: SocketAddr) -> io::Result<()> {
     }
 }
 
-/// Keepalive and no-delay.
+/// Keepalive, no delay, and urgent data in line.
 ///
 /// No `TCP_USER_TIMEOUT`: it also ends connections whose reader only pauses, which a network without us
 /// in between would let live for ever. See [`unacknowledged_for`].
 fn tune(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
+    // An urgent byte is delivered in its place among the others, instead of being lost.
+    socket.set_out_of_band_inline(true)?;
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
             .with_time(KEEPALIVE_IDLE)

@@ -57,6 +57,12 @@ impl TcpSocket {
         self.mark == MARK || self.mark == crate::capture::MARK_TRANSPARENT
     }
 
+    /// Whether it waits out the end of its connection, with no application behind it any more. The kernel does not
+    /// tell such a socket's mark.
+    pub fn is_over(&self) -> bool {
+        self.state == TIME_WAIT
+    }
+
     /// Whether it only listens.
     pub fn listens(&self) -> bool {
         self.state == LISTEN
@@ -68,8 +74,7 @@ impl TcpSocket {
     }
 }
 
-/// All TCP sockets with an application behind them, of both families. Those that wait out their end
-/// (`TIME_WAIT`) have none.
+/// All TCP sockets, of both families.
 ///
 /// # Errors
 /// If the kernel cannot be asked.
@@ -80,7 +85,7 @@ pub fn tcp_sockets() -> Result<Vec<TcpSocket>> {
         let header = ReqV2 {
             family: family.number(),
             protocol: 6,
-            states: !((1 << TIME_WAIT) | (1 << CLOSE) | (1 << NEW_SYN_RECV)),
+            states: !((1 << CLOSE) | (1 << NEW_SYN_RECV)),
             ..Default::default()
         };
         let request = Request::new().op_tcp_diag_dump(&header);
@@ -134,13 +139,27 @@ pub fn uncaptured<'a>(
     sockets: &'a [TcpSocket],
     own_addresses: &'a HashSet<IpAddr>,
 ) -> Vec<&'a TcpSocket> {
-    let agents: HashSet<(SocketAddr, SocketAddr)> = sockets
-        .iter()
-        .filter(|socket| socket.is_agents())
-        .map(|socket| (socket.remote, socket.local))
-        .collect();
+    let agents = other_ends(sockets, own_addresses);
     connections(sockets, own_addresses)
         .filter(|socket| !agents.contains(&(socket.local, socket.remote)))
+        .collect()
+}
+
+/// The connections that have a socket of the agent's at their other end, as the application sees them. What has
+/// another host's address as its own is one of these, too: nobody else's socket has. The kernel does not tell the
+/// mark of all of them.
+pub fn other_ends(
+    sockets: &[TcpSocket],
+    own_addresses: &HashSet<IpAddr>,
+) -> HashSet<(SocketAddr, SocketAddr)> {
+    let elsewhere = |address: IpAddr| {
+        !address.is_loopback() && !address.is_unspecified() && !own_addresses.contains(&address)
+    };
+    sockets
+        .iter()
+        .filter(|socket| !socket.listens())
+        .filter(|socket| socket.is_agents() || elsewhere(socket.local.ip()))
+        .map(|socket| (socket.remote, socket.local))
         .collect()
 }
 
@@ -152,6 +171,7 @@ pub fn connections<'a>(
     sockets.iter().filter(|socket| {
         let remote = socket.remote.ip();
         !socket.is_agents()
+            && !socket.is_over()
             && !socket.listens()
             && !remote.is_unspecified()
             && !remote.is_loopback()

@@ -140,6 +140,14 @@ impl Watch {
             };
             Ok((drift, Some(looked_at.install(&before)?)))
         })?;
+        if !drift.is_empty() {
+            let what: Vec<_> = drift.iter().map(ToString::to_string).collect();
+            tracing::debug!(
+                place = self.name,
+                what = what.join(", "),
+                "the capture rules are put in place"
+            );
+        }
         state.rules = Some(rules);
         let Some(Installed { older, cut }) = installed else { return Ok(()) };
         state.older = older;
