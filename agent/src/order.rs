@@ -20,7 +20,7 @@ use crate::pool::Edge;
 
 /// How long a stream waits for those before it that have not come. One that was lost holds up only what comes
 /// within this time after it.
-const PATIENCE: Duration = Duration::from_millis(50);
+const PATIENCE: Duration = Duration::from_millis(250);
 
 /// A queue that was not used for this long gets a new number, from whose first place on nothing is missing.
 const QUEUE_IDLE: Duration = Duration::from_secs(60);

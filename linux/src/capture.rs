@@ -117,7 +117,8 @@ impl Ruleset {
         // The table first: the routing leads to loopback what only the table lets go on.
         transaction::replace(self)?;
         older::spare(&older)?;
-        self.routing.install()?;
+        // What is missing of it is told in the end: nothing is left half done for it.
+        let routed = self.routing.install();
         let mut open = older::open_uncaptured(&self.scope)?;
         let known: HashSet<Connection> = older.iter().copied().collect();
         let new = match &fresh {
@@ -136,6 +137,7 @@ impl Ruleset {
         for socket in &open {
             sockets::destroy(socket)?;
         }
+        routed?;
         Ok(Installed { older, cut: open })
     }
 

@@ -18,6 +18,7 @@ use nix::{libc, net::if_::if_nametoindex};
 use crate::{
     error::{Context, Error, Result, accept},
     netns::Netns,
+    sys,
 };
 
 /// The longest interface name, without its final zero (`IFNAMSIZ - 1`).
@@ -280,10 +281,18 @@ pub fn ipv6_is_enabled() -> bool {
 }
 
 /// Writes a network sysctl of the calling thread's namespace; `path` is relative to
-/// `/proc/sys/net`, for example `ipv4/ip_forward`.
+/// `/proc/sys/net`, for example `ipv4/ip_forward`. Where that is read-only, as in a container, by a mount of its own.
 pub fn sysctl(path: &str, value: &str) -> Result<()> {
     let file = Path::new("/proc/sys/net").join(path);
-    fs::write(&file, value).context(format!("writing {value:?} to {}", file.display()))
+    let operation = || format!("writing {value:?} to {}", file.display());
+    match fs::write(&file, value) {
+        Err(error) if error.kind() == std::io::ErrorKind::ReadOnlyFilesystem => {
+            let proc = sys::detached_proc().context(operation())?;
+            let file = format!("/proc/self/fd/{}/sys/net/{path}", proc.as_raw_fd());
+            fs::write(file, value).context(operation())
+        }
+        outcome => outcome.context(operation()),
+    }
 }
 
 /// Reads a network sysctl of the calling thread's namespace.

@@ -102,7 +102,8 @@ impl StatusBoard {
             .collect();
         v1::AgentStatus {
             workloads,
-            open_connections: u64::try_from(self.context.open_connections()).unwrap_or(u64::MAX),
+            // Those that carry data: sessions that are kept for the next one do not count.
+            open_connections: self.context.metrics.open_connections(),
             node_not_after_unix_ms: self
                 .node
                 .load()

@@ -41,6 +41,9 @@ const MAX_CONNECTIONS: usize = 32_768;
 /// these is in the way.
 const PORTS: std::ops::Range<u16> = 15_100..16_000;
 
+/// How often the kernel is asked for a port when all of these are taken.
+const KERNELS_CHOICES: usize = 8;
+
 /// A listener and its task, which ends with its owner.
 pub(super) struct Accepting {
     seat: Seat,
@@ -107,26 +110,35 @@ pub(super) fn bind(
         }
         return Ok(Pair { port, listeners });
     }
+    let listen_on = |port: u16| -> io::Result<Pair> {
+        let mut listeners: Vec<Bound> = Vec::new();
+        let mut port = port;
+        for v6 in families {
+            let listener = listen(*v6, port, role)?;
+            port = listener.local_addr()?.port();
+            listeners.push(Bound { seat: seat(*v6), listener });
+        }
+        Ok(Pair { port, listeners })
+    };
+    let is_free = |port: u16| !avoid.contains(&port) && port != crate::context::MESH_PORT;
     let count = u32::from(PORTS.end - PORTS.start);
     let first = getrandom::u32().unwrap_or(0) % count;
+    let of_range = (0..count)
+        .map(|step| PORTS.start + u16::try_from((first + step) % count).unwrap_or(0))
+        .filter(|port| is_free(*port));
+    // Somebody may have taken the whole range: then any port that the kernel gives.
     let mut last = io::Error::from(io::ErrorKind::AddrInUse);
-    for step in 0..count {
-        let port = PORTS.start + u16::try_from((first + step) % count).unwrap_or(0);
-        if avoid.contains(&port) || port == crate::context::MESH_PORT {
-            continue;
-        }
-        match families
-            .iter()
-            .map(|v6| Ok(Bound { seat: seat(*v6), listener: listen(*v6, port, role)? }))
-            .collect::<io::Result<Vec<_>>>()
-        {
-            Ok(listeners) => return Ok(Pair { port, listeners }),
+    for port in of_range.chain([0; KERNELS_CHOICES]) {
+        match listen_on(port) {
+            Ok(pair) if is_free(pair.port) => return Ok(pair),
+            Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => last = error,
             Err(error) => return Err(error).with_context(|| format!("listen on port {port}")),
         }
     }
-    Err(last)
-        .with_context(|| format!("listen on any of the ports {} to {}", PORTS.start, PORTS.end - 1))
+    Err(last).with_context(|| {
+        format!("listen on any of the ports {} to {}, or any other", PORTS.start, PORTS.end - 1)
+    })
 }
 
 fn listen(v6: bool, port: u16, role: &Role) -> io::Result<std::net::TcpListener> {

@@ -276,6 +276,13 @@ fn notes(
 ) -> Vec<String> {
     let agents = shared.fleet.agents();
     let mut notes = Vec::new();
+    if source == destination {
+        notes.push(
+            "a workload reaches its own addresses without the mesh, which is not asked; this answer is about other \
+             instances of the same identity"
+                .to_owned(),
+        );
+    }
     for (role, id) in [("source", source), ("destination", destination)] {
         let Some(workload) = published.by_identity(id) else {
             notes.push(format!("no registered workload is the {role} {id}"));

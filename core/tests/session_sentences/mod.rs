@@ -306,7 +306,7 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
         ],
     ),
     (
-        "It waits for a place that has not come, but not for long: this implementation 50 ms, and as long again for those that have come.",
+        "It waits for a place that has not come, but not for long: this implementation 250 ms, and as long again for those that have come.",
         &[
             Proof::Test("one_that_was_lost_is_waited_for_once_and_not_for_long"),
             Proof::Test("an_application_that_does_not_answer_is_not_waited_for_for_long"),

@@ -65,15 +65,20 @@ impl Routing {
     /// Puts it in place, in place of what there was of it.
     pub(super) fn install(&self) -> Result<()> {
         links::check_sources_by_mark()?;
-        for setting in self.settings() {
-            links::sysctl(setting, "1")?;
-        }
         for family in families() {
+            let answered = MARK_ANSWERED.into_iter().filter(|(of, _)| *of == family);
+            for (_, setting) in answered {
+                // Without it, what is refused times out instead.
+                drop(links::sysctl(setting, "1"));
+            }
             let routes = routing::routes_to_loopback(family, MARK)?;
             routing::set_local_routes(family, ROUTE_TABLE, &routes)?;
             routing::set_rules(family, &self.rules())?;
         }
-        Ok(())
+        match self {
+            Self::Namespace => Ok(()),
+            Self::Host { .. } => links::sysctl(MARK_ACCEPTED, "1"),
+        }
     }
 
     /// How it differs from what is there.
@@ -99,24 +104,12 @@ impl Routing {
         if !links::sources_are_checked_by_mark()? {
             found.push(Drift::SettingChanged("src_valid_mark"));
         }
-        for setting in self.settings() {
-            if links::read_sysctl(setting)?.trim() != "1" {
-                found.push(Drift::SettingChanged(setting));
-            }
+        if let Self::Host { .. } = self
+            && links::read_sysctl(MARK_ACCEPTED)?.trim() != "1"
+        {
+            found.push(Drift::SettingChanged("tcp_fwmark_accept"));
         }
         Ok(found)
-    }
-
-    /// What has to be on.
-    fn settings(&self) -> impl Iterator<Item = &'static str> {
-        let accepted = match self {
-            Self::Namespace => None,
-            Self::Host { .. } => Some(MARK_ACCEPTED),
-        };
-        let families: Vec<_> = families().collect();
-        let answered =
-            MARK_ANSWERED.into_iter().filter(move |(family, _)| families.contains(family));
-        answered.map(|(_, setting)| setting).chain(accepted)
     }
 }
 

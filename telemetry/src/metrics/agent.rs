@@ -311,6 +311,12 @@ impl AgentMetrics {
         OpenConnection { gauge }
     }
 
+    /// How many connections are open now, in both directions together.
+    pub fn open_connections(&self) -> u64 {
+        let open = [Direction::Inbound, Direction::Outbound].map(|of| self.open.of(of).get());
+        u64::try_from(open.into_iter().sum::<i64>()).unwrap_or(0)
+    }
+
     /// Counts a session as idle for as long as the answer lives.
     pub fn session_idle(&self, direction: Direction) -> IdleSession {
         let gauge = self.idle_sessions.of(direction).clone();

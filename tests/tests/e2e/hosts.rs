@@ -19,6 +19,7 @@ crate::trials!(
     a_service_port_stays_closed_while_its_cgroup_is_gone,
     a_host_on_which_the_agent_cannot_listen_stays_closed,
     another_programs_listeners_are_in_nobodys_way,
+    whoever_takes_the_ports_of_a_stopped_agent_gets_nothing,
     a_host_that_was_only_closed_is_opened_when_its_workload_is_gone,
     a_cgroup_made_anew_is_captured_again,
 );
@@ -86,8 +87,10 @@ fn a_service_port_stays_closed_while_its_cgroup_is_gone() -> anyhow::Result<()> 
     Ok(())
 }
 
-/// All ports that the agent would choose from.
+/// All ports that the agent would choose from, and all that the kernel would give it.
 fn take_all_ports(mesh: &Mesh) -> anyhow::Result<Vec<TcpListener>> {
+    mesh.namespace("machine-b")?
+        .run(|| hauberk_linux::links::sysctl("ipv4/ip_local_port_range", "15100 15999"))??;
     let any = |port| SocketAddr::from(([0, 0, 0, 0], port));
     (15_100..16_000).map(|port| mesh.listen("machine-b", any(port))).collect()
 }
@@ -111,6 +114,8 @@ fn a_host_on_which_the_agent_cannot_listen_stays_closed() -> anyhow::Result<()> 
         Ok(())
     })?;
     drop(taken);
+    mesh.namespace("machine-b")?
+        .run(|| hauberk_linux::links::sysctl("ipv4/ip_local_port_range", "32768 60999"))??;
     captured(&mesh, "jobs/store")?;
     is_closed(&mesh, address)
 }
@@ -122,6 +127,30 @@ fn captured(mesh: &Mesh, key: &str) -> anyhow::Result<()> {
         ensure!(found.is_some_and(|workload| workload.captured), "{status:?}");
         Ok(())
     })
+}
+
+/// Somebody without privileges takes the agent's ports while it is stopped: receives nothing, and keeps the agent
+/// from nothing.
+fn whoever_takes_the_ports_of_a_stopped_agent_gets_nothing() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    let before = mesh.wait_revision(0)?;
+    let address = answering(&mesh)?;
+    mesh.write_manifest("store.yaml", &store("{user: '4343'}"))?;
+    mesh.wait_revision(before)?;
+    captured(&mesh, "jobs/store")?;
+    mesh.stop("machine-b");
+    let any = |port| SocketAddr::from(([0, 0, 0, 0], port));
+    let taken: Vec<TcpListener> = (15_100..16_000)
+        .map(|port| mesh.listen("machine-b", any(port)))
+        .collect::<Result<_, _>>()?;
+    is_closed(&mesh, address)?;
+    for listener in &taken {
+        listener.set_nonblocking(true)?;
+        ensure!(listener.accept().is_err(), "somebody was led to a foreign program");
+    }
+    mesh.start_agent("machine-b", &[])?;
+    captured(&mesh, "jobs/store")?;
+    is_closed(&mesh, address)
 }
 
 /// Ports that other designs need, and that of the agents themselves: whoever has them gets nothing, and the agent
@@ -189,7 +218,14 @@ fn a_cgroup_made_anew_is_captured_again() -> anyhow::Result<()> {
         ensure!(denied_of_batch(mesh)? > 0, "nothing is told of it");
         Ok(())
     })?;
-    let before = denied_of_batch(&mesh)?;
+    // Each try was recorded once, and the last record may be on its way.
+    let mut before = denied_of_batch(&mesh)?;
+    mesh.wait("the last record", PATIENCE, |mesh| {
+        thread::sleep(std::time::Duration::from_millis(500));
+        let known = std::mem::replace(&mut before, denied_of_batch(mesh)?);
+        ensure!(known == before, "{before} denials of batch");
+        Ok(())
+    })?;
     let Process::Cgroup(cgroup) = &batch else { bail!("no cgroup") };
     for round in 0..3 {
         mesh.wait("the end of the cgroup", PATIENCE, |_| Ok(fs::remove_dir(&cgroup.folder)?))?;
