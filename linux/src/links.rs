@@ -251,6 +251,18 @@ pub fn sources_are_checked_by_mark() -> Result<bool> {
         .all(|(_, settings)| settings.get(SRC_VALID_MARK - 1).is_some_and(|value| *value != 0)))
 }
 
+/// Whether `lo` is up. Without it nothing gets to loopback, and no route leads there.
+pub fn loopback_is_up() -> Result<bool> {
+    const IFF_UP: u32 = 1;
+    let operation = "looking up the loopback interface";
+    let header = rt_link::Ifinfomsg { ifi_index: signed_index("lo")?, ..Default::default() };
+    let request = rt_link::Request::new().op_getlink_do(&header);
+    let mut socket = NetlinkSocket::new();
+    let mut reply = socket.request(&request).context(operation)?;
+    let (message, _) = reply.recv_one().context(operation)?;
+    Ok(message.ifi_flags & IFF_UP != 0)
+}
+
 /// The interfaces but `lo`, by index, with their IPv4 settings in the kernel's order.
 fn interfaces() -> Result<Vec<(i32, Vec<u32>)>> {
     const IFF_LOOPBACK: u32 = 8;

@@ -175,8 +175,12 @@ pub fn local_routes(family: Family, table: u32) -> Result<Vec<LocalRoute>> {
 
 /// Routes that lead everywhere to loopback, and give each socket the source address that it would have without
 /// them: to a network of this namespace its own address there, to anywhere else the one that the
-/// kernel would choose for a packet with `mark`, which is not led to loopback.
+/// kernel would choose for a packet with `mark`, which is not led to loopback. None while loopback is down, as in a
+/// namespace that is being taken down: what is captured then goes nowhere.
 pub fn routes_to_loopback(family: Family, mark: u32) -> Result<Vec<LocalRoute>> {
+    if !links::loopback_is_up()? {
+        return Ok(Vec::new());
+    }
     let own: Vec<_> = addresses()?
         .into_iter()
         .filter(|address| address.is_global && Family::of(address.ip) == family)

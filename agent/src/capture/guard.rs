@@ -212,17 +212,17 @@ async fn follow(watch: Arc<Watch>, monitor: Monitor, sockets: [UnixDatagram; 2])
     loop {
         match news(&sockets, || monitor.drain()).await {
             Ok(Some(true)) if !watch.replaced.is_set() => {
-                let watch = watch.clone();
-                let healed = tokio::task::spawn_blocking(move || {
-                    if let Err(error) = watch.enforce(None) {
-                        tracing::error!(
-                            place = watch.name,
-                            error = format!("{error:#}"),
-                            "the capture rules were altered and could not be restored"
-                        );
-                    }
-                });
-                drop(healed.await);
+                let healing = watch.clone();
+                let healed = tokio::task::spawn_blocking(move || healing.enforce(None)).await;
+                if let Ok(Err(error)) = healed {
+                    tracing::error!(
+                        place = watch.name,
+                        error = format!("{error:#}"),
+                        "the capture rules were altered and could not be restored"
+                    );
+                    // What it tried is news, too.
+                    tokio::time::sleep(RETRY).await;
+                }
             }
             Ok(_) => {}
             Err(error) => {

@@ -93,10 +93,9 @@ impl Routing {
             routes.sort_unstable();
             let mut wanted_routes = routing::routes_to_loopback(family, MARK)?;
             wanted_routes.sort_unstable();
-            if rules != wanted
-                || routes != wanted_routes
-                || !routing::leads_to_loopback(family, captured(0), ROUTE_TABLE)?
-            {
+            let leads = wanted_routes.is_empty()
+                || routing::leads_to_loopback(family, captured(0), ROUTE_TABLE)?;
+            if rules != wanted || routes != wanted_routes || !leads {
                 found.push(Drift::PolicyRoutingMissing);
                 break;
             }

@@ -5,7 +5,7 @@ use std::{
 };
 
 use hauberk_linux::{
-    capture::{self, NamespaceRules, Unroutable},
+    capture::{self, Before, NamespaceRules, Unroutable},
     socket::outbound_socket,
 };
 
@@ -256,6 +256,80 @@ fn a_namespace_without_ipv6_is_captured_too() {
         assert_eq!(RULES.ruleset().unwrap().drift().unwrap(), []);
         capture::remove().unwrap();
     });
+}
+
+/// As in one that is being made or taken down: nothing gets anywhere, and nothing is wrong with the rules.
+#[test]
+fn a_namespace_without_loopback_is_closed_until_it_has_one() {
+    let network = Network::new();
+    let rules = RULES.ruleset().unwrap();
+    network.in_workload(|| {
+        command("ip link set lo down");
+        install(&rules);
+        assert_eq!(rules.drift().unwrap(), []);
+    });
+    for family in families() {
+        let server = listen(&network.remote, family.any, 80);
+        assert!(connect(&network.workload, family.remote, 80).is_err());
+        assert!(nobody_came(&server));
+    }
+    network.in_workload(|| {
+        command("ip link set lo up");
+        assert_ne!(rules.drift().unwrap(), []);
+        install(&rules);
+        assert_eq!(rules.drift().unwrap(), []);
+    });
+    for family in families() {
+        let agent = listen_captured(&network.workload, family, OUTBOUND);
+        let mut client = connect(&network.workload, family.remote, 80).unwrap();
+        assert_joined(&mut client, &mut accept(&agent).0);
+    }
+}
+
+#[test]
+fn older_connections_are_known_to_the_kernel_and_forgotten_when_they_end() {
+    let network = Network::new();
+    let family = families()[0];
+    let server = listen(&network.remote, family.any, 80);
+    let mut older = connect(&network.workload, family.remote, 80).unwrap();
+    let (mut accepted, _) = accept(&server);
+    let rules = RULES.ruleset().unwrap();
+    let installed = network.in_workload(|| install(&rules));
+    assert_eq!(installed.older.len(), 1);
+    assert_eq!(installed.older[0].remote, SocketAddr::new(family.remote, 80));
+    assert_eq!(network.in_workload(|| capture::older().unwrap()), installed.older);
+    // Another agent finds it there, and does not take what was opened since for one.
+    network.in_workload(|| {
+        command("nft insert rule inet hauberk output accept");
+        let again = install(&rules);
+        assert_eq!(again.older, installed.older);
+        assert!(again.cut.is_empty());
+    });
+    assert_joined(&mut older, &mut accepted);
+    drop((older, accepted));
+    network.in_workload(|| {
+        command("nft insert rule inet hauberk output accept");
+        assert!(install(&rules).older.is_empty());
+    });
+}
+
+/// What was opened while the rules were missing is ended, and told.
+#[test]
+fn what_was_opened_without_the_rules_is_cut() {
+    let network = Network::new();
+    let rules = RULES.ruleset().unwrap();
+    let family = families()[0];
+    let server = listen(&network.remote, family.any, 80);
+    network.in_workload(|| install(&rules));
+    network.in_workload(capture::remove).unwrap();
+    let mut intruder = connect(&network.workload, family.remote, 80).unwrap();
+    let (mut accepted, _) = accept(&server);
+    assert_joined(&mut intruder, &mut accepted);
+    let installed = network.in_workload(|| rules.install(&Before::Known(&rules, &[])).unwrap());
+    let cut: Vec<_> = installed.cut.iter().map(|socket| socket.remote).collect();
+    assert_eq!(cut, [SocketAddr::new(family.remote, 80)]);
+    let error = std::io::Read::read(&mut intruder, &mut [0]).expect_err("it goes on");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionAborted);
 }
 
 #[test]
