@@ -111,7 +111,7 @@ async fn no_longer(context: &Context, local: &Local, pass: &Pass) {
         let mut here = snapshot.on_node(&context.node);
         let holds = here.any(|workload| {
             workload.identity == local.workload.identity
-                && workload.process == local.workload.process
+                && workload.process.is_same_as(&local.workload.process)
                 && pass.holds(workload)
         });
         if !holds || snapshots.changed().await.is_err() {

@@ -526,3 +526,20 @@ fn an_address_that_two_claim_stays_with_the_first_and_nobody_refuses_the_rest() 
         ]
     );
 }
+
+#[test]
+fn a_pod_that_gets_its_addresses_is_the_same_processes() {
+    use hauberk_core::policy::ProcessSelector;
+    let pod = |uid: &str, addresses: &[&str]| ProcessSelector::Pod {
+        uid: uid.to_owned(),
+        addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
+        probe_ports: std::collections::BTreeSet::new(),
+        orphaned: false,
+    };
+    assert!(pod("a", &[]).is_same_as(&pod("a", &["10.0.0.1"])));
+    assert!(!pod("a", &[]).is_same_as(&pod("b", &[])));
+    assert!(!pod("a", &[]).is_same_as(&ProcessSelector::User("a".to_owned())));
+    assert!(
+        !ProcessSelector::User("a".to_owned()).is_same_as(&ProcessSelector::User("b".to_owned()))
+    );
+}

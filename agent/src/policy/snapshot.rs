@@ -182,8 +182,9 @@ impl Snapshot {
 
     /// Whether this workload is still one of this node, under whatever name.
     pub(crate) fn has_on(&self, node: &str, workload: &MeshWorkload) -> bool {
-        self.on_node(node)
-            .any(|one| one.identity == workload.identity && one.process == workload.process)
+        self.on_node(node).any(|one| {
+            one.identity == workload.identity && one.process.is_same_as(&workload.process)
+        })
     }
 
     /// The backends of the service whose address and port this is.

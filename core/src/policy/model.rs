@@ -326,6 +326,23 @@ impl ProcessSelector {
             && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
     }
 
+    /// Whether these are the same processes. What is known of them may differ: a pod gets its addresses after it was
+    /// captured.
+    #[must_use]
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Pod { uid, .. }, Self::Pod { uid: of_other, .. }) => uid == of_other,
+            (
+                Self::NetworkNamespace { name, .. },
+                Self::NetworkNamespace { name: of_other, .. },
+            ) => name == of_other,
+            (
+                Self::User(_) | Self::Cgroup(_) | Self::NetworkNamespace { .. } | Self::Pod { .. },
+                _,
+            ) => self == other,
+        }
+    }
+
     /// The addresses of a network namespace of its own; none for a process of a host, which has its
     /// machine's.
     #[must_use]
