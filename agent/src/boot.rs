@@ -9,10 +9,15 @@ use anyhow::Context as _;
 use hauberk_core::policy::{Mode, ProcessSelector, resolve::MeshWorkload};
 use hauberk_linux::{
     Netns,
-    capture::{Before, HostRules, NamespaceRules, Ruleset, Unroutable},
+    capture::{Before, HostRules, Ruleset},
 };
 
-use crate::{capture::closed_host_rules, config::Args, context::MESH_PORT, handover, policy};
+use crate::{
+    capture::{closed_host_rules, closed_namespace_rules},
+    config::Args,
+    context::MESH_PORT,
+    handover, policy,
+};
 
 /// Closes what the workloads of this machine serve, and refuses what they send, by the state on disk. Does nothing
 /// while an agent runs.
@@ -86,18 +91,7 @@ fn close_host(workloads: &[Arc<MeshWorkload>], node: &str) -> anyhow::Result<()>
 }
 
 fn close_namespace(path: &Path, mode: Mode, node: &str) -> anyhow::Result<()> {
-    let rules = NamespaceRules {
-        outbound_port: None,
-        plaintext_port: None,
-        mesh_listener: None,
-        mesh_port: MESH_PORT,
-        unroutable: match mode {
-            Mode::Enforce => Unroutable::Refuse,
-            Mode::Audit => Unroutable::Pass,
-        },
-    }
-    .ruleset()?
-    .owned_by(node);
+    let rules = closed_namespace_rules(mode).ruleset()?.owned_by(node);
     let netns = Netns::open(path).context("open its network namespace")?;
     netns.run(|| install(&rules))?
 }

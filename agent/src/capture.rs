@@ -30,6 +30,7 @@ pub(crate) use board::StatusBoard;
 pub(crate) use host::closed_rules as closed_host_rules;
 pub(crate) use listeners::CapturedConnection;
 pub(crate) use locals::Locals;
+pub(crate) use namespace::closed as closed_namespace_rules;
 pub(crate) use sandboxes::netns_file;
 
 use crate::{
@@ -175,6 +176,19 @@ impl Captured {
         if let Some(capture) = self.namespaces.remove(key) {
             capture.locals().retire_pools();
             self.leaving.push((key.to_owned(), capture, Instant::now()));
+        }
+    }
+
+    /// Another workload is in this network namespace now: what leaves there has no say about its rules any more.
+    fn make_way(&mut self, path: &Path) {
+        let Ok(netns) = hauberk_linux::Netns::open(path) else { return };
+        for (key, capture, since) in std::mem::take(&mut self.leaving) {
+            if capture.inode() == netns.inode() {
+                tracing::info!(workload = key, "its network namespace is another workload's now");
+                capture.retire();
+            } else {
+                self.leaving.push((key, capture, since));
+            }
         }
     }
 
@@ -357,18 +371,21 @@ impl Captures {
                 }
                 Err(error) => Err(error),
             },
-            None => NamespaceCapture::start(
-                &self.context,
-                workload,
-                path,
-                &mut self.identities,
-                &self.inherited,
-                &self.replaced,
-            )
-            .map(|capture| {
-                tracing::info!(workload = key, namespace = %path.display(), "captured");
-                current.namespaces.insert(key.clone(), capture);
-            }),
+            None => {
+                current.make_way(path);
+                NamespaceCapture::start(
+                    &self.context,
+                    workload,
+                    path,
+                    &mut self.identities,
+                    &self.inherited,
+                    &self.replaced,
+                )
+                .map(|capture| {
+                    tracing::info!(workload = key, namespace = %path.display(), "captured");
+                    current.namespaces.insert(key.clone(), capture);
+                })
+            }
         };
         let capture = current.namespaces.get(&key);
         let netns = capture.map(NamespaceCapture::inode);
@@ -423,7 +440,9 @@ impl Captures {
             return;
         }
         current.strays_looked = Some(Instant::now());
-        if current.host.is_none() {
+        let mut here = snapshot.on_node(&self.context.node);
+        let has_processes = here.any(|workload| workload.process.own_addresses().is_none());
+        if current.host.is_none() && !has_processes {
             tokio::task::block_in_place(|| strays::release_host(&self.context.node));
         }
         let mut known = current.inodes();

@@ -281,8 +281,10 @@ async fn connect(socket: socket2::Socket, destination: SocketAddr) -> io::Result
 
 /// Whether an address is one of this host's own, loopback included.
 pub(crate) fn is_own_address(ip: IpAddr) -> bool {
-    // Only such an address can be bound to. Nothing is sent.
-    ip.is_loopback() || std::net::UdpSocket::bind((ip, 0)).is_ok()
+    // Whether it can be bound to says nothing: on some hosts any address can (`ip_nonlocal_bind`).
+    ip.is_loopback()
+        || hauberk_linux::links::addresses()
+            .is_ok_and(|own| own.iter().any(|address| address.ip == ip))
 }
 
 /// An address without the IPv4-in-IPv6 form.

@@ -51,7 +51,7 @@ pub const MARK: u32 = 0x4842;
 /// The mark of packets that are no business of the mesh: of connections that are older than the rules, and on a
 /// host of those that come in for nobody of the mesh. Without kube-proxy's bit, since a host may
 /// forward such packets.
-const MARK_UNCAPTURED: u32 = 0x0842;
+pub(crate) const MARK_UNCAPTURED: u32 = 0x0842;
 
 /// The bits in which [`MARK`] and [`MARK_UNCAPTURED`] are the same, and differ from all others.
 const OWN_MARKS: u32 = !0x4000;
@@ -128,16 +128,19 @@ impl Ruleset {
         let new: Vec<_> = new.into_iter().filter(|one| !known.contains(one)).collect();
         older::spare(&new)?;
         transaction::decide()?;
+        // A listing is not made in one moment: only what two agree on went around the agent.
+        let again = older::open_uncaptured(&self.scope)?;
         older.extend(new);
         let spared: HashSet<Connection> = older.iter().copied().collect();
         open.retain(|socket| {
             let ends = Connection { local: socket.local, remote: socket.remote };
-            !socket.is_opening() && !spared.contains(&ends)
+            !socket.is_opening()
+                && !spared.contains(&ends)
+                && again.iter().any(|other| other.is_same_as(socket))
         });
-        for socket in &open {
-            sockets::destroy(socket)?;
-        }
+        let ended = end_all(&open);
         routed?;
+        ended?;
         Ok(Installed { older, cut: open })
     }
 
@@ -159,6 +162,11 @@ impl Ruleset {
         let live: HashSet<Connection> =
             older::connections(&older::open_uncaptured(&self.scope)?).into_iter().collect();
         Ok((noted.into_iter().filter(|one| live.contains(one)).collect(), fresh))
+    }
+
+    /// Puts the policy routing in place, as after a change of addresses. The table and connections stay as they are.
+    pub fn install_routing(&self) -> Result<()> {
+        self.routing.install()
     }
 
     /// What differs between these rules and those in the calling thread's namespace; empty when
@@ -183,11 +191,11 @@ pub struct Installed {
 /// that are there. Captured connections are ended first: without the rules their applications would write to
 /// the network.
 pub fn remove() -> Result<()> {
-    if installed()? || second_line::present()? {
-        end_captured()?;
-    }
+    // What cannot be ended keeps nothing from being removed.
+    let ended = if anything_installed()? { end_captured() } else { Ok(()) };
     transaction::delete()?;
-    second_line::remove()
+    second_line::remove()?;
+    ended
 }
 
 /// Ends the applications' ends of the connections that the agent has, or had, the other end of.
@@ -195,14 +203,20 @@ fn end_captured() -> Result<()> {
     let own: HashSet<IpAddr> = addresses()?.into_iter().map(|address| address.ip).collect();
     let all = tcp_sockets()?;
     let agents = sockets::other_ends(&all, &own);
-    for socket in all
+    let captured = all
         .iter()
-        .filter(|socket| !socket.is_over())
-        .filter(|socket| agents.contains(&(socket.local, socket.remote)))
-    {
-        sockets::destroy(socket)?;
+        .filter(|socket| !socket.is_over() && agents.contains(&(socket.local, socket.remote)));
+    end_all(captured)
+}
+
+/// Ends connections, all that can be, and gives the first error.
+fn end_all<'a>(sockets: impl IntoIterator<Item = &'a TcpSocket>) -> Result<()> {
+    let mut outcome = Ok(());
+    for socket in sockets {
+        let ended = sockets::destroy(socket);
+        outcome = outcome.and(ended);
     }
-    Ok(())
+    outcome
 }
 
 /// Whether the calling thread's namespace has our table, in force. Says nothing of its contents:

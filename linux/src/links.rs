@@ -36,6 +36,9 @@ const IFLA_AF_SPEC: u16 = 26;
 const IFLA_INET_CONF: u16 = 1;
 const SRC_VALID_MARK: usize = 24;
 
+/// `IFA_F_TENTATIVE` and `IFA_F_DADFAILED`: an address that is still probed for, or that another host has.
+const UNUSABLE: u32 = 0x40 | 0x08;
+
 /// `IFA_F_NODAD`: the address is usable at once, not after a second of probing.
 const IFA_F_NODAD: u8 = 0x02;
 
@@ -205,7 +208,8 @@ pub fn addresses() -> Result<Vec<Address>> {
             let Ok(ip) = attributes.get_local().or_else(|_| attributes.get_address()) else {
                 continue;
             };
-            if message.ifa_family == family.number() {
+            let flags = attributes.get_flags().unwrap_or_else(|_| message.ifa_flags.into());
+            if message.ifa_family == family.number() && flags & UNUSABLE == 0 {
                 found.push(Address {
                     ip,
                     prefix: message.ifa_prefixlen,
@@ -281,7 +285,11 @@ fn interfaces() -> Result<Vec<(i32, Vec<u32>)>> {
             .and_then(|inet| utils::find_attr(inet, IFLA_INET_CONF))
             .unwrap_or_default();
         let numbers = settings.chunks_exact(4).filter_map(|bytes| bytes.first_chunk());
-        found.push((message.ifi_index, numbers.map(|bytes| u32::from_ne_bytes(*bytes)).collect()));
+        let numbers: Vec<_> = numbers.map(|bytes| u32::from_ne_bytes(*bytes)).collect();
+        // One without IPv4, as with a very small MTU, has none.
+        if numbers.len() >= SRC_VALID_MARK {
+            found.push((message.ifi_index, numbers));
+        }
     }
     Ok(found)
 }

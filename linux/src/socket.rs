@@ -94,7 +94,8 @@ pub fn transparent_socket(source: SocketAddr) -> io::Result<Socket> {
     socket.set_reuse_address(true)?;
     match socket.bind(&canonical(source).into()) {
         Ok(()) => Ok(socket),
-        Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => {
+        // Taken, or one that needs a privilege which the agent may not have.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EADDRINUSE | libc::EACCES)) => {
             transparent_socket_other_port(source)
         }
         Err(error) => Err(error),

@@ -17,7 +17,7 @@ use netlink_socket2::NetlinkSocket;
 use nix::libc;
 
 use crate::{
-    capture::MARK,
+    capture::{MARK, MARK_UNCAPTURED},
     error::{Context, Result, accept},
     links::Family,
 };
@@ -55,6 +55,11 @@ impl TcpSocket {
     /// Whether the agent made it, or accepted it.
     pub fn is_agents(&self) -> bool {
         self.mark == MARK || self.mark == crate::capture::MARK_TRANSPARENT
+    }
+
+    /// Whether this is the very same socket, in another listing.
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        self.header == other.header
     }
 
     /// Whether it waits out the end of its connection, with no application behind it any more. The kernel does not
@@ -171,6 +176,8 @@ pub fn connections<'a>(
     sockets.iter().filter(|socket| {
         let remote = socket.remote.ip();
         !socket.is_agents()
+            // Accepted on a host's port that nobody declared: no business of the mesh.
+            && socket.mark != MARK_UNCAPTURED
             && !socket.is_over()
             && !socket.listens()
             && !remote.is_unspecified()

@@ -3,7 +3,7 @@
 //! recorded.
 
 use std::{
-    net::SocketAddr,
+    collections::HashSet,
     os::fd::BorrowedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -11,7 +11,7 @@ use std::{
 
 use hauberk_linux::{
     NetnsWorker,
-    capture::{Before, Connection, Installed, Monitor, Reports, Ruleset},
+    capture::{Before, Connection, Drift, Installed, Monitor, Reports, Ruleset, older},
 };
 use tokio::{io::Interest, net::UnixDatagram};
 use tokio_util::task::AbortOnDropHandle;
@@ -21,6 +21,9 @@ use crate::{context::Context, handover::Replaced};
 
 /// Between two looks that news has caused: other programs may change their own rules many times a second.
 const QUIET: Duration = Duration::from_millis(5);
+
+/// The same while each of them finds something to do.
+const LONGEST_QUIET: Duration = Duration::from_millis(200);
 
 /// Between two tries to be told.
 const RETRY: Duration = Duration::from_secs(1);
@@ -70,11 +73,20 @@ struct Watch {
     state: Mutex<State>,
 }
 
+/// What was done about the rules.
+enum Change {
+    None,
+    /// Nothing; these are the older connections that the kernel knows of.
+    Known(Vec<Connection>),
+    Installed(Installed),
+}
+
 #[derive(Default)]
 struct State {
     rules: Option<Ruleset>,
     older: Vec<Connection>,
     restored: Restored,
+    retired: bool,
 }
 
 impl Guard {
@@ -112,7 +124,12 @@ impl Guard {
     /// # Errors
     /// If the kernel refuses them: what was in force stays so.
     pub(super) fn enforce(&self, wanted: &Ruleset) -> anyhow::Result<()> {
-        self.watch.enforce(Some(wanted))
+        self.watch.enforce(Some(wanted)).map(|_| ())
+    }
+
+    /// Puts nothing back from here on. Waits for what it is doing.
+    pub(super) fn retire(self) {
+        self.watch.lock().retired = true;
     }
 
     /// When they were restored last.
@@ -122,23 +139,35 @@ impl Guard {
 }
 
 impl Watch {
-    /// Puts these rules in place, or those that were; nothing happens if they are.
-    fn enforce(&self, wanted: Option<&Ruleset>) -> anyhow::Result<()> {
+    /// Puts these rules in place, or those that were; nothing happens if they are. Returns whether anything was to be
+    /// done.
+    fn enforce(&self, wanted: Option<&Ruleset>) -> anyhow::Result<bool> {
         let mut state = self.lock();
-        let Some(rules) = wanted.or(state.rules.as_ref()).cloned() else { return Ok(()) };
+        if state.retired || (wanted.is_none() && self.replaced.is_set()) {
+            return Ok(false);
+        }
+        let Some(rules) = wanted.or(state.rules.as_ref()).cloned() else { return Ok(false) };
         let known = state.rules.as_ref().map(|rules| (rules.clone(), state.older.clone()));
         let same = state.rules.as_ref() == Some(&rules);
         let looked_at = rules.clone();
         let (drift, installed) = self.site.call(move || {
             let drift = looked_at.drift()?;
             if drift.is_empty() {
-                return Ok((drift, None));
+                // Those of an agent before are known to the kernel alone.
+                return Ok((
+                    drift,
+                    if known.is_none() { Change::Known(older()?) } else { Change::None },
+                ));
+            }
+            if known.is_some() && drift.iter().all(Drift::is_of_the_network) {
+                looked_at.install_routing()?;
+                return Ok((drift, Change::None));
             }
             let before = match &known {
                 Some((rules, older)) => Before::Known(rules, older),
                 None => Before::Unknown,
             };
-            Ok((drift, Some(looked_at.install(&before)?)))
+            Ok((drift, Change::Installed(looked_at.install(&before)?)))
         })?;
         if !drift.is_empty() {
             let what: Vec<_> = drift.iter().map(ToString::to_string).collect();
@@ -149,7 +178,15 @@ impl Watch {
             );
         }
         state.rules = Some(rules);
-        let Some(Installed { older, cut }) = installed else { return Ok(()) };
+        let changed = !drift.is_empty();
+        let Installed { older, cut } = match installed {
+            Change::Installed(installed) => installed,
+            Change::Known(older) => {
+                state.older = older;
+                return Ok(changed);
+            }
+            Change::None => return Ok(changed),
+        };
         state.older = older;
         if same {
             let what: Vec<_> = drift.iter().map(ToString::to_string).collect();
@@ -169,7 +206,7 @@ impl Watch {
         for socket in &cut {
             uncaptured::cut(&self.context, &self.locals, socket);
         }
-        Ok(())
+        Ok(changed)
     }
 
     /// Plain data: a panic elsewhere leaves nothing half-changed in it.
@@ -209,19 +246,24 @@ async fn news<T>(
 }
 
 async fn follow(watch: Arc<Watch>, monitor: Monitor, sockets: [UnixDatagram; 2]) {
+    // What it puts in place is news, too; and somebody else may put their own there each time.
+    let mut pause = QUIET;
     loop {
         match news(&sockets, || monitor.drain()).await {
-            Ok(Some(true)) if !watch.replaced.is_set() => {
+            Ok(Some(true)) => {
                 let healing = watch.clone();
                 let healed = tokio::task::spawn_blocking(move || healing.enforce(None)).await;
-                if let Ok(Err(error)) = healed {
-                    tracing::error!(
-                        place = watch.name,
-                        error = format!("{error:#}"),
-                        "the capture rules were altered and could not be restored"
-                    );
-                    // What it tried is news, too.
-                    tokio::time::sleep(RETRY).await;
+                match healed {
+                    Ok(Ok(true)) => pause = (pause * 2).min(LONGEST_QUIET),
+                    Ok(Ok(false)) | Err(_) => pause = QUIET,
+                    Ok(Err(error)) => {
+                        tracing::error!(
+                            place = watch.name,
+                            error = format!("{error:#}"),
+                            "the capture rules were altered and could not be restored"
+                        );
+                        tokio::time::sleep(RETRY).await;
+                    }
                 }
             }
             Ok(_) => {}
@@ -231,7 +273,7 @@ async fn follow(watch: Arc<Watch>, monitor: Monitor, sockets: [UnixDatagram; 2])
                 tokio::time::sleep(RETRY).await;
             }
         }
-        tokio::time::sleep(QUIET).await;
+        tokio::time::sleep(pause).await;
     }
 }
 
@@ -250,19 +292,16 @@ async fn follow_reports(watch: Arc<Watch>) {
                     () = watch.replaced.wait_set() => break,
                     taken = news(&sockets, || reports.take()) => taken,
                 };
-                for connection in taken.ok().flatten().unwrap_or_default() {
-                    let watch = watch.clone();
-                    drop(tokio::task::spawn_blocking(move || watch.unroutable(&connection)));
-                }
+                let taken: HashSet<_> =
+                    taken.ok().flatten().unwrap_or_default().into_iter().collect();
+                let told = watch.clone();
+                // One batch at a time: whoever makes many of them holds up nobody else.
+                let looked = tokio::task::spawn_blocking(move || {
+                    uncaptured::unroutable(&told.context, &told.locals, &told.site, &taken);
+                });
+                drop(looked.await);
             }
         }
         tokio::time::sleep(RETRY).await;
-    }
-}
-
-impl Watch {
-    /// A captured connection cannot be led to the agent.
-    fn unroutable(&self, (local, remote): &(SocketAddr, SocketAddr)) {
-        uncaptured::unroutable(&self.context, &self.locals, &self.site, *local, *remote);
     }
 }

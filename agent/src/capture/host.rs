@@ -8,6 +8,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use hauberk_core::policy::{ProcessSelector, resolve::MeshWorkload};
 use hauberk_linux::capture::{self, HostRules, HostWorkload, ProcessMatch};
+use rustls::ServerConfig;
 
 use super::{
     Locals,
@@ -35,6 +36,16 @@ pub(super) struct HostCapture {
     plaintext_port: Option<u16>,
     mesh_listener: Option<u16>,
     inbound: Vec<Accepting>,
+    /// Listeners that nobody accepts from yet.
+    bound: Option<Inbound>,
+    bound_outbound: BTreeMap<String, Pair>,
+}
+
+/// Listeners for what comes in.
+struct Inbound {
+    plaintext: Pair,
+    mesh: Pair,
+    tls: Arc<ServerConfig>,
 }
 
 impl HostCapture {
@@ -58,27 +69,40 @@ impl HostCapture {
             plaintext_port: None,
             mesh_listener: None,
             inbound: Vec::new(),
+            bound: None,
+            bound_outbound: BTreeMap::new(),
         })
     }
 
     /// Listens for what comes in, if it does not yet.
     fn listen(&mut self, context: &Arc<Context>, avoid: &BTreeSet<u16>) -> anyhow::Result<()> {
-        if !self.inbound.is_empty() {
+        if !self.inbound.is_empty() || self.bound.is_some() {
             return Ok(());
         }
         let plaintext = bind(&self.inherited, None, &Role::Plaintext, avoid)?;
         let mesh = bind(&self.inherited, None, &Role::Mesh, avoid)?;
         let tls = mesh_tls(context, &self.locals)?;
-        let mut inbound = Vec::new();
-        for listener in plaintext.listeners {
-            inbound.push(accept_plaintext(context, listener, &self.locals)?);
-        }
-        for listener in mesh.listeners {
-            inbound.push(accept_mesh(context, listener, &self.locals, &tls)?);
-        }
         self.plaintext_port = Some(plaintext.port);
         self.mesh_listener = Some(mesh.port);
-        self.inbound = inbound;
+        self.bound = Some(Inbound { plaintext, mesh, tls });
+        Ok(())
+    }
+
+    /// Accepts on listeners that nobody accepts from yet. Not earlier than it is known who lives here: connections may
+    /// wait in a listener that was handed over.
+    fn accept_bound(&mut self, context: &Arc<Context>) -> anyhow::Result<()> {
+        if let Some(Inbound { plaintext, mesh, tls }) = self.bound.take() {
+            for listener in plaintext.listeners {
+                self.inbound.push(accept_plaintext(context, listener, &self.locals)?);
+            }
+            for listener in mesh.listeners {
+                self.inbound.push(accept_mesh(context, listener, &self.locals, &tls)?);
+            }
+        }
+        for (key, pair) in std::mem::take(&mut self.bound_outbound) {
+            let listening = self.accept_outbound(context, &key, pair)?;
+            self.outbound.insert(key, listening);
+        }
         Ok(())
     }
 
@@ -117,6 +141,12 @@ impl HostCapture {
             .map(|process| (process.clone(), process.kernel_id().ok()))
             .collect();
         self.locals.store(locals);
+        if let Err(error) = self.accept_bound(context) {
+            tracing::error!(
+                error = format!("{error:#}"),
+                "connections of the host are not accepted"
+            );
+        }
         if let Err(error) = self.enforce(&context.node, rules) {
             let text = format!("{error:#}");
             outcomes = workloads.iter().map(|_| Err(anyhow::anyhow!("{text}"))).collect();
@@ -139,11 +169,14 @@ impl HostCapture {
         let process = known_process(workload)?;
         let identity = identities.ensure(workload)?;
         let key = workload.key();
-        if !self.outbound.contains_key(&key) {
-            let listening = self.listen_outbound(context, &key, declared)?;
-            self.outbound.insert(key.clone(), listening);
+        let listens = self.outbound.contains_key(&key) || self.bound_outbound.contains_key(&key);
+        if !listens {
+            let role = Role::Outbound(Some(key.clone()));
+            let pair = bind(&self.inherited, None, &role, declared)?;
+            self.bound_outbound.insert(key.clone(), pair);
         }
-        let port = self.outbound.get(&key).map(|(port, _)| *port);
+        let accepting = self.outbound.get(&key).map(|(port, _)| *port);
+        let port = accepting.or_else(|| self.bound_outbound.get(&key).map(|pair| pair.port));
         let local = match self.locals.get(&key) {
             Some(local)
                 if local.workload == *workload && Arc::ptr_eq(&local.identity, &identity) =>
@@ -163,15 +196,12 @@ impl HostCapture {
         Ok((local, rule))
     }
 
-    /// One port for both families.
-    fn listen_outbound(
+    fn accept_outbound(
         &self,
         context: &Arc<Context>,
         key: &str,
-        avoid: &BTreeSet<u16>,
+        Pair { port, listeners }: Pair,
     ) -> anyhow::Result<(u16, Vec<Accepting>)> {
-        let role = Role::Outbound(Some(key.to_owned()));
-        let Pair { port, listeners } = bind(&self.inherited, None, &role, avoid)?;
         let mut accepting = Vec::new();
         for listener in listeners {
             let (locals, key) = (self.locals.clone(), key.to_owned());
@@ -226,7 +256,7 @@ impl HostCapture {
     pub(super) fn remove_rules(self) {
         let Self { guard, outbound, inbound, .. } = self;
         // It would put them back.
-        drop(guard);
+        guard.retire();
         if let Err(error) = capture::remove() {
             tracing::warn!(%error, "the host's capture rules could not be removed");
         }

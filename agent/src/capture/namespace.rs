@@ -13,7 +13,7 @@ use hauberk_core::{
 };
 use hauberk_linux::{
     Netns, NetnsWorker,
-    capture::{self, NamespaceRules, Unroutable},
+    capture::{self, Before, NamespaceRules, Unroutable},
 };
 
 use super::{
@@ -79,7 +79,16 @@ impl NamespaceCapture {
         let worker = Arc::new(NetnsWorker::start(&netns, workload.name.as_ref())?);
         let locals = Arc::new(Locals::default());
         let site = Site::Namespace(worker.clone());
-        let guard = Guard::start(context, site, workload.key(), &locals, replaced)?;
+        let guard = match Guard::start(context, site, workload.key(), &locals, replaced) {
+            Ok(guard) => guard,
+            Err(error) => {
+                let rules = closed(workload.mode).ruleset()?.owned_by(&context.node);
+                worker
+                    .call(move || rules.install(&Before::Unknown))?
+                    .context("close what could not be captured")?;
+                return Err(error);
+            }
+        };
         let mut capture = Self {
             path: path.to_owned(),
             pod_namespace: None,
@@ -90,7 +99,8 @@ impl NamespaceCapture {
             ports: Ports::default(),
             listeners: Vec::new(),
         };
-        let ready = capture.listen(inherited).and_then(|()| capture.settle(workload, identities));
+        // Who lives here first: connections may wait in a listener that was handed over.
+        let ready = capture.settle(workload, identities).and_then(|()| capture.listen(inherited));
         if let Err(error) = ready {
             capture.ports = Ports::default();
             capture.enforce(workload).context("close what could not be captured")?;
@@ -203,8 +213,7 @@ impl NamespaceCapture {
             outbound_port: self.ports.outbound,
             plaintext_port: self.ports.plaintext,
             mesh_listener: self.ports.mesh,
-            mesh_port: MESH_PORT,
-            unroutable: unroutable(workload.mode),
+            ..closed(workload.mode)
         };
         self.guard.enforce(&rules.ruleset()?.owned_by(&self.context.node))
     }
@@ -222,6 +231,11 @@ impl NamespaceCapture {
         self.guard.restored()
     }
 
+    /// Another capture takes this one's place in the same namespace: the rules stay, and are its business.
+    pub(super) fn retire(self) {
+        self.guard.retire();
+    }
+
     /// New connections are refused from here on, unless another agent has the listeners.
     pub(super) fn close(&mut self) {
         self.listeners.clear();
@@ -231,12 +245,23 @@ impl NamespaceCapture {
     pub(super) fn remove_rules(self) {
         let Self { worker, guard, listeners, .. } = self;
         // It would put them back.
-        drop(guard);
+        guard.retire();
         let removed = worker.call(capture::remove).and_then(|result| result);
         if let Err(error) = removed {
             tracing::warn!(%error, "capture rules could not be removed");
         }
         drop(listeners);
+    }
+}
+
+/// Rules that lead nothing anywhere.
+pub(crate) fn closed(mode: Mode) -> NamespaceRules {
+    NamespaceRules {
+        outbound_port: None,
+        plaintext_port: None,
+        mesh_listener: None,
+        mesh_port: MESH_PORT,
+        unroutable: unroutable(mode),
     }
 }
 

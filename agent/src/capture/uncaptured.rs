@@ -1,6 +1,6 @@
 //! Connections of captured workloads that the agent does not carry: ended, or let through and recorded.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{collections::HashSet, net::SocketAddr, sync::Arc};
 
 use hauberk_core::policy::{Mode, ProcessSelector, Reason};
 use hauberk_linux::sockets::{TcpSocket, destroy, tcp_sockets};
@@ -34,39 +34,40 @@ pub(super) fn cut(context: &Context, locals: &Locals, socket: &TcpSocket) {
     );
 }
 
-/// It cannot be led to the agent, since its socket is bound to an interface.
+/// These cannot be led to the agent, since their sockets are bound to an interface.
 pub(super) fn unroutable(
     context: &Context,
     locals: &Locals,
     site: &Site,
-    local: SocketAddr,
-    remote: SocketAddr,
+    connections: &HashSet<(SocketAddr, SocketAddr)>,
 ) {
-    // The kernel has it as an attempt that nobody answers.
-    let found = site.call(move || {
-        let all = tcp_sockets()?;
-        Ok(all.into_iter().find(|socket| (socket.local, socket.remote) == (local, remote)))
+    // The kernel has them as attempts that nobody answers.
+    let all = site.call(tcp_sockets).unwrap_or_else(|error| {
+        tracing::debug!(error = format!("{error:#}"), "whose connections they are is not known");
+        Vec::new()
     });
-    let socket = found.unwrap_or_default();
-    let workload = match &socket {
-        Some(socket) => of_user(locals, socket.user),
-        None => only(locals),
-    };
-    let audited = workload.as_ref().is_some_and(|local| local.workload.mode == Mode::Audit);
-    let fix = "the socket is bound to an interface (SO_BINDTODEVICE), where the agent cannot take it up: let the \
-               program connect without that";
-    if !audited && let Some(socket) = socket {
-        // Or it would try for minutes.
-        if let Err(error) = site.call(move || destroy(&socket)) {
+    for (local, remote) in connections {
+        let socket = all.iter().find(|socket| (socket.local, socket.remote) == (*local, *remote));
+        let workload = match socket {
+            Some(socket) => of_user(locals, socket.user),
+            None => only(locals),
+        };
+        let mode = workload.as_ref().map(|local| local.workload.mode);
+        let detail = match mode {
+            Some(Mode::Audit) => "bound to an interface, let through in clear",
+            Some(Mode::Enforce) | None => "bound to an interface",
+        };
+        if mode == Some(Mode::Enforce)
+            && let Some(socket) = socket.cloned()
+            // Or it would try for minutes.
+            && let Err(error) = site.call(move || destroy(&socket))
+        {
             tracing::debug!(error = format!("{error:#}"), "the attempt goes on");
         }
+        let fix = "the socket is bound to an interface (SO_BINDTODEVICE), where the agent cannot take it up: let \
+                   the program connect without that";
+        record(context, Side::Source, *local, *remote, workload.as_deref(), fix, detail);
     }
-    let detail = if audited {
-        "bound to an interface, let through in clear"
-    } else {
-        "bound to an interface"
-    };
-    record(context, Side::Source, local, remote, workload.as_deref(), fix, detail);
 }
 
 fn record(

@@ -51,8 +51,28 @@ pub enum Drift {
     SetAltered(String),
     /// The policy routing that leads captured connections to loopback is missing, altered or overridden.
     PolicyRoutingMissing,
+    /// The routes that lead to loopback are not those of the namespace's present addresses.
+    RoutesOutdated,
     /// A setting of the kernel that the rules need is not as it was set.
     SettingChanged(&'static str),
+}
+
+impl Drift {
+    /// Whether the network around the rules has changed, as when an interface or an address comes, rather than what
+    /// was put in place. [`Ruleset::install_routing`] mends it.
+    pub fn is_of_the_network(&self) -> bool {
+        match self {
+            Drift::RoutesOutdated | Drift::SettingChanged(_) => true,
+            Drift::TableMissing
+            | Drift::TableDormant
+            | Drift::ChainMissing(_)
+            | Drift::ChainUnknown(_)
+            | Drift::ChainAltered(_)
+            | Drift::RulesAltered(_)
+            | Drift::SetAltered(_)
+            | Drift::PolicyRoutingMissing => false,
+        }
+    }
 }
 
 impl fmt::Display for Drift {
@@ -66,6 +86,7 @@ impl fmt::Display for Drift {
             Drift::RulesAltered(chain) => write!(f, "the rules of the chain {chain} differ"),
             Drift::SetAltered(set) => write!(f, "the set {set} differs"),
             Drift::PolicyRoutingMissing => write!(f, "the policy routing is missing"),
+            Drift::RoutesOutdated => write!(f, "the routes to loopback are outdated"),
             Drift::SettingChanged(setting) => write!(f, "the setting {setting} was changed"),
         }
     }

@@ -165,8 +165,9 @@ impl HostRules {
     fn loopback_chain(&self) -> Chain {
         let mut chain =
             mesh_from_loopback(Chain::named("from_loopback"), self.mesh_port, self.mesh_listener)
-                .rules(carried())
+                // Before the answers of older connections, which look like those that the agent carries.
                 .rule([opening(Is::Not), jump(UNDECIDED)])
+                .rules(carried())
                 .rule([opening(Is::Not), pass()]);
         let listeners: BTreeSet<u16> = self
             .workloads
@@ -201,7 +202,12 @@ impl HostRules {
     fn leaving(&self) -> Chain {
         let chain = self.workloads.iter().fold(leaving(), |chain, workload| {
             let own = || mark(captured(workload.outbound_port.unwrap_or(0)));
-            unroutable(chain, own, workload.unroutable)
+            // The mark of those without a listener is of all of them.
+            let what = match workload.outbound_port {
+                Some(_) => workload.unroutable,
+                None => Unroutable::Refuse,
+            };
+            unroutable(chain, own, what)
         });
         chain
             .rule([masked_mark(Is::Equal, captured(0), CAPTURED_BITS), discard()])

@@ -112,7 +112,11 @@ impl NamespaceRules {
 
     fn leaving(&self) -> Chain {
         let any = || tcp(Is::Equal);
-        unroutable(leaving(), any, self.unroutable)
+        let what = match self.outbound_port {
+            Some(_) => self.unroutable,
+            None => Unroutable::Refuse,
+        };
+        unroutable(leaving(), any, what)
     }
 
     /// What is on loopback belongs to the connection that its addresses name, the agent's end of a captured one

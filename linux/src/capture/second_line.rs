@@ -64,7 +64,6 @@ impl Routing {
 
     /// Puts it in place, in place of what there was of it.
     pub(super) fn install(&self) -> Result<()> {
-        links::check_sources_by_mark()?;
         for family in families() {
             let answered = MARK_ANSWERED.into_iter().filter(|(of, _)| *of == family);
             for (_, setting) in answered {
@@ -75,6 +74,7 @@ impl Routing {
             routing::set_local_routes(family, ROUTE_TABLE, &routes)?;
             routing::set_rules(family, &self.rules())?;
         }
+        links::check_sources_by_mark()?;
         match self {
             Self::Namespace => Ok(()),
             Self::Host { .. } => links::sysctl(MARK_ACCEPTED, "1"),
@@ -95,8 +95,12 @@ impl Routing {
             wanted_routes.sort_unstable();
             let leads = wanted_routes.is_empty()
                 || routing::leads_to_loopback(family, captured(0), ROUTE_TABLE)?;
-            if rules != wanted || routes != wanted_routes || !leads {
+            if rules != wanted || (routes == wanted_routes && !leads) {
                 found.push(Drift::PolicyRoutingMissing);
+                break;
+            }
+            if routes != wanted_routes {
+                found.push(Drift::RoutesOutdated);
                 break;
             }
         }

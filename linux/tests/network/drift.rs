@@ -42,7 +42,7 @@ fn every_alteration_is_told_and_repaired_by_installing_again() {
         ),
         ("ip -6 rule del fwmark 0x4843 table 18502", Drift::PolicyRoutingMissing),
         ("ip rule del ipproto tcp table 18502", Drift::PolicyRoutingMissing),
-        ("ip route flush table 18502", Drift::PolicyRoutingMissing),
+        ("ip route flush table 18502", Drift::RoutesOutdated),
         ("sysctl -qw net.ipv4.conf.eth0.src_valid_mark=0", Drift::SettingChanged("src_valid_mark")),
         ("ip rule add priority 1 prohibit", Drift::PolicyRoutingMissing),
     ];

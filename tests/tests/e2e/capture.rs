@@ -36,6 +36,7 @@ crate::trials!(
     connections_end_before_the_capture_of_their_workload,
     a_renamed_workload_keeps_its_connections,
     only_the_agent_reaches_other_agents,
+    a_user_made_after_its_workload_is_captured_at_once,
 );
 
 const SECRET: &[u8] = b"words-that-must-not-be-on-the-wire";
@@ -562,6 +563,56 @@ fn a_renamed_workload_keeps_its_connections() -> anyhow::Result<()> {
         Ok(())
     })?;
     joined(&mesh, &listener).map(drop)
+}
+
+/// From here on this process and its children have users of their own, at the usual place.
+fn own_users() -> anyhow::Result<tempfile::TempDir> {
+    let folder = tempfile::tempdir()?;
+    let copied = Command::new("cp").arg("-a").arg("/etc/.").arg(folder.path()).status()?;
+    ensure!(copied.success(), "the copy of /etc failed");
+    let none = None::<&str>;
+    nix::mount::mount(Some(folder.path()), "/etc", none, nix::mount::MsFlags::MS_BIND, none)?;
+    Ok(folder)
+}
+
+fn a_user_made_after_its_workload_is_captured_at_once() -> anyhow::Result<()> {
+    let users = own_users()?;
+    let mesh = Mesh::start()?;
+    let before = mesh.wait_revision(0)?;
+    mesh.write_manifest("store.yaml", &store("newcomer", ""))?;
+    mesh.wait_revision(before)?;
+    let problem = |mesh: &Mesh| -> anyhow::Result<String> {
+        let status = mesh.status()?;
+        let found = status.workloads.iter().find(|workload| workload.workload == "jobs/store");
+        Ok(found.context("no store")?.problem.clone())
+    };
+    mesh.wait("the word on it", PATIENCE, |mesh| {
+        let text = problem(mesh)?;
+        ensure!(text.contains("this machine has no user \"newcomer\""), "{text}");
+        Ok(())
+    })?;
+    let outside = mesh.listen("outside", SocketAddr::new(ipv4(OUTSIDE), 80))?;
+    outside.set_nonblocking(true)?;
+    // As useradd does: a new file takes the place of the old one.
+    let passwd = users.path().join("passwd");
+    let line = "newcomer:x:4747:4747::/nonexistent:/usr/sbin/nologin\n";
+    let next = users.path().join("passwd+");
+    std::fs::write(&next, std::fs::read_to_string(&passwd)? + line)?;
+    std::fs::rename(&next, &passwd)?;
+    // Sooner than the agent's usual look, and than a person could start anything.
+    thread::sleep(Duration::from_millis(300));
+    let answer = ask_as(&mesh, 4747, ipv4(OUTSIDE), 80)?;
+    ensure!(answer.is_empty() && outside.accept().is_err(), "it went out as it is: {answer}");
+    mesh.record("machine-b", |record| {
+        record["src"]["workload"] == "store" && is(record, "reason", "unknown_destination")
+    })?;
+    // And a look-up that finds nothing for a while takes nothing away.
+    std::fs::write(&passwd, std::fs::read_to_string(&passwd)?.replace(line, ""))?;
+    thread::sleep(Duration::from_secs(3));
+    let answer = ask_as(&mesh, 4747, ipv4(OUTSIDE), 80)?;
+    ensure!(answer.is_empty() && outside.accept().is_err(), "it went out as it is: {answer}");
+    nix::mount::umount2("/etc", nix::mount::MntFlags::MNT_DETACH)?;
+    Ok(())
 }
 
 /// Or an ordinary user of a machine would take the room that its workloads have at other agents.
