@@ -188,6 +188,7 @@ impl HostCapture {
             }
         };
         let rule = HostWorkload {
+            name: workload.key(),
             process: Some(process),
             outbound_port: port,
             service_ports: workload.ports.iter().copied().collect(),
@@ -323,6 +324,7 @@ pub(crate) fn closed_rules(workloads: &[Arc<MeshWorkload>]) -> Vec<HostWorkload>
 /// what it sends, if the kernel can tell its processes.
 fn closed(workload: &MeshWorkload) -> HostWorkload {
     HostWorkload {
+        name: workload.key(),
         process: known_process(workload).ok(),
         outbound_port: None,
         service_ports: workload.ports.iter().copied().filter(|port| *port != MESH_PORT).collect(),

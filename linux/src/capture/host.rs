@@ -62,6 +62,8 @@ pub struct HostRules {
 /// A workload on a plain machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostWorkload {
+    /// What tells it from the others, whatever its process is.
+    pub name: String,
     /// Which processes it is; none while the kernel cannot be told, as when its cgroup is not there. Its
     /// service ports are protected all the same.
     pub process: Option<ProcessMatch>,
@@ -130,7 +132,12 @@ impl HostRules {
             chains,
             routing: Routing::Host { users: self.users(), service_ports: served.clone() },
             scope: Scope::Host {
-                processes: self.workloads.iter().filter_map(|w| w.process.clone()).collect(),
+                processes: self
+                    .workloads
+                    .iter()
+                    .filter_map(|workload| Some((workload.name.clone(), workload.process.clone()?)))
+                    .collect(),
+                declared: self.workloads.iter().map(|workload| workload.name.clone()).collect(),
                 service_ports: served,
             },
             owner: String::new(),

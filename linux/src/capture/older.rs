@@ -22,7 +22,13 @@ pub(super) enum Scope {
     /// All of the namespace.
     Namespace,
     /// Those of these processes, and those of these ports.
-    Host { processes: Vec<ProcessMatch>, service_ports: BTreeSet<u16> },
+    Host {
+        /// With the names of their workloads.
+        processes: Vec<(String, ProcessMatch)>,
+        /// All workloads, also those whose processes the kernel cannot tell yet.
+        declared: BTreeSet<String>,
+        service_ports: BTreeSet<u16>,
+    },
 }
 
 impl Scope {
@@ -30,26 +36,38 @@ impl Scope {
     pub(super) fn is_empty(&self) -> bool {
         match self {
             Self::Namespace => false,
-            Self::Host { processes, service_ports } => {
+            Self::Host { processes, service_ports, .. } => {
                 processes.is_empty() && service_ports.is_empty()
             }
         }
     }
 
-    /// What this one has and another one had not.
+    /// What this one has and another one had not. The processes of a workload that was there before have nothing that
+    /// is older: their cgroup was made anew, or their user has just been made.
     pub(super) fn beyond(&self, before: &Self) -> Self {
-        match (self, before) {
-            (
-                Self::Host { processes, service_ports },
-                Self::Host { processes: known, service_ports: known_ports },
-            ) => Self::Host {
-                processes: processes.iter().filter(|one| !known.contains(one)).cloned().collect(),
-                service_ports: service_ports.difference(known_ports).copied().collect(),
+        let (before_declared, before_ports) = match before {
+            Self::Namespace => return Self::none(),
+            Self::Host { declared, service_ports, .. } => (declared, service_ports),
+        };
+        match self {
+            Self::Namespace => Self::none(),
+            Self::Host { processes, declared, service_ports } => Self::Host {
+                processes: processes
+                    .iter()
+                    .filter(|(name, _)| !before_declared.contains(name))
+                    .cloned()
+                    .collect(),
+                declared: declared.clone(),
+                service_ports: service_ports.difference(before_ports).copied().collect(),
             },
-            (Self::Namespace, Self::Namespace) => {
-                Self::Host { processes: Vec::new(), service_ports: BTreeSet::new() }
-            }
-            (scope, _) => scope.clone(),
+        }
+    }
+
+    fn none() -> Self {
+        Self::Host {
+            processes: Vec::new(),
+            declared: BTreeSet::new(),
+            service_ports: BTreeSet::new(),
         }
     }
 
@@ -57,10 +75,10 @@ impl Scope {
     fn covers(&self, socket: &TcpSocket, cgroups: &HashSet<u64>) -> bool {
         match self {
             Self::Namespace => true,
-            Self::Host { processes, service_ports } => {
+            Self::Host { processes, service_ports, .. } => {
                 service_ports.contains(&socket.local.port())
                     || socket.cgroup.is_some_and(|cgroup| cgroups.contains(&cgroup))
-                    || processes.contains(&ProcessMatch::User(socket.user))
+                    || processes.iter().any(|(_, one)| *one == ProcessMatch::User(socket.user))
             }
         }
     }
@@ -69,7 +87,7 @@ impl Scope {
     fn cgroups(&self) -> Result<HashSet<u64>> {
         let mut found = HashSet::new();
         if let Self::Host { processes, .. } = self {
-            for process in processes {
+            for (_, process) in processes {
                 process.cgroups_below(&mut found)?;
             }
         }

@@ -82,6 +82,7 @@ fn rules_for_other_ports_differ_and_have_another_fingerprint() {
 fn host_rules_come_back_as_they_were_sent() {
     let network = Network::new();
     let workload = |uid, outbound_port, service_ports| HostWorkload {
+        name: format!("user {uid}"),
         process: Some(ProcessMatch::User(uid)),
         outbound_port: Some(outbound_port),
         service_ports,

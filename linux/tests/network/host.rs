@@ -7,7 +7,7 @@ use std::{
 
 use hauberk_linux::{
     Error,
-    capture::{self, HostRules, HostWorkload, ProcessMatch, Unroutable},
+    capture::{self, Before, HostRules, HostWorkload, ProcessMatch, Unroutable},
     socket::outbound_socket,
 };
 
@@ -21,7 +21,8 @@ const WEB_USER: u32 = 61_001;
 const DATABASE_USER: u32 = 61_002;
 
 fn rules(web: ProcessMatch, database: ProcessMatch) -> HostRules {
-    let workload = |process, outbound_port, port| HostWorkload {
+    let workload = |process: ProcessMatch, outbound_port, port| HostWorkload {
+        name: format!("{process:?}"),
         process: Some(process),
         outbound_port: Some(outbound_port),
         service_ports: vec![port],
@@ -65,6 +66,32 @@ fn an_undeclared_process_is_left_alone() {
             let mut client = connect(netns, address, 9999).unwrap();
             assert_joined(&mut client, &mut accept(&own).0);
         }
+    }
+}
+
+/// What comes in for a port that nobody declared is no business of the mesh, however often the rules are put in
+/// place; neither is what was open before a workload was declared, and both ways work.
+#[test]
+fn connections_on_undeclared_ports_outlive_any_change_of_the_rules() {
+    let network = Network::new();
+    let family = families()[0];
+    let before = listen(&network.workload, family.any, 9998);
+    let mut older = connect(&network.remote, family.workload, 9998).unwrap();
+    let (mut older_served, _) = accept(&before);
+    let rules = by_user(me(), DATABASE_USER).ruleset().unwrap();
+    let known = network.in_workload(|| install(&rules)).older;
+    assert_eq!(known.len(), 1, "{known:?}");
+    let exporter = listen(&network.workload, family.any, 9187);
+    let mut scraper = connect(&network.remote, family.workload, 9187).unwrap();
+    let (mut served, _) = accept(&exporter);
+    for _ in 0..3 {
+        let healed = network.in_workload(|| {
+            command("nft flush ruleset");
+            rules.install(&Before::Known(&rules, &known)).unwrap()
+        });
+        assert!(healed.cut.is_empty(), "{healed:?}");
+        assert_joined(&mut scraper, &mut served);
+        assert_joined(&mut older, &mut older_served);
     }
 }
 
