@@ -351,7 +351,7 @@ impl AgentMetrics {
         self.handshake_wait.observe(duration.as_secs_f64());
     }
 
-    /// Counts a connection redirected to the agent.
+    /// Counts a connection led to the agent.
     pub fn connection_captured(&self, direction: Direction) {
         self.captured.of(direction).inc();
     }
