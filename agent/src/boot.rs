@@ -36,7 +36,9 @@ pub fn close(args: &Args) -> ExitCode {
 }
 
 fn close_all(args: &Args) -> anyhow::Result<String> {
-    let kept = policy::kept_state(&args.data)?;
+    let kept = policy::kept_state(&args.data).context(
+        "nothing is closed: start the agent, which asks the control plane for the state anew and closes its workloads",
+    )?;
     let Some((owner, snapshot)) = kept else {
         return Ok(format!("{} has no state yet; there is nothing to close", args.data.display()));
     };
