@@ -4,6 +4,7 @@
 
 mod board;
 mod guard;
+mod hold;
 mod host;
 mod listeners;
 mod locals;
@@ -27,6 +28,7 @@ use hauberk_telemetry::{Health, State as HealthState};
 use tokio::sync::watch;
 
 pub(crate) use board::StatusBoard;
+pub(crate) use hold::Waiting;
 pub(crate) use host::closed_rules as closed_host_rules;
 pub(crate) use listeners::CapturedConnection;
 pub(crate) use locals::Locals;
@@ -43,7 +45,6 @@ use crate::{
 };
 use guard::Restored;
 use host::HostCapture;
-use listeners::Accepting;
 use namespace::{Departure, NamespaceCapture};
 use sandboxes::Sandboxes;
 use users::UserNews;
@@ -108,9 +109,9 @@ impl Captured {
     /// # Errors
     /// If the system has no more descriptors.
     pub(crate) fn listeners(&self) -> std::io::Result<Vec<(Seat, OwnedFd)>> {
-        let namespaces = self.namespaces.values().flat_map(NamespaceCapture::listeners);
-        let host = self.host.iter().flat_map(HostCapture::listeners);
-        namespaces.chain(host).map(Accepting::share).collect()
+        let namespaces = self.namespaces.values().flat_map(NamespaceCapture::share);
+        let host = self.host.iter().flat_map(HostCapture::share);
+        namespaces.chain(host).collect()
     }
 
     /// Takes no more connections, and closes the sessions that carry nothing.

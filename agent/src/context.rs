@@ -21,12 +21,7 @@ use tokio::{net::TcpStream, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::LocalEdges,
-    edges::Edges,
-    identity::LocalIdentity,
-    order::{ConnectOrder, Departures, Turn},
-    policy::Snapshot,
-    pool::Pool,
+    config::LocalEdges, edges::Edges, identity::LocalIdentity, policy::Snapshot, pool::Pool,
     services::Balancer,
 };
 
@@ -50,8 +45,6 @@ pub(crate) struct Context {
     /// Records that are sent under one key, if that is less than TLS allows.
     pub(crate) records_per_key: u64,
     pub(crate) handshakes: Arc<Handshakes>,
-    /// In which order streams dial their applications.
-    pub(crate) order: Arc<ConnectOrder>,
     /// Which backends of services get this node's connections.
     pub(crate) balancer: Arc<Balancer>,
     /// The captured workloads of this node by their keys, for `verified-local`; none under `mtls`.
@@ -91,7 +84,6 @@ impl Context {
             edges: Arc::new(Edges::new(SystemTime::now().into())),
             records_per_key,
             handshakes: Arc::default(),
-            order: Arc::default(),
             balancer: Arc::default(),
             neighbours: match local_edges {
                 LocalEdges::Mtls => None,
@@ -158,8 +150,6 @@ pub(crate) struct Local {
     pub(crate) place: Place,
     /// Sessions to other agents that are idle.
     pub(crate) pool: Pool,
-    /// The order of its connections.
-    pub(crate) departures: Departures,
 }
 
 /// Where a workload's sockets are.
@@ -179,7 +169,7 @@ impl Local {
         place: Place,
     ) -> Self {
         let pool = Pool::new(identity.slot.clone(), context.trust.clone(), context.metrics.clone());
-        Self { workload, identity, place, pool, departures: Departures::new() }
+        Self { workload, identity, place, pool }
     }
 
     /// Whether it is a process of this host, rather than having a network namespace of its own.
@@ -209,15 +199,13 @@ impl Place {
         connect(socket, destination).await
     }
 
-    /// Connects to the local application, which sees `source` as the caller, when it is its turn.
+    /// Connects to the local application, which sees `source` as the caller.
     pub(crate) async fn dial_as(
         &self,
         source: SocketAddr,
         destination: SocketAddr,
-        turn: &mut Turn,
     ) -> io::Result<TcpStream> {
         let socket = self.socket(move || socket::transparent_socket(source)).await?;
-        turn.come().await;
         match connect(socket, destination).await {
             // The caller's port is in use towards this destination, by a connection that is ending.
             Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
@@ -246,12 +234,23 @@ impl Place {
     ) -> io::Result<socket2::Socket> {
         match self {
             Self::Host => make(),
+            Self::Namespace(_) => self.ask(make).await,
+        }
+    }
+
+    /// Asks the kernel something there.
+    pub(crate) async fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        match self {
+            Self::Host => tokio::task::spawn_blocking(question).await.map_err(io::Error::other)?,
             Self::Namespace(worker) => {
                 let (sender, receiver) = tokio::sync::oneshot::channel();
                 worker
                     .submit(move || {
                         // The connection may have been given up meanwhile.
-                        drop(sender.send(make()));
+                        drop(sender.send(question()));
                     })
                     .map_err(io::Error::other)?;
                 receiver.await.map_err(io::Error::other)?

@@ -133,7 +133,17 @@ impl<'a> Forward<'a> {
                     event = relay.run() => Turn::Event(event),
                 }
             };
-            if let ControlFlow::Break(ending) = self.take(turn, &mut relay, report) {
+            let Some(turn) = turn.unless_accepted() else {
+                match Box::pin(relay.connect_application()).await {
+                    Ok(()) => report.opened(Path::Mtls),
+                    Err(error) => {
+                        let ending = Box::new(Ending::Relay(End::ApplicationFailed(error)));
+                        return Box::pin(wind_up(self.context, relay, ending, report)).await;
+                    }
+                }
+                continue;
+            };
+            if let ControlFlow::Break(ending) = self.take(turn, &mut relay) {
                 return Box::pin(wind_up(self.context, relay, ending, report)).await;
             }
         }
@@ -153,12 +163,7 @@ impl<'a> Forward<'a> {
         }
     }
 
-    fn take(
-        &mut self,
-        turn: Turn,
-        relay: &mut Relay,
-        report: &mut Report<'_>,
-    ) -> ControlFlow<Box<Ending>> {
+    fn take(&mut self, turn: Turn, relay: &mut Relay) -> ControlFlow<Box<Ending>> {
         let cut = match turn {
             Turn::Interrupt(Interrupt::Cut(cut)) => Some(cut),
             Turn::Interrupt(Interrupt::Policy) => {
@@ -172,10 +177,8 @@ impl<'a> Forward<'a> {
                 None
             }
             Turn::Interrupt(Interrupt::Look) => self.look(relay),
-            Turn::Event(Event::Accepted) => {
-                report.opened(Path::Mtls);
-                None
-            }
+            // It was taken care of.
+            Turn::Event(Event::Accepted) => None,
             Turn::Event(Event::Reauthenticate(frame)) => self.take_proof(&frame, relay),
             Turn::Event(Event::End(end)) => {
                 return ControlFlow::Break(Box::new(Ending::Relay(end)));
@@ -292,6 +295,16 @@ fn proof_delay(left: Duration) -> Duration {
 enum Turn {
     Interrupt(Interrupt),
     Event(Event),
+}
+
+impl Turn {
+    /// Nothing if it is that the destination took the stream.
+    fn unless_accepted(self) -> Option<Self> {
+        match self {
+            Self::Event(Event::Accepted) => None,
+            other @ (Self::Interrupt(_) | Self::Event(_)) => Some(other),
+        }
+    }
 }
 
 /// What may come in between.

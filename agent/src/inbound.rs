@@ -26,7 +26,6 @@ use crate::{
     capture::{CapturedConnection, Locals},
     context::{Context, Local, canonical, connection_id, is_own_address},
     forward::{Forward, Outcome},
-    order::Turn,
     passthrough,
     policy::{Found, Snapshot},
     relay::{Application, Relay},
@@ -225,7 +224,6 @@ async fn admit<'a>(
     let mut report =
         Report::new(context, Side::Destination, open.connection_id, Some(from), Some(wanted));
     report.tls(session.tls());
-    let mut turn = context.order.enter(session.peer().id(), open.order);
     let (snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
     let claimed = canonical(open.source_address);
@@ -236,7 +234,7 @@ async fn admit<'a>(
 
     let local = match find_local(&snapshot, locals, &session, wanted, from) {
         Ok(local) => local,
-        Err(denial) => return refuse(session, turn, &denial, &mut report).await,
+        Err(denial) => return refuse(session, &denial, &mut report).await,
     };
     report.destination(&local.workload.identity, Some(&local.workload));
     let checked =
@@ -244,11 +242,10 @@ async fn admit<'a>(
     drop(snapshot);
     let permit = match checked {
         Ok(permit) => permit,
-        Err(denial) => return refuse(session, turn, &denial, &mut report).await,
+        Err(denial) => return refuse(session, &denial, &mut report).await,
     };
     let counters = report.permitted(&permit);
-    let dialled = local.place.dial_as(client, wanted, &mut turn).await;
-    drop(turn);
+    let dialled = local.place.dial_as(client, wanted).await;
     let application = match dialled {
         Ok(application) => application,
         Err(error) => {
@@ -269,14 +266,7 @@ async fn admit<'a>(
         drop(reset_on_close(&application));
         return Admitted::Not(None);
     }
-    let mut relay = match Relay::new(Application::new(application), session, counters) {
-        Ok(relay) => relay,
-        Err(error) => {
-            report.closed("session_failed", Some(error.to_string()));
-            return Admitted::Not(None);
-        }
-    };
-    relay.hold_answer();
+    let relay = Relay::new(Application::connected(application), session, counters);
     report.opened(Path::Mtls);
     let forward = Forward::new(context, local, permit, snapshots);
     Admitted::Stream(Box::new(Stream { report, relay, forward }))
@@ -373,12 +363,9 @@ fn find_local(
 
 async fn refuse<'a>(
     session: Box<Session>,
-    turn: Turn,
     denial: &Denial,
     report: &mut Report<'_>,
 ) -> Admitted<'a> {
-    // The next one does not wait for the answer.
-    drop(turn);
     report.denied(denial, None);
     let text = |value: Option<String>| value.unwrap_or_default();
     let refusal = Refusal {

@@ -27,7 +27,6 @@ mod handover;
 mod identity;
 mod inbound;
 mod local_edge;
-mod order;
 mod outbound;
 mod pages;
 mod passthrough;
@@ -46,7 +45,7 @@ mod tests {
         size_of::<F>()
     }
 
-    fn of_four<A, B, C, D, F>(_: impl Fn(A, B, C, D) -> F) -> usize {
+    fn of_three<A, B, C, F>(_: impl Fn(A, B, C) -> F) -> usize {
         size_of::<F>()
     }
 
@@ -59,7 +58,7 @@ mod tests {
     #[test]
     fn the_futures_of_connections_stay_small() {
         let (outbound, inbound) =
-            (of_four(crate::outbound::serve), of_five(crate::inbound::serve_mesh));
+            (of_three(crate::outbound::serve), of_five(crate::inbound::serve_mesh));
         println!("outbound {outbound}, inbound {inbound} bytes");
         assert!(outbound <= 1_300, "outbound {outbound} bytes");
         assert!(inbound <= 500, "inbound {inbound} bytes");

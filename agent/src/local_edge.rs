@@ -8,16 +8,15 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use hauberk_core::{
-    policy::{Denial, Reason},
-    session::Order,
-};
+use hauberk_core::policy::{Denial, Reason};
+use hauberk_linux::socket::reset_on_close;
 use hauberk_telemetry::{Side, metrics::SessionKind, record::Path};
 use hauberk_tls::{Credential, TrustBundle, verify_chain};
-use tokio::{net::TcpStream, sync::watch};
+use tokio::sync::watch;
 
 use crate::{
     authorize::{Permit, not_ready, without_policy},
+    capture::Waiting,
     context::{Context, Local},
     copy::{Broken, Joined},
     policy::Snapshot,
@@ -36,7 +35,6 @@ pub(crate) struct LocalEdge<'a> {
     /// The caller's real address, which is one of its workload's.
     pub(crate) from: SocketAddr,
     pub(crate) wanted: SocketAddr,
-    pub(crate) order: Order,
 }
 
 enum Cut {
@@ -47,35 +45,42 @@ enum Cut {
 }
 
 impl LocalEdge<'_> {
-    /// Carries the connection to its end. Returns the application's connection if it is to be refused.
+    /// Carries the connection to its end. Dropping the application's connection refuses it.
     pub(crate) async fn carry(
         &self,
-        application: TcpStream,
+        application: Box<Waiting>,
         permit: Permit,
         snapshots: watch::Receiver<Arc<Snapshot>>,
         report: &mut Report<'_>,
-    ) -> Option<TcpStream> {
+    ) {
         // The destination's side of the story.
         let (client, wanted) = (Some(self.from), Some(self.wanted));
         let mut there = Report::new(self.context, Side::Destination, self.id, client, wanted);
         there.source(&self.source.workload.identity, Some(&self.source.workload));
         there.destination(&self.destination.workload.identity, Some(&self.destination.workload));
-        let mut turn = self.context.order.enter(&self.source.workload.identity, self.order);
         if let Err((denial, detail)) = self.prove_both().await {
             report.denied(&denial, detail.clone());
             there.denied(&denial, detail);
-            return Some(application);
+            return;
         }
         let (of_caller, of_called) = (report.permitted(&permit), there.permitted(&permit));
-        let dialled = self.destination.place.dial_as(self.from, self.wanted, &mut turn).await;
-        drop(turn);
-        let called = match dialled {
+        let called = match self.destination.place.dial_as(self.from, self.wanted).await {
             Ok(called) => called,
             Err(error) => {
                 let text = format!("the application: {error}");
                 report.closed("unreachable", Some(text.clone()));
                 there.closed("unreachable", Some(text));
-                return Some(application);
+                return;
+            }
+        };
+        let application = match application.connect().await {
+            Ok(application) => application,
+            Err(error) => {
+                let text = Some(error.to_string());
+                report.closed("application_reset", text);
+                there.closed("peer_application_reset", None);
+                drop(reset_on_close(&called));
+                return;
             }
         };
         self.context.metrics.stream_opened(SessionKind::VerifiedLocal);
@@ -106,7 +111,6 @@ impl LocalEdge<'_> {
                 cut.tell(&mut there);
             }
         }
-        None
     }
 
     /// Copies under the permit, raced against everything that can end it.

@@ -16,11 +16,10 @@ use tokio::{net::TcpStream, sync::watch};
 
 use crate::{
     authorize::{self, Pass, Permit, not_ready, without_policy},
-    capture::CapturedConnection,
+    capture::Waiting,
     context::{Context, Local, MESH_PORT, connection_id, is_own_address},
     forward::{Forward, Outcome},
     local_edge::LocalEdge,
-    order::Arrival,
     passthrough,
     policy::{Found, Snapshot},
     pool::Edge,
@@ -42,7 +41,8 @@ enum Decision<'a> {
     Local(Box<LocalWay<'a>>),
     /// On without the mesh.
     Pass(Box<PassWay>),
-    Refused(TcpStream),
+    /// It is refused; the application's connection is dropped.
+    Refused,
 }
 
 /// All that a connection over sessions needs.
@@ -56,7 +56,7 @@ struct Way<'a> {
 }
 
 struct LocalWay<'a> {
-    application: TcpStream,
+    application: Box<Waiting>,
     edge: LocalEdge<'a>,
     permit: Permit,
     snapshots: watch::Receiver<Arc<Snapshot>>,
@@ -65,56 +65,55 @@ struct LocalWay<'a> {
 }
 
 struct PassWay {
-    application: TcpStream,
-    wanted: SocketAddr,
+    application: Box<Waiting>,
     pass: Pass,
     /// Counts for as long as this lives.
     _chosen: Option<Chosen>,
 }
 
-/// Carries one captured connection to its end.
-pub(crate) async fn serve(
-    context: &Arc<Context>,
-    local: &Arc<Local>,
-    arrival: Arrival,
-    captured: CapturedConnection,
-) {
+/// Carries one connection that a local application wants to its end, or refuses it.
+pub(crate) async fn serve(context: &Arc<Context>, local: &Arc<Local>, application: Box<Waiting>) {
     let id = connection_id();
-    let (from, wanted) = (Some(captured.from), captured.wanted);
-    let mut report = Report::new(context, Side::Source, id, from, wanted);
+    let (from, wanted) = (application.from(), application.wanted());
+    let mut report = Report::new(context, Side::Source, id, Some(from), Some(wanted));
+    context.metrics.connection_captured(Direction::Outbound);
     // In boxes that are gone by the time bytes flow: an open connection has only what it needs.
-    let refused = match Box::pin(decide(context, local, arrival, captured, id, &mut report)).await {
-        Decision::Refused(application) => Some(application),
+    match Box::pin(decide(context, local, application, id, &mut report)).await {
+        Decision::Refused => {}
         Decision::Carry(way) => carry(context, local, way, &mut report).await,
         Decision::Local(way) => Box::pin(way.carry(&mut report)).await,
-        Decision::Pass(way) => {
-            Box::pin(way.carry(context, local, &mut report)).await;
-            None
-        }
-    };
-    if let Some(application) = refused {
-        // A reset, so that the application sees a refusal and not an empty answer.
-        drop(reset_on_close(&application));
+        Decision::Pass(way) => Box::pin(way.carry(context, local, &mut report)).await,
     }
+}
+
+/// Refuses what was dialled to the agent's own port, which no capture rule led there.
+pub(crate) fn refuse_dialled(
+    context: &Context,
+    local: Option<&Local>,
+    stream: &TcpStream,
+    from: SocketAddr,
+) {
+    context.metrics.connection_captured(Direction::Outbound);
+    let mut report = Report::new(context, Side::Source, connection_id(), Some(from), None);
+    if let Some(local) = local {
+        report.source(&local.workload.identity, Some(&local.workload));
+    }
+    let mend = "this is the agent's own port; connect to the destination's address, and the connection is taken up on \
+                its way";
+    report.denied(&without_policy(Reason::UnknownDestination, mend), None);
+    // It may be gone already.
+    drop(reset_on_close(stream));
 }
 
 async fn decide<'a>(
     context: &'a Arc<Context>,
     local: &'a Arc<Local>,
-    arrival: Arrival,
-    captured: CapturedConnection,
+    application: Box<Waiting>,
     id: [u8; 16],
     report: &mut Report<'_>,
 ) -> Decision<'a> {
-    context.metrics.connection_captured(Direction::Outbound);
     report.source(&local.workload.identity, Some(&local.workload));
-    let CapturedConnection { stream: application, from, wanted } = captured;
-    let Some(wanted) = wanted else {
-        let mend = "this is the agent's own port; connect to the destination's address, and the \
-                    connection is taken up on its way";
-        report.denied(&without_policy(Reason::UnknownDestination, mend), None);
-        return Decision::Refused(application);
-    };
+    let (from, wanted) = (application.from(), application.wanted());
     let (snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
     // Before workloads: nobody takes a service's place by claiming its address.
@@ -142,11 +141,11 @@ async fn decide<'a>(
             };
             return match authorize::pass_audited(&snapshot, &local.workload, denial) {
                 Ok(pass) => {
-                    Decision::Pass(Box::new(PassWay { application, wanted, pass, _chosen: chosen }))
+                    Decision::Pass(Box::new(PassWay { application, pass, _chosen: chosen }))
                 }
                 Err(denial) => {
                     report.denied(&denial, None);
-                    Decision::Refused(application)
+                    Decision::Refused
                 }
             };
         }
@@ -158,7 +157,7 @@ async fn decide<'a>(
         Ok(permit) => permit,
         Err(denial) => {
             report.denied(&denial, None);
-            return Decision::Refused(application);
+            return Decision::Refused;
         }
     };
     let neighbour = context
@@ -169,16 +168,15 @@ async fn decide<'a>(
     drop(snapshot);
     if !local.has_certificate().await {
         report.denied(&not_ready("the workload has no certificate yet"), None);
-        return Decision::Refused(application);
+        return Decision::Refused;
     }
     let edge = Edge {
         destination: destination.identity.clone(),
         agent: SocketAddr::new(target.ip(), MESH_PORT),
     };
-    let order = local.departures.number(arrival, &edge, port).await;
     if let Some(destination) = neighbour {
         let (source, wanted) = (local, target);
-        let edge = LocalEdge { context, source, destination, id, from, wanted, order };
+        let edge = LocalEdge { context, source, destination, id, from, wanted };
         let way = LocalWay { application, edge, permit, snapshots, _chosen: chosen };
         return Decision::Local(Box::new(way));
     }
@@ -188,35 +186,32 @@ async fn decide<'a>(
         trace_id: [0; 16],
         original_destination: target,
         source_address: from,
-        order,
     };
     let forward = Forward::new(context, local.clone(), permit, snapshots);
-    let application = Some(Application::new(application));
+    let application = Some(Application::waiting(application));
     Decision::Carry(Box::new(Way { application, open, edge, chosen, forward }))
 }
 
 impl LocalWay<'_> {
-    /// Returns the application's connection if it is to be refused.
-    async fn carry(self: Box<Self>, report: &mut Report<'_>) -> Option<TcpStream> {
+    async fn carry(self: Box<Self>, report: &mut Report<'_>) {
         let way = *self;
-        way.edge.carry(way.application, way.permit, way.snapshots, report).await
+        way.edge.carry(way.application, way.permit, way.snapshots, report).await;
     }
 }
 
 impl PassWay {
     async fn carry(self: Box<Self>, context: &Context, local: &Local, report: &mut Report<'_>) {
         let way = *self;
-        passthrough::outbound(context, local, way.application, way.wanted, way.pass, report).await;
+        passthrough::outbound(context, local, way.application, way.pass, report).await;
     }
 }
 
-/// Returns the application's connection if it is to be refused.
 async fn carry(
     context: &Arc<Context>,
     local: &Arc<Local>,
     mut way: Box<Way<'_>>,
     report: &mut Report<'_>,
-) -> Option<TcpStream> {
+) {
     for attempt in 1..=ATTEMPTS {
         // The last one does not depend on what the pool believes.
         let idle =
@@ -228,19 +223,19 @@ async fn carry(
         };
         let relay = match way.open(context, obtained, reused, report) {
             Ok(relay) => relay,
-            Err(application) => return application,
+            Err(NotOpened) => return,
         };
         match way.forward.run(relay, report).await {
             Outcome::Over(Some(session)) => {
                 local.pool.put(&way.edge, session, way.port());
-                return None;
+                return;
             }
             Outcome::Over(None) => {
                 if reused && !report.is_open() {
                     // The destination's machine may have gone without a word, and all sessions with it.
                     local.pool.forget(&way.edge);
                 }
-                return None;
+                return;
             }
             Outcome::NotTaken(again) => way.application = Some(again),
         }
@@ -248,27 +243,24 @@ async fn carry(
     let text =
         format!("the destination's agent went away {ATTEMPTS} times before it took the stream");
     report.closed("unreachable", Some(text));
-    way.refuse()
 }
+
+/// There is no stream, and the record says why.
+struct NotOpened;
 
 impl Way<'_> {
     fn port(&self) -> u16 {
         self.open.original_destination.port()
     }
 
-    fn refuse(&mut self) -> Option<TcpStream> {
-        self.application.take().map(|application| application.stream)
-    }
-
-    /// Asks for a stream on the session. Returns the application's connection if there is none and it is to be
-    /// refused.
+    /// Asks for a stream on the session.
     fn open(
         &mut self,
         context: &Context,
         obtained: Result<Box<Session>, SessionError>,
         reused: bool,
         report: &mut Report<'_>,
-    ) -> Result<Box<Relay>, Option<TcpStream>> {
+    ) -> Result<Box<Relay>, NotOpened> {
         let permit = &self.forward.permit;
         let mut session = match obtained {
             Ok(session) => session,
@@ -277,7 +269,7 @@ impl Way<'_> {
                     chosen.failed();
                 }
                 failed(&error, permit, report);
-                return Err(self.refuse());
+                return Err(NotOpened);
             }
         };
         context.metrics.stream_opened(if reused { SessionKind::Reused } else { SessionKind::New });
@@ -285,17 +277,14 @@ impl Way<'_> {
         if *session.peer().id() != self.edge.destination {
             let detail = format!("{} answered for {}", session.peer().id(), self.edge.destination);
             report.denied(&without_policy(Reason::IdentityMismatch, ""), Some(detail));
-            return Err(self.refuse());
+            return Err(NotOpened);
         }
         if let Err(error) = session.open(&self.open) {
             failed(&error, permit, report);
-            return Err(self.refuse());
+            return Err(NotOpened);
         }
-        let application = self.application.take().ok_or(None)?;
-        Relay::new(application, session, report.permitted(permit)).map_err(|error| {
-            failed(&error, permit, report);
-            None
-        })
+        let application = self.application.take().ok_or(NotOpened)?;
+        Ok(Relay::new(application, session, report.permitted(permit)))
     }
 }
 

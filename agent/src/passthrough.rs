@@ -10,29 +10,36 @@ use tokio::net::TcpStream;
 
 use crate::{
     authorize::Pass,
+    capture::Waiting,
     context::{Context, Local},
     copy::{Broken, Joined},
     report::Report,
 };
 
-/// To a destination that the mesh does not know.
+/// To a destination that the mesh does not know. Dropping the application's connection refuses it.
 pub(crate) async fn outbound(
     context: &Context,
     local: &Local,
-    application: TcpStream,
-    wanted: SocketAddr,
+    application: Box<Waiting>,
     pass: Pass,
     report: &mut Report<'_>,
 ) {
     let counters = report.passed(&pass);
-    match local.place.dial(wanted).await {
-        Ok(peer) => {
+    let peer = match local.place.dial(application.wanted()).await {
+        Ok(peer) => peer,
+        Err(error) => {
+            report.closed("unreachable", Some(error.to_string()));
+            return;
+        }
+    };
+    match application.connect().await {
+        Ok(application) => {
             let joined = Joined::new(application, peer, Some(counters), None);
             copy(context, local, &pass, joined, true, report).await;
         }
         Err(error) => {
-            report.closed("unreachable", Some(error.to_string()));
-            drop(reset_on_close(&application));
+            report.closed("application_reset", Some(error.to_string()));
+            drop(reset_on_close(&peer));
         }
     }
 }

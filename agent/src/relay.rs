@@ -9,12 +9,10 @@
 //! socket, and is passed on first. A server that refuses an upload answers and resets its connection at once.
 
 use std::{
-    future::Future,
     io::{self, IoSlice, IoSliceMut},
     net::Shutdown,
     pin::Pin,
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
 use hauberk_core::session::{
@@ -26,10 +24,10 @@ use hauberk_tls::channel::{MAX_PLAINTEXT, RECORD_HEADER, RECORD_OVERHEAD};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
-    time::Sleep,
 };
 
 use crate::{
+    capture::Waiting,
     delivery::delivered,
     session::{RECORD, SLOTS, Scratch, Session, SessionError, owned, with_scratch},
 };
@@ -39,14 +37,6 @@ const BURSTS: usize = 1;
 
 /// Runs of data that are written to an application at once.
 const RUNS: usize = 16;
-
-/// What may ride along before the destination has answered: it is kept until then, to be sent again on
-/// another session if the destination never saw it.
-const EARLY: usize = MAX_PLAINTEXT;
-
-/// How long the answer to an open frame waits for the application's first bytes, to go out with them. The
-/// caller's agent misses nothing meanwhile: its application's first bytes are here already.
-const ACCEPT_HOLD: Duration = Duration::from_millis(1);
 
 /// How a relay ended.
 #[derive(Debug)]
@@ -72,7 +62,7 @@ pub(crate) enum End {
 /// What happens on a relay.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// The destination took the stream.
+    /// The destination took the stream: now the application that wants it is to be connected.
     Accepted,
     /// The peer shows a newer certificate.
     Reauthenticate(Reauthenticate),
@@ -80,37 +70,70 @@ pub(crate) enum Event {
     End(End),
 }
 
-/// An application's connection, and what was read from it that no destination has taken yet.
-pub(crate) struct Application {
-    pub(crate) stream: TcpStream,
-    early: Vec<u8>,
-    /// It has sent its last byte.
-    ended: bool,
+/// An application's connection, there or still wanted. Whatever ends this process, or the connection before both have
+/// sent their last byte, the application sees as a reset, or its `connect` fails: never as an end, which could be
+/// taken for the last byte.
+pub(crate) enum Application {
+    /// It waits for the destination.
+    Waiting(Box<Waiting>),
+    /// It is connected.
+    Connected(TcpStream),
+    /// It has given up.
+    Gone,
 }
 
 impl Application {
-    /// Whatever ends this process, or this connection before both have sent their last byte, the application
-    /// sees as a reset: never as an end, which could be taken for the last byte.
-    pub(crate) fn new(stream: TcpStream) -> Self {
+    pub(crate) fn waiting(waiting: Box<Waiting>) -> Self {
+        Self::Waiting(waiting)
+    }
+
+    pub(crate) fn connected(stream: TcpStream) -> Self {
         // The connection may be gone already.
         drop(reset_on_close(&stream));
-        Self { stream, early: Vec::new(), ended: false }
+        Self::Connected(stream)
+    }
+
+    /// Lets its `connect` succeed.
+    async fn connect(&mut self) -> io::Result<()> {
+        match std::mem::replace(self, Self::Gone) {
+            Self::Waiting(waiting) => *self = Self::connected(waiting.connect().await?),
+            other @ (Self::Connected(_) | Self::Gone) => *self = other,
+        }
+        Ok(())
+    }
+
+    fn stream(&self) -> Option<&TcpStream> {
+        match self {
+            Self::Connected(stream) => Some(stream),
+            Self::Waiting(_) | Self::Gone => None,
+        }
+    }
+
+    fn stream_mut(&mut self) -> Option<&mut TcpStream> {
+        match self {
+            Self::Connected(stream) => Some(stream),
+            Self::Waiting(_) | Self::Gone => None,
+        }
     }
 
     /// Lets what was written go out, now that both have sent their last byte.
     fn complete(&self) {
-        // The connection may be gone already.
-        drop(linger_on_close(&self.stream));
+        if let Some(stream) = self.stream() {
+            // The connection may be gone already.
+            drop(linger_on_close(stream));
+        }
     }
 
     /// Makes the application see a reset, as it would without us in between.
     pub(crate) fn reset(self) {
-        drop(self.stream);
+        drop(self);
     }
 
     /// The same once its kernel has what was written before, so that the reset takes none of that away.
     pub(crate) async fn reset_when_delivered(self) {
-        delivered(&self.stream).await;
+        if let Some(stream) = self.stream() {
+            delivered(stream).await;
+        }
         self.reset();
     }
 }
@@ -137,8 +160,6 @@ pub(crate) struct Relay {
     unsendable: Option<io::Error>,
     /// Nothing is sent to a peer whose certificate has ended.
     pub(crate) suspended: bool,
-    /// What waits to go out is only the answer to the open frame, and waits on until then.
-    held: Option<Pin<Box<Sleep>>>,
     /// Application → peer.
     pub(crate) sent: u64,
     /// Peer → application.
@@ -146,21 +167,13 @@ pub(crate) struct Relay {
 }
 
 impl Relay {
-    /// For a session whose stream is asked for or taken. What was read before is sent (again).
+    /// For a session whose stream is asked for, by an application that waits, or taken.
     pub(crate) fn new(
         application: Application,
-        mut session: Box<Session>,
+        session: Box<Session>,
         counters: EdgeCounters,
-    ) -> Result<Box<Self>, SessionError> {
-        let queued = session
-            .queue_data(&application.early)
-            .and_then(|()| if application.ended { session.fin() } else { Ok(()) });
-        if let Err(error) = queued {
-            application.reset();
-            return Err(error);
-        }
-        let sent = count(application.early.len());
-        Ok(Box::new(Self {
+    ) -> Box<Self> {
+        Box::new(Self {
             application,
             session,
             counters,
@@ -172,25 +185,17 @@ impl Relay {
             broken: None,
             unsendable: None,
             suspended: false,
-            held: None,
-            sent,
+            sent: 0,
             received: 0,
-        }))
+        })
     }
 
-    /// Lets the answer to the open frame wait for the application's first bytes.
-    pub(crate) fn hold_answer(&mut self) {
-        self.held = Some(Box::pin(tokio::time::sleep(ACCEPT_HOLD)));
-    }
-
-    fn is_held(&mut self, cx: &mut Context<'_>) -> bool {
-        let Some(until) = &mut self.held else { return false };
-        // A caller that has sent all it may before the answer waits for that.
-        let wanted = self.received >= count(EARLY);
-        if wanted || until.as_mut().poll(cx).is_ready() {
-            self.held = None;
-        }
-        self.held.is_some()
+    /// Lets the application's `connect` succeed, if it waits. Nothing is lost if this is dropped: then it is refused.
+    ///
+    /// # Errors
+    /// If it has given up.
+    pub(crate) async fn connect_application(&mut self) -> io::Result<()> {
+        self.application.connect().await
     }
 
     pub(crate) fn into_parts(mut self) -> (Application, Box<Session>) {
@@ -282,20 +287,15 @@ impl Relay {
                 let first = self.broken.take().unwrap_or(error);
                 return Poll::Ready(Err(End::ApplicationFailed(first)));
             }
-            Poll::Pending if waiting == 0 || self.is_held(cx) => return Poll::Pending,
+            Poll::Pending if waiting == 0 => return Poll::Pending,
             Poll::Pending => return Poll::Ready(self.session.seal_control().map_err(end_of)),
         };
-        self.held = None;
         if read == 0 {
             // The kernel reports a reset once, and to the write that failed.
             if let Some(error) = self.broken.take() {
                 return Poll::Ready(Err(End::ApplicationFailed(error)));
             }
-            self.application.ended = true;
             return Poll::Ready(self.session.fin().map_err(end_of));
-        }
-        if self.session.machine.awaits_answer() {
-            keep_early(&mut self.application.early, scratch, start, read);
         }
         self.sent += count(read);
         self.counters.add_sent(count(read));
@@ -325,20 +325,18 @@ impl Relay {
         scratch: &mut Scratch,
         start: usize,
     ) -> Poll<io::Result<usize>> {
-        let mut room = MAX_PLAINTEXT.saturating_sub(start);
-        if self.session.machine.awaits_answer() {
-            room = room.min(EARLY.saturating_sub(self.application.early.len()));
-        }
+        let room = MAX_PLAINTEXT.saturating_sub(start);
         if room == 0 || !self.session.machine.may_send() || self.suspended {
             return Poll::Pending;
         }
-        if self.up > 1 && !self.session.machine.awaits_answer() {
+        let Some(stream) = self.application.stream_mut() else { return Poll::Pending };
+        if self.up > 1 {
             return self.poll_read_many(cx, scratch, start);
         }
         let first = RECORD_HEADER + start;
         let mut into =
             ReadBuf::new(scratch.cipher.get_mut(first..first + room).unwrap_or_default());
-        ready!(Pin::new(&mut self.application.stream).poll_read(cx, &mut into))?;
+        ready!(Pin::new(stream).poll_read(cx, &mut into))?;
         let read = into.filled().len();
         if read == room {
             self.up = 4;
@@ -362,9 +360,10 @@ impl Relay {
             *place = IoSliceMut::new(record.get_mut(from..to).unwrap_or_default());
         }
         let places = places.get_mut(..slots).unwrap_or_default();
+        let Some(stream) = self.application.stream() else { return Poll::Pending };
         loop {
-            ready!(self.application.stream.poll_read_ready(cx))?;
-            match self.application.stream.try_read_vectored(places) {
+            ready!(stream.poll_read_ready(cx))?;
+            match stream.try_read_vectored(places) {
                 Ok(read) => {
                     let room = slots * MAX_PLAINTEXT - start;
                     if read == room {
@@ -519,7 +518,8 @@ impl Relay {
         if self.broken.is_some() {
             return total;
         }
-        match Pin::new(&mut self.application.stream).poll_write_vectored(cx, runs) {
+        let Some(stream) = self.application.stream_mut() else { return 0 };
+        match Pin::new(stream).poll_write_vectored(cx, runs) {
             Poll::Ready(Ok(written)) => {
                 self.received += count(written);
                 self.counters.add_received(count(written));
@@ -535,7 +535,7 @@ impl Relay {
 
     /// A short write clears the socket's readiness: asks to be woken when there is room again.
     fn poll_again(&mut self, cx: &mut Context<'_>, kept: Vec<u8>) -> Delivered {
-        if self.application.stream.poll_write_ready(cx).is_ready() {
+        if self.application.stream().is_some_and(|stream| stream.poll_write_ready(cx).is_ready()) {
             cx.waker().wake_by_ref();
         }
         Delivered::Blocked(Some(kept))
@@ -543,18 +543,15 @@ impl Relay {
 
     fn take_frame(&mut self, frame: Frame<'static>) -> Option<Event> {
         match frame {
-            Frame::Accept => {
-                self.application.early = Vec::new();
-                Some(Event::Accepted)
-            }
+            Frame::Accept => Some(Event::Accepted),
             Frame::Refuse(refusal) => Some(Event::End(End::Refused(refusal))),
             Frame::Reset(cause) => Some(Event::End(End::Reset(cause))),
             Frame::NotTaken => Some(Event::End(End::NotTaken)),
             Frame::Reauthenticate(proof) => Some(Event::Reauthenticate(proof)),
             Frame::GoingAway => None,
             Frame::Fin => {
-                let stream = socket2::SockRef::from(&self.application.stream);
-                match stream.shutdown(Shutdown::Write) {
+                let stream = self.application.stream()?;
+                match socket2::SockRef::from(stream).shutdown(Shutdown::Write) {
                     Ok(()) => {}
                     // It has closed both ways already: its last read says so.
                     Err(error) if error.kind() == io::ErrorKind::NotConnected => {}
@@ -620,12 +617,6 @@ fn seal_records(
         total += size;
     }
     Ok(total)
-}
-
-/// Before the answer a burst is one record.
-fn keep_early(early: &mut Vec<u8>, scratch: &Scratch, start: usize, read: usize) {
-    let from = RECORD_HEADER + start;
-    early.extend_from_slice(scratch.cipher.get(from..from + read).unwrap_or_default());
 }
 
 fn end_of(error: SessionError) -> End {

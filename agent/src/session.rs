@@ -221,7 +221,7 @@ impl Session {
         matches!(peeked, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
 
-    /// Asks for a stream. The frame goes out with the first bytes, or by itself.
+    /// Asks for a stream. The frame goes out when the session is polled.
     pub(crate) fn open(&mut self, open: &Open) -> Result<(), SessionError> {
         self.machine.open(open, &mut self.control).map_err(misuse)
     }
@@ -244,15 +244,6 @@ impl Session {
 
     pub(crate) fn go_away(&mut self) -> Result<(), SessionError> {
         self.machine.go_away(&mut self.control).map_err(misuse)
-    }
-
-    /// Application bytes that go out before any others, with their header.
-    pub(crate) fn queue_data(&mut self, bytes: &[u8]) -> Result<(), SessionError> {
-        if !bytes.is_empty() {
-            self.control.extend_from_slice(&self.machine.data(bytes.len()).map_err(misuse)?);
-            self.control.extend_from_slice(bytes);
-        }
-        Ok(())
     }
 
     /// When the newest certificate ends that the peer was shown.

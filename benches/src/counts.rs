@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, bail, ensure};
 use clap::ValueEnum;
-use hauberk_core::session::{Event, Machine, Open, Order, Role};
+use hauberk_core::session::{Event, Machine, Open, Role};
 use hauberk_tls::channel::{Channel, MAX_PLAINTEXT, Opened};
 
 use crate::{decide, world::World};
@@ -197,7 +197,6 @@ impl Ends {
             trace_id: [0; 16],
             original_destination: address,
             source_address: address,
-            order: Order { queue: 1, place: 0 },
         };
         self.say(true, |machine, out| Ok(machine.open(&open, out)?))?;
         self.say(false, |machine, out| Ok(machine.accept(out)?))?;

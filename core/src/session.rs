@@ -17,5 +17,5 @@ mod proofs;
 
 pub use frame::{ALPN, FrameError, FrameType, HEADER_LENGTH, Header, MAX_CONTROL, MAX_DATA};
 pub use machine::{Event, Machine, Misuse, Received, Role};
-pub use message::{Open, Order, Reauthenticate, Refusal, RefusalCause, ResetCause};
+pub use message::{Open, Reauthenticate, Refusal, RefusalCause, ResetCause};
 pub use proofs::ProofAllowance;

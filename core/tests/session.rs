@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 use hauberk_core::{
     policy::Reason,
     session::{
-        FrameError, FrameType, Header, MAX_CONTROL, Open, Order, Reauthenticate, Refusal,
-        RefusalCause, ResetCause,
+        FrameError, FrameType, Header, MAX_CONTROL, Open, Reauthenticate, Refusal, RefusalCause,
+        ResetCause,
     },
 };
 use proptest::prelude::*;
@@ -64,11 +64,8 @@ proptest! {
         trace_id: [u8; 16],
         original_destination in address(),
         source_address in address(),
-        queue: u64,
-        place: u64,
     ) {
-        let order = Order { queue, place };
-        let open = Open { connection_id, trace_id, original_destination, source_address, order };
+        let open = Open { connection_id, trace_id, original_destination, source_address };
         prop_assert_eq!(Open::decode(&open.encode()), Ok(open.clone()));
         let mut longer = open.encode();
         longer.push(0);

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use hauberk_core::{
     policy::Reason,
     session::{
-        Event, FrameError, FrameType, Header, Machine, Misuse, Open, Order, Refusal, RefusalCause,
+        Event, FrameError, FrameType, Header, Machine, Misuse, Open, Refusal, RefusalCause,
         ResetCause, Role,
     },
 };
@@ -19,7 +19,6 @@ fn open() -> Open {
         trace_id: [0; 16],
         original_destination: "10.0.0.1:80".parse().unwrap(),
         source_address: "[fd00::1]:4000".parse().unwrap(),
-        order: Order { queue: 1, place: 0 },
     }
 }
 

@@ -2,7 +2,7 @@
 //! panic, and no event that the state before it does not allow.
 #![no_main]
 
-use hauberk_core::session::{Event, Machine, Open, Order, Refusal, RefusalCause, ResetCause, Role};
+use hauberk_core::session::{Event, Machine, Open, Refusal, RefusalCause, ResetCause, Role};
 
 libfuzzer_sys::fuzz_target!(|input: (bool, Vec<(u8, Vec<u8>)>)| {
     let (is_source, steps) = input;
@@ -31,7 +31,6 @@ fn local(machine: &mut Machine, call: u8, out: &mut Vec<u8>) {
                 trace_id: [0; 16],
                 original_destination: address,
                 source_address: address,
-                order: Order { queue: 1, place: 0 },
             },
             out,
         ),

@@ -10,13 +10,19 @@
 //! other hosts' addresses (`IP_TRANSPARENT`). Every packet is looked at, not only a connection's first, so that
 //! nothing leaves as the application wrote it, whatever was forgotten meanwhile ([ADR 14]).
 //!
+//! A connection is not answered before the agent has decided about it and reached its destination: its first packet
+//! is held ([`Hold`]), so that `connect` tells an application the truth ([ADR 15]).
+//!
 //! Connections that are older than the rules go on as they are; the kernel keeps a list of them.
 //!
 //! [ADR 14]: ../../../docs/adr/0014-capture-without-connection-tracking.md
+//! [ADR 15]: ../../../docs/adr/0015-connect-tells-the-truth.md
 
 mod drift;
 mod expression;
+mod held;
 mod host;
+mod log;
 mod monitor;
 mod namespace;
 mod older;
@@ -26,6 +32,7 @@ mod second_line;
 mod transaction;
 
 pub use drift::Drift;
+pub use held::{Hold, Opening};
 pub use host::{HostRules, HostWorkload, ProcessMatch};
 pub use monitor::{Monitor, Reports};
 pub use namespace::NamespaceRules;
@@ -65,6 +72,11 @@ pub const MARK_TRANSPARENT: u32 = 0x4843;
 const CAPTURED: u32 = 0x4844_0000;
 const CAPTURED_BITS: u32 = 0xffff_0000;
 
+/// The marks of first packets that were held and go to the agent's listener after all, each with that listener's port.
+/// A rule takes the port from there, so it stands in the first two bytes, as it does in a packet.
+const RELEASED: [u8; 2] = [0x45, 0x48];
+const RELEASED_BITS: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
+
 /// The routing table for what is led to loopback.
 pub const ROUTE_TABLE: u32 = 18502;
 
@@ -84,6 +96,12 @@ const fn captured(port: u16) -> u32 {
     #[allow(clippy::as_conversions)]
     let port = port as u32;
     CAPTURED | port
+}
+
+/// The mark of what was held and goes to the agent's listener on this port; to none, if it is zero.
+const fn released(port: u16) -> u32 {
+    let [first, second] = port.to_be_bytes();
+    u32::from_ne_bytes([first, second, RELEASED[0], RELEASED[1]])
 }
 
 /// What becomes of connections that are captured and cannot be led to the agent, as those of a socket that is bound

@@ -188,7 +188,7 @@ impl Mesh {
         Ok(self.namespace(namespace)?.run(|| TcpListener::bind(address))??)
     }
 
-    /// A connection from a namespace. Whoever is captured gets one to its agent at once.
+    /// A connection from a namespace. To a captured caller, `connect` says whether it was reached and allowed.
     ///
     /// # Errors
     /// If it cannot connect.

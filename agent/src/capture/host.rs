@@ -2,6 +2,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::OwnedFd,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -13,13 +15,14 @@ use rustls::ServerConfig;
 use super::{
     Locals,
     guard::{Guard, Restored, Site},
-    listeners::{Accepting, Pair, accept, bind},
+    hold::Outbound,
+    listeners::{Accepting, OutboundSockets, Pair, bind, bind_outbound},
     namespace::unroutable,
     serve::{accept_mesh, accept_plaintext, mesh_tls},
 };
 use crate::{
     context::{Context, Local, MESH_PORT, Place},
-    handover::{Inherited, Replaced, Role},
+    handover::{Inherited, Replaced, Role, Seat},
     identity::Identities,
     outbound,
 };
@@ -29,7 +32,7 @@ pub(super) struct HostCapture {
     locals: Arc<Locals>,
     guard: Guard,
     /// The ports of outgoing connections, one a workload: the port tells who is connecting.
-    outbound: BTreeMap<String, (u16, Vec<Accepting>)>,
+    outbound: BTreeMap<String, Outbound>,
     /// The cgroups that are captured or should be, and what the kernel knew them by.
     cgroups: Vec<(ProcessMatch, Option<u64>)>,
     inherited: Inherited,
@@ -38,7 +41,7 @@ pub(super) struct HostCapture {
     inbound: Vec<Accepting>,
     /// Listeners that nobody accepts from yet.
     bound: Option<Inbound>,
-    bound_outbound: BTreeMap<String, Pair>,
+    bound_outbound: BTreeMap<String, OutboundSockets>,
 }
 
 /// Listeners for what comes in.
@@ -99,9 +102,9 @@ impl HostCapture {
                 self.inbound.push(accept_mesh(context, listener, &self.locals, &tls)?);
             }
         }
-        for (key, pair) in std::mem::take(&mut self.bound_outbound) {
-            let listening = self.accept_outbound(context, &key, pair)?;
-            self.outbound.insert(key, listening);
+        for (key, sockets) in std::mem::take(&mut self.bound_outbound) {
+            let outbound = self.take_outbound(context, &key, sockets)?;
+            self.outbound.insert(key, outbound);
         }
         Ok(())
     }
@@ -171,12 +174,12 @@ impl HostCapture {
         let key = workload.key();
         let listens = self.outbound.contains_key(&key) || self.bound_outbound.contains_key(&key);
         if !listens {
-            let role = Role::Outbound(Some(key.clone()));
-            let pair = bind(&self.inherited, None, &role, declared)?;
-            self.bound_outbound.insert(key.clone(), pair);
+            let sockets = bind_outbound(&self.inherited, None, Some(&key), declared)?;
+            self.bound_outbound.insert(key.clone(), sockets);
         }
-        let accepting = self.outbound.get(&key).map(|(port, _)| *port);
-        let port = accepting.or_else(|| self.bound_outbound.get(&key).map(|pair| pair.port));
+        let taking = self.outbound.get(&key).map(|outbound| outbound.port);
+        let port =
+            taking.or_else(|| self.bound_outbound.get(&key).map(|sockets| sockets.listeners.port));
         let local = match self.locals.get(&key) {
             Some(local)
                 if local.workload == *workload && Arc::ptr_eq(&local.identity, &identity) =>
@@ -197,26 +200,27 @@ impl HostCapture {
         Ok((local, rule))
     }
 
-    fn accept_outbound(
+    fn take_outbound(
         &self,
         context: &Arc<Context>,
         key: &str,
-        Pair { port, listeners }: Pair,
-    ) -> anyhow::Result<(u16, Vec<Accepting>)> {
-        let mut accepting = Vec::new();
-        for listener in listeners {
-            let (locals, key) = (self.locals.clone(), key.to_owned());
-            accepting.push(accept(context, listener, move |context, captured| {
-                // In the order in which they were accepted.
-                let local = locals.get(&key).map(|local| (local.departures.arrive(), local));
-                async move {
-                    if let Some((arrival, local)) = local {
-                        outbound::serve(&context, &local, arrival, captured).await;
-                    }
-                }
-            })?);
-        }
-        Ok((port, accepting))
+        sockets: OutboundSockets,
+    ) -> anyhow::Result<Outbound> {
+        let (locals, key) = (self.locals.clone(), key.to_owned());
+        let (of_dialled, key_of_dialled) = (locals.clone(), key.clone());
+        Outbound::start(
+            context,
+            Place::Host,
+            sockets,
+            move |context, waiting| {
+                let local = locals.get(&key)?;
+                Some(async move { outbound::serve(&context, &local, waiting).await })
+            },
+            move |context, stream, from| {
+                let local = of_dialled.get(&key_of_dialled);
+                async move { outbound::refuse_dialled(&context, local.as_deref(), &stream, from) }
+            },
+        )
     }
 
     fn enforce(&self, node: &str, workloads: Vec<HostWorkload>) -> anyhow::Result<()> {
@@ -249,8 +253,10 @@ impl HostCapture {
         self.inbound.clear();
     }
 
-    pub(super) fn listeners(&self) -> impl Iterator<Item = &Accepting> {
-        self.outbound.values().flat_map(|(_, listeners)| listeners).chain(&self.inbound)
+    /// Its sockets for another process.
+    pub(super) fn share(&self) -> impl Iterator<Item = io::Result<(Seat, OwnedFd)>> {
+        let outbound = self.outbound.values().flat_map(Outbound::share);
+        outbound.chain(self.inbound.iter().map(Accepting::share))
     }
 
     /// Ends what is captured, and gives the plain network back.

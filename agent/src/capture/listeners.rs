@@ -16,6 +16,7 @@ use std::{
 
 use anyhow::Context as _;
 use hauberk_linux::{
+    capture::{Hold, REPORT_GROUP},
     links::ipv6_is_enabled,
     socket::{Peer, listen_captured},
 };
@@ -31,11 +32,11 @@ use crate::{
 };
 
 /// The pause after a failed accept, so that being out of descriptors does not spin.
-const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+pub(super) const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
 /// Connections of one listener at once; over it the kernel's queue holds them back. Each listener has
 /// its own, so that a flood of incoming ones leaves the outgoing ones alone.
-const MAX_CONNECTIONS: usize = 32_768;
+pub(super) const MAX_CONNECTIONS: usize = 32_768;
 
 /// The ports that the agent chooses from: below those that the kernel gives to outgoing connections, so that none of
 /// these is in the way.
@@ -43,6 +44,9 @@ const PORTS: std::ops::Range<u16> = 15_100..16_000;
 
 /// How often the kernel is asked for a port when all of these are taken.
 const KERNELS_CHOICES: usize = 8;
+
+/// How many groups are tried.
+const HOLDS: usize = 4;
 
 /// A listener and its task, which ends with its owner.
 pub(super) struct Accepting {
@@ -54,8 +58,13 @@ pub(super) struct Accepting {
 impl Accepting {
     /// The listener for another process.
     pub(super) fn share(&self) -> io::Result<(Seat, OwnedFd)> {
-        Ok((self.seat.clone(), self.listener.as_fd().try_clone_to_owned()?))
+        share(&self.seat, &*self.listener)
     }
+}
+
+/// A socket for another process.
+pub(super) fn share(seat: &Seat, socket: &impl AsFd) -> io::Result<(Seat, OwnedFd)> {
+    Ok((seat.clone(), socket.as_fd().try_clone_to_owned()?))
 }
 
 impl Drop for Accepting {
@@ -74,6 +83,57 @@ pub(super) struct Bound {
 pub(super) struct Pair {
     pub(super) port: u16,
     pub(super) listeners: Vec<Bound>,
+}
+
+/// What it takes to serve what a workload sends.
+pub(super) struct OutboundSockets {
+    /// The rules name its port. Nothing arrives there, but where nobody listens, connections are refused.
+    pub(super) listeners: Pair,
+    /// What is held arrives here when it is let go.
+    pub(super) arrivals: Pair,
+    pub(super) hold: Hold,
+    /// The seat of what is held.
+    pub(super) seat: Seat,
+}
+
+/// The sockets that were handed over for this workload, or new ones in the calling thread's network namespace, at
+/// ports that are none of `avoid` and that nobody has.
+///
+/// # Errors
+/// If there are none.
+pub(super) fn bind_outbound(
+    inherited: &Inherited,
+    namespace: Option<u64>,
+    key: Option<&str>,
+    avoid: &BTreeSet<u16>,
+) -> anyhow::Result<OutboundSockets> {
+    let (role, held) = (Role::Outbound(key.map(str::to_owned)), Role::Held(key.map(str::to_owned)));
+    let seat = Seat { namespace, role: held, v6: false };
+    let arrivals = bind(&Inherited::default(), namespace, &Role::Arrivals, avoid)?;
+    let mut avoid = avoid.clone();
+    avoid.extend([REPORT_GROUP, arrivals.port]);
+    if let Some(socket) = inherited.claim_socket(&seat) {
+        let listeners = bind(inherited, namespace, &role, &avoid)?;
+        let hold = Hold::inherit(socket, arrivals.port).context("hold what the workload opens")?;
+        return Ok(OutboundSockets { listeners, arrivals, hold, seat });
+    }
+    for _ in 0..HOLDS {
+        let listeners = bind(&Inherited::default(), namespace, &role, &avoid)?;
+        match Hold::start(listeners.port, arrivals.port) {
+            Ok(hold) => return Ok(OutboundSockets { listeners, arrivals, hold, seat }),
+            // Another program may have the group of this number.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                avoid.insert(listeners.port);
+            }
+            Err(error) => return Err(error).context("hold what the workload opens"),
+        }
+    }
+    anyhow::bail!(
+        "the kernel does not tell of what the workload opens (nfnetlink_log): the agent needs CAP_NET_ADMIN and \
+         CAP_NET_RAW, and a group of a number from {} to {} that no other program listens to",
+        PORTS.start,
+        PORTS.end - 1
+    )
 }
 
 /// The listeners that were handed over for this role, or new ones in the calling thread's network namespace, at
@@ -144,7 +204,7 @@ pub(super) fn bind(
 fn listen(v6: bool, port: u16, role: &Role) -> io::Result<std::net::TcpListener> {
     let address: IpAddr = if v6 { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() };
     let peer = match role {
-        Role::Outbound(_) => Peer::Application,
+        Role::Outbound(_) | Role::Held(_) | Role::Arrivals => Peer::Application,
         Role::Plaintext | Role::Mesh => Peer::Network,
     };
     listen_captured(SocketAddr::new(address, port), peer)

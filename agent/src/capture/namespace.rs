@@ -2,6 +2,8 @@
 
 use std::{
     collections::BTreeSet,
+    io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -19,12 +21,13 @@ use hauberk_linux::{
 use super::{
     Locals,
     guard::{Guard, Restored, Site},
-    listeners::{Accepting, Pair, accept, bind},
+    hold::Outbound,
+    listeners::{Accepting, Pair, bind, bind_outbound},
     serve::{accept_mesh, accept_plaintext, mesh_tls},
 };
 use crate::{
     context::{Context, Local, MESH_PORT, Place},
-    handover::{Inherited, Replaced, Role},
+    handover::{Inherited, Replaced, Role, Seat},
     identity::Identities,
     outbound,
 };
@@ -49,6 +52,7 @@ pub(super) struct NamespaceCapture {
     guard: Guard,
     locals: Arc<Locals>,
     ports: Ports,
+    outbound: Option<Outbound>,
     listeners: Vec<Accepting>,
 }
 
@@ -97,12 +101,14 @@ impl NamespaceCapture {
             guard,
             locals,
             ports: Ports::default(),
+            outbound: None,
             listeners: Vec::new(),
         };
         // Who lives here first: connections may wait in a listener that was handed over.
         let ready = capture.settle(workload, identities).and_then(|()| capture.listen(inherited));
         if let Err(error) = ready {
             capture.ports = Ports::default();
+            capture.close();
             capture.enforce(workload).context("close what could not be captured")?;
             return Err(error);
         }
@@ -174,26 +180,28 @@ impl NamespaceCapture {
 
     fn listen(&mut self, inherited: &Inherited) -> anyhow::Result<()> {
         let (namespace, from_before) = (Some(self.inode()), inherited.clone());
-        let pairs = self.worker.call(move || {
-            [Role::Outbound(None), Role::Plaintext, Role::Mesh]
-                .map(|role| bind(&from_before, namespace, &role, &BTreeSet::new()))
+        let (outbound, [plaintext, mesh]) = self.worker.call(move || {
+            let role = |role| bind(&from_before, namespace, &role, &BTreeSet::new());
+            let outbound = bind_outbound(&from_before, namespace, None, &BTreeSet::new());
+            (outbound, [Role::Plaintext, Role::Mesh].map(role))
         })?;
-        let [outbound, plaintext, mesh] = pairs;
-        let Pair { port, listeners } = outbound?;
-        self.ports.outbound = Some(port);
-        for listener in listeners {
-            let locals = self.locals.clone();
-            self.listeners.push(accept(&self.context, listener, move |context, captured| {
-                // In the order in which they were accepted.
-                let local =
-                    locals.all().into_iter().next().map(|local| (local.departures.arrive(), local));
-                async move {
-                    if let Some((arrival, local)) = local {
-                        outbound::serve(&context, &local, arrival, captured).await;
-                    }
-                }
-            })?);
-        }
+        let outbound = outbound?;
+        self.ports.outbound = Some(outbound.listeners.port);
+        let (locals, dialled) = (self.locals.clone(), self.locals.clone());
+        let only = |locals: &Locals| locals.all().into_iter().next();
+        self.outbound = Some(Outbound::start(
+            &self.context,
+            Place::Namespace(self.worker.clone()),
+            outbound,
+            move |context, waiting| {
+                let local = only(&locals)?;
+                Some(async move { outbound::serve(&context, &local, waiting).await })
+            },
+            move |context, stream, from| {
+                let local = only(&dialled);
+                async move { outbound::refuse_dialled(&context, local.as_deref(), &stream, from) }
+            },
+        )?);
         let Pair { port, listeners } = plaintext?;
         self.ports.plaintext = Some(port);
         for listener in listeners {
@@ -222,8 +230,10 @@ impl NamespaceCapture {
         &self.locals
     }
 
-    pub(super) fn listeners(&self) -> impl Iterator<Item = &Accepting> {
-        self.listeners.iter()
+    /// Its sockets for another process.
+    pub(super) fn share(&self) -> impl Iterator<Item = io::Result<(Seat, OwnedFd)>> {
+        let outbound = self.outbound.iter().flat_map(Outbound::share);
+        outbound.chain(self.listeners.iter().map(Accepting::share))
     }
 
     /// When its rules were restored last.
@@ -238,19 +248,20 @@ impl NamespaceCapture {
 
     /// New connections are refused from here on, unless another agent has the listeners.
     pub(super) fn close(&mut self) {
+        self.outbound = None;
         self.listeners.clear();
     }
 
     /// Ends what is captured, and gives the plain network back.
     pub(super) fn remove_rules(self) {
-        let Self { worker, guard, listeners, .. } = self;
+        let Self { worker, guard, outbound, listeners, .. } = self;
         // It would put them back.
         guard.retire();
         let removed = worker.call(capture::remove).and_then(|result| result);
         if let Err(error) = removed {
             tracing::warn!(%error, "capture rules could not be removed");
         }
-        drop(listeners);
+        drop((outbound, listeners));
     }
 }
 

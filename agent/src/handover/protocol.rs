@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub(super) const SOCKET: &str = "handover.sock";
 
 /// What is said may change with it. Two that do not understand each other do not try.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 
 /// The next one's words.
 pub(super) const TAKE: &str = "take";
@@ -37,12 +37,16 @@ pub(crate) struct Seat {
     pub(crate) v6: bool,
 }
 
-/// What arrives at a listener.
+/// What arrives at a listener, or another socket.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub(crate) enum Role {
     /// What a workload sends: of a host's workloads this one, of a namespace's its only one.
     Outbound(Option<String>),
+    /// What is held for that: no listener, but the socket by which the kernel tells of it.
+    Held(Option<String>),
+    /// What was held and is let go. Never handed over: whoever held it gets it.
+    Arrivals,
     /// What comes in without the mesh.
     Plaintext,
     /// Other agents.

@@ -3,10 +3,7 @@
 use std::{
     collections::HashMap,
     net::TcpListener,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    os::{fd::OwnedFd, unix::net::UnixStream},
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -242,7 +239,7 @@ impl Predecessor {
                 bail!("the other agent passes its metrics' listener twice");
             };
             let file = self.link.file().with_context(|| format!("no listener came with {line}"))?;
-            inherited.lock().insert(seat, TcpListener::from(file));
+            inherited.lock().insert(seat, file);
         }
         let stands_by = Arc::new(AtomicBool::new(true));
         Ok((inherited, Taken { link: Some(self.link), stands_by }))
@@ -277,11 +274,16 @@ impl Taken {
 
 /// The listeners of a predecessor that nobody has taken up yet.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Inherited(Arc<Mutex<HashMap<Seat, TcpListener>>>);
+pub(crate) struct Inherited(Arc<Mutex<HashMap<Seat, OwnedFd>>>);
 
 impl Inherited {
     /// The listener of this seat.
     pub(crate) fn claim(&self, seat: &Seat) -> Option<TcpListener> {
+        self.claim_socket(seat).map(TcpListener::from)
+    }
+
+    /// The socket of this seat that is no listener.
+    pub(crate) fn claim_socket(&self, seat: &Seat) -> Option<OwnedFd> {
         self.lock().remove(seat)
     }
 
@@ -296,10 +298,7 @@ impl Inherited {
     /// If the system has no more descriptors.
     pub(super) fn share(&self) -> std::io::Result<Vec<(Seat, OwnedFd)>> {
         let unclaimed = self.lock();
-        unclaimed
-            .iter()
-            .map(|(seat, listener)| Ok((seat.clone(), listener.as_fd().try_clone_to_owned()?)))
-            .collect()
+        unclaimed.iter().map(|(seat, socket)| Ok((seat.clone(), socket.try_clone()?))).collect()
     }
 
     /// Closes those that nobody has claimed.
@@ -308,7 +307,7 @@ impl Inherited {
     }
 
     /// Plain data: a panic elsewhere leaves nothing half-changed in it.
-    fn lock(&self) -> MutexGuard<'_, HashMap<Seat, TcpListener>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Seat, OwnedFd>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -19,18 +19,6 @@ pub struct Open {
     pub original_destination: SocketAddr,
     /// Where it came from.
     pub source_address: SocketAddr,
-    /// Its place among the streams whose order the client can see.
-    pub order: Order,
-}
-
-/// A stream's place among those that its agent opens from one workload to one port of another, in the order in
-/// which the client connected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Order {
-    /// A random number, the same for all of them.
-    pub queue: u64,
-    /// Counts up from 0.
-    pub place: u64,
 }
 
 /// What the destination tells the caller's agent when it refuses.
@@ -129,13 +117,11 @@ impl Open {
     /// The body of the frame.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        let mut body = Vec::with_capacity(88);
+        let mut body = Vec::with_capacity(72);
         body.extend_from_slice(&self.connection_id);
         body.extend_from_slice(&self.trace_id);
         put_address(&mut body, self.original_destination);
         put_address(&mut body, self.source_address);
-        body.extend_from_slice(&self.order.queue.to_be_bytes());
-        body.extend_from_slice(&self.order.place.to_be_bytes());
         body
     }
 
@@ -150,10 +136,6 @@ impl Open {
             trace_id: reader.array("trace id")?,
             original_destination: reader.address("original destination")?,
             source_address: reader.address("source address")?,
-            order: Order {
-                queue: u64::from_be_bytes(reader.array("queue")?),
-                place: u64::from_be_bytes(reader.array("place")?),
-            },
         };
         reader.end()?;
         Ok(open)

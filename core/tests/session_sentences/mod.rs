@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use hauberk_core::{
     policy::Reason,
     session::{
-        ALPN, Event, FrameError, FrameType, HEADER_LENGTH, Header, Machine, Misuse, Open, Order,
+        ALPN, Event, FrameError, FrameType, HEADER_LENGTH, Header, Machine, Misuse, Open,
         Reauthenticate, Refusal, RefusalCause, ResetCause, Role,
     },
 };
@@ -136,7 +136,7 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
     ),
     ("Data is passed on as it arrives.", &[Proof::Here(data_is_passed_on_as_it_arrives)]),
     (
-        "**Open**: connection id (16 bytes), trace id (16 bytes, all zero: none), original destination, source address, queue (8 bytes), place (8 bytes).",
+        "**Open**: connection id (16 bytes), trace id (16 bytes, all zero: none), original destination, source address.",
         &[Proof::Here(open_is_laid_out_as_written)],
     ),
     (
@@ -197,8 +197,8 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
         ],
     ),
     (
-        "This implementation lets at most 16 KiB ride along.",
-        &[Proof::Source("agent", "const EARLY: usize = MAX_PLAINTEXT;")],
+        "This implementation waits: its application's `connect` succeeds when Accept has come.",
+        &[Proof::Test("connect_succeeds_when_the_application_has_accepted")],
     ),
     (
         "The destination decides anew for each stream, as if it were the first, and answers with exactly one of Accept, Refuse or Reset before anything else of the stream.",
@@ -210,14 +210,6 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
     (
         "Before Accept nothing of the stream may reach the application.",
         &[Proof::Test("a_second_stream_is_decided_like_the_first")],
-    ),
-    (
-        "Accept may wait a moment to go out with the application's first bytes, but not once 16 KiB of the stream have come.",
-        &[Proof::Source("agent", "let wanted = self.received >= count(EARLY);")],
-    ),
-    (
-        "This implementation lets it wait 1 ms.",
-        &[Proof::Source("agent", "const ACCEPT_HOLD: Duration = Duration::from_millis(1);")],
     ),
     (
         "Each direction ends with one frame: Fin, or Reset, or, at the destination, Refuse.",
@@ -274,55 +266,6 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
     (
         "A TCP or TLS end before both directions are over is a truncation, and the application MUST see a reset.",
         &[Proof::Test("a_killed_agent_leaves_no_open_connection_hanging")],
-    ),
-    (
-        "A client that connects twice expects its server to accept in that order ([ADR 13](../docs/adr/0013-connects-keep-their-order.md)).",
-        &[Proof::Explains],
-    ),
-    (
-        "A source numbers the streams of one workload to one port of one destination in the order in which their clients connected: the first place of a queue is 0, the queue's number is random.",
-        &[
-            Proof::Test("connections_are_numbered_as_they_arrived"),
-            Proof::Test("another_port_has_another_queue_and_an_idle_one_begins_anew"),
-        ],
-    ),
-    (
-        "Numbers may be left out by streams that come to nothing.",
-        &[
-            Proof::Test("one_that_was_lost_is_waited_for_once_and_not_for_long"),
-            Proof::Test("one_that_is_refused_holds_up_nobody"),
-        ],
-    ),
-    (
-        "A queue that was not used for 60 s is not used again.",
-        &[Proof::Test("another_port_has_another_queue_and_an_idle_one_begins_anew")],
-    ),
-    (
-        "A destination connects the streams of one queue to their applications in the order of their places.",
-        &[
-            Proof::Test("streams_that_come_in_any_order_dial_in_that_of_their_numbers"),
-            Proof::Test("connections_are_accepted_in_the_order_in_which_they_were_opened"),
-            Proof::Test("a_verified_local_edge_keeps_the_order_of_connections"),
-        ],
-    ),
-    (
-        "It waits for a place that has not come, but not for long: this implementation 250 ms, and as long again for those that have come.",
-        &[
-            Proof::Test("one_that_was_lost_is_waited_for_once_and_not_for_long"),
-            Proof::Test("an_application_that_does_not_answer_is_not_waited_for_for_long"),
-        ],
-    ),
-    (
-        "A queue is of the identity that used it first.",
-        &[Proof::Test("queues_and_peers_do_not_wait_for_each_other")],
-    ),
-    (
-        "A destination MAY ignore the order of queues for which it has no room: this implementation keeps 65,536, each for 120 s, and lets 1,024 streams of one wait.",
-        &[
-            Proof::Test("what_a_peer_can_make_us_remember_is_bounded"),
-            Proof::Source("agent", "const MAX_QUEUES: usize = 4_096;"),
-            Proof::Source("agent", "const FORGET_AFTER: Duration = Duration::from_secs(120);"),
-        ],
     ),
     (
         "A destination that takes no further streams sends GoingAway once, with the number of streams it has taken.",
@@ -404,10 +347,6 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
         ],
     ),
     (
-        "The queue and the place in Open: they hold up nobody but their own identity's streams.",
-        &[Proof::Test("queues_and_peers_do_not_wait_for_each_other")],
-    ),
-    (
         "That a peer which accepted one stream may have another.",
         &[Proof::Test("a_second_stream_is_decided_like_the_first")],
     ),
@@ -481,7 +420,6 @@ fn open() -> Open {
         trace_id: [2; 16],
         original_destination: "10.0.0.1:80".parse().unwrap(),
         source_address: "[fd00::1]:4000".parse().unwrap(),
-        order: Order { queue: 3, place: 4 },
     }
 }
 

@@ -224,17 +224,37 @@ pub(super) fn to_listener(family: Family, port: u16) -> Vec<Expression> {
         Family::V4 => (IPV4, &Ipv4Addr::LOCALHOST.octets()),
         Family::V6 => (IPV6, &Ipv6Addr::LOCALHOST.octets()),
     };
-    let mut attributes = Vec::new();
-    push_u32(&mut attributes, TPROXY_FAMILY, number.into());
-    push_u32(&mut attributes, TPROXY_REG_ADDR, REG);
-    push_u32(&mut attributes, TPROXY_REG_PORT, REG_2);
     vec![
         meta(META_NFPROTO),
         compare(Is::Equal, &[number]),
         load_constant_into(REG, address),
         load_constant_into(REG_2, &port.to_be_bytes()),
-        Expression { name: "tproxy", attributes },
+        tproxy(number),
     ]
+}
+
+/// The same with the listener whose port the packet's mark has ([`released`](super::released)).
+pub(super) fn to_listener_of_mark(family: Family) -> Vec<Expression> {
+    let (number, address): (u8, &[u8]) = match family {
+        Family::V4 => (IPV4, &Ipv4Addr::LOCALHOST.octets()),
+        Family::V6 => (IPV6, &Ipv6Addr::LOCALHOST.octets()),
+    };
+    vec![
+        meta(META_NFPROTO),
+        compare(Is::Equal, &[number]),
+        load_constant_into(REG, address),
+        meta_into(REG_2, META_MARK),
+        tproxy(number),
+    ]
+}
+
+/// To the address and port in the first two registers.
+fn tproxy(family: u8) -> Expression {
+    let mut attributes = Vec::new();
+    push_u32(&mut attributes, TPROXY_FAMILY, family.into());
+    push_u32(&mut attributes, TPROXY_REG_ADDR, REG);
+    push_u32(&mut attributes, TPROXY_REG_PORT, REG_2);
+    Expression { name: "tproxy", attributes }
 }
 
 /// Connection tracking leaves the packet alone.
@@ -302,8 +322,12 @@ fn verdict(code: u32, chain: Option<&str>) -> Vec<Expression> {
 }
 
 fn meta(key: u32) -> Expression {
+    meta_into(REG, key)
+}
+
+fn meta_into(register: u32, key: u32) -> Expression {
     let mut attributes = Vec::new();
-    drop(PushExprMetaAttrs::new(&mut attributes).push_dreg(REG).push_key(key));
+    drop(PushExprMetaAttrs::new(&mut attributes).push_dreg(register).push_key(key));
     Expression { name: "meta", attributes }
 }
 

@@ -17,8 +17,8 @@ use super::{
     },
     older::Scope,
     parts::{
-        agents_own_untracked, carried, families_to_listener, leaving, mesh_from_loopback, not_own,
-        older_chain, older_sets, unroutable,
+        agents_own_untracked, carried, families_to_listener, given_back_to_listener, held, leaving,
+        mesh_from_loopback, not_own, older_chain, older_sets, unroutable,
     },
     ruleset::{Chain, Hook, Ruleset, Set, SetContent},
     second_line::Routing,
@@ -176,13 +176,11 @@ impl HostRules {
                 .rule([opening(Is::Not), jump(UNDECIDED)])
                 .rules(carried())
                 .rule([opening(Is::Not), pass()]);
-        let listeners: BTreeSet<u16> = self
-            .workloads
-            .iter()
-            .filter_map(|workload| workload.outbound_port)
-            .chain(self.plaintext_port)
-            .collect();
-        for port in listeners {
+        chain = given_back_to_listener(chain);
+        for port in self.workloads.iter().filter_map(|workload| workload.outbound_port) {
+            chain = held(chain, port, || mark(captured(port)));
+        }
+        if let Some(port) = self.plaintext_port {
             for family in Family::ALL {
                 chain =
                     chain.rule([mark(captured(port)), to_listener(family, port), let_through()]);

@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use super::{
     MARK_UNCAPTURED, UNDECIDED, Unroutable, captured,
     expression::{
-        Is, destination_port, from_loopback, goto, jump, let_through, opening, pass, reset,
-        set_mark, tcp, to_listener, to_loopback, to_this_host,
+        Is, destination_port, from_loopback, goto, jump, opening, pass, reset, set_mark, tcp,
+        to_loopback, to_this_host,
     },
     older::Scope,
     parts::{
-        agents_own, carried, families_to_listener, leaving, mesh_from_loopback, older_chain,
-        older_sets, unroutable,
+        agents_own, carried, families_to_listener, given_back_to_listener, held, leaving,
+        mesh_from_loopback, older_chain, older_sets, unroutable,
     },
     ruleset::{Chain, Hook, Ruleset},
     second_line::Routing,
@@ -20,8 +20,8 @@ use crate::error::{Error, Result};
 
 /// Capture of one network namespace.
 ///
-/// - TCP that leaves the namespace arrives at `outbound_port`; the accepted socket's own address is where it was
-///   going. Loopback, which includes the namespace's own addresses, is left alone.
+/// - The first packet of TCP that leaves the namespace is held ([`Hold`](super::Hold)) until the agent lets it
+///   arrive at `outbound_port`; the accepted socket's own address is where it was going. Loopback, which includes the namespace's own addresses, is left alone.
 /// - TCP that comes in arrives at `plaintext_port`, but for that to `mesh_port`, which arrives at
 ///   `mesh_listener`. Whether another program listens on those ports makes no difference.
 /// - UDP, ICMP and connections opened before the rules are left alone.
@@ -122,16 +122,15 @@ impl NamespaceRules {
     /// What is on loopback belongs to the connection that its addresses name, the agent's end of a captured one
     /// included. Only what opens a connection has to be told where.
     fn loopback_chain(&self) -> Chain {
-        let mut chain =
+        let chain =
             mesh_from_loopback(Chain::named("from_loopback"), self.mesh_port, self.mesh_listener)
-                .rules(carried())
-                .rule([opening(Is::Not), jump(UNDECIDED)])
-                .rule([opening(Is::Not), pass()])
-                .rule([set_mark(MARK_UNCAPTURED), to_this_host(Is::Equal), pass()]);
+                .rules(carried());
+        let mut chain = given_back_to_listener(chain)
+            .rule([opening(Is::Not), jump(UNDECIDED)])
+            .rule([opening(Is::Not), pass()])
+            .rule([set_mark(MARK_UNCAPTURED), to_this_host(Is::Equal), pass()]);
         if let Some(port) = self.outbound_port {
-            for family in crate::links::Family::ALL {
-                chain = chain.rule([to_listener(family, port), let_through()]);
-            }
+            chain = held(chain, port, Vec::new);
         }
         chain.rule([reset()])
     }

@@ -1,20 +1,25 @@
 //! What the rules of a namespace and those of a host have in common.
 
 use super::{
-    MARK, MARK_TRANSPARENT, MARK_UNCAPTURED, OLDER_V4, OLDER_V6, OWN_MARKS, REPORT_GROUP,
-    UNDECIDED, Unroutable,
+    MARK, MARK_TRANSPARENT, MARK_UNCAPTURED, OLDER_V4, OLDER_V6, OWN_MARKS, RELEASED_BITS,
+    REPORT_GROUP, UNDECIDED, Unroutable,
     expression::{
         Expression, Is, destination_port, discard, forget_outgoing, let_through, mark, masked_mark,
-        opening, outgoing_in, pass, report_to, set_mark, tcp, to_listener, to_loopback,
-        to_this_host, to_transparent_socket, untracked,
+        opening, outgoing_in, pass, report_to, reset, set_mark, tcp, to_listener,
+        to_listener_of_mark, to_loopback, to_this_host, to_transparent_socket, untracked,
     },
+    released,
     ruleset::{Chain, Hook, Set, SetContent},
 };
 use crate::links::Family;
 
 /// What the agent sends, and what was found to be no business of the mesh, leaves as it is.
 pub(super) fn agents_own() -> Vec<Vec<Vec<Expression>>> {
-    vec![vec![own(), let_through()], vec![mark(MARK_TRANSPARENT), let_through()]]
+    vec![
+        vec![own(), let_through()],
+        vec![mark(MARK_TRANSPARENT), let_through()],
+        vec![given_back(), let_through()],
+    ]
 }
 
 /// The same on a host: what the agent exchanges with applications over loopback is no business of connection
@@ -24,7 +29,38 @@ pub(super) fn agents_own_untracked() -> Vec<Vec<Vec<Expression>>> {
         vec![own(), to_loopback(Is::Equal), untracked(), let_through()],
         vec![own(), let_through()],
         vec![mark(MARK_TRANSPARENT), untracked(), let_through()],
+        vec![given_back(), untracked(), let_through()],
     ]
+}
+
+/// A first packet that was held.
+fn given_back() -> Vec<Expression> {
+    masked_mark(Is::Equal, released(0), RELEASED_BITS)
+}
+
+/// What was held and is given back goes to the listener that its mark names; without one, it is refused.
+pub(super) fn given_back_to_listener(chain: Chain) -> Chain {
+    let here = || [given_back(), opening(Is::Equal)];
+    let chain = Family::ALL.into_iter().fold(chain, |chain, family| {
+        let [given_back, opening] = here();
+        chain.rule([given_back, opening, to_listener_of_mark(family), let_through()])
+    });
+    let [given_back, opening] = here();
+    chain.rule([given_back, opening, reset()])
+}
+
+/// The first packets of connections for the agent's listener are held: the agent is told of each, and it goes no
+/// further. Where there is no listener, nobody would answer it, and the rules after these refuse it.
+pub(super) fn held(chain: Chain, port: u16, which: impl Fn() -> Vec<Expression>) -> Chain {
+    Family::ALL.into_iter().fold(chain, |chain, family| {
+        chain.rule([
+            which(),
+            opening(Is::Equal),
+            to_listener(family, port),
+            report_to(port),
+            discard(),
+        ])
+    })
 }
 
 /// The agent's own mark, or that of what is left alone.

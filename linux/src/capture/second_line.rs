@@ -9,7 +9,10 @@
 
 use std::collections::BTreeSet;
 
-use super::{CAPTURED_BITS, Drift, MARK, MARK_TRANSPARENT, OWN_MARKS, ROUTE_TABLE, captured};
+use super::{
+    CAPTURED_BITS, Drift, MARK, MARK_TRANSPARENT, OWN_MARKS, RELEASED_BITS, ROUTE_TABLE, captured,
+    released,
+};
 use crate::{
     error::Result,
     links::{self, Family},
@@ -49,6 +52,7 @@ impl Routing {
             Rule { mark: Some((MARK & OWN_MARKS, OWN_MARKS)), ..Rule::new(OWN, Action::Goto(END)) },
             Rule { mark: Some((MARK_TRANSPARENT, u32::MAX)), ..lookup(BY_MARK) },
             Rule { mark: Some((captured(0), CAPTURED_BITS)), ..lookup(BY_MARK) },
+            Rule { mark: Some((released(0), RELEASED_BITS)), ..lookup(BY_MARK) },
         ];
         let by_kind = Rule { tcp: true, ..lookup(BY_KIND) };
         match self {

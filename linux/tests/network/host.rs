@@ -274,7 +274,7 @@ fn needs_root_other_users_are_told_apart() {
         let database = listen_captured(&network.workload, family, DATABASE_OUTBOUND);
         let service = listen(&network.workload, family.any, WEB);
         for (user, address, port, expected) in [
-            (WEB_USER, family.remote, 80, &web),
+            (WEB_USER, family.remote, 80, &*web),
             (WEB_USER, family.loopback, DATABASE, &web),
             (DATABASE_USER, family.remote, 80, &database),
             (DATABASE_USER, family.workload, WEB, &database),
@@ -334,7 +334,7 @@ fn needs_root_a_cgroup_is_redirected_and_its_neighbour_is_not() {
     for family in families() {
         let agent = listen_captured(&network.workload, family, WEB_OUTBOUND);
         let server = listen(&network.remote, family.any, 80);
-        for (cgroup, expected) in [(&inside, &agent), (&below, &agent), (&outside, &server)] {
+        for (cgroup, expected) in [(&inside, &*agent), (&below, &agent), (&outside, &server)] {
             let prepare = format!("echo $$ > {}/cgroup.procs &&", cgroup.0);
             let _dialling = Dialling(
                 network.in_workload(|| dialler(&prepare, family.remote, 80).spawn().unwrap()),

@@ -6,6 +6,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::as_conversions)]
 
 mod drift;
+mod held;
 mod host;
 mod namespace;
 mod netns;

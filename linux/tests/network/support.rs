@@ -4,13 +4,17 @@ use std::{
     io::{self, Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use hauberk_linux::{
     Netns,
-    capture::{Before, Installed, Ruleset},
+    capture::{Before, Hold, Installed, Ruleset},
     links,
     socket::{self, Peer},
 };
@@ -96,12 +100,56 @@ pub(crate) fn listen(netns: &Netns, address: IpAddr, port: u16) -> TcpListener {
     netns.run(|| socket::listen(address)).unwrap().unwrap()
 }
 
-/// A listener of the agent's, which is on loopback.
-pub(crate) fn listen_captured(netns: &Netns, family: Addresses, port: u16) -> TcpListener {
+/// A listener of the agent's, which is on loopback. What is held for it is given back at once.
+pub(crate) fn listen_captured(netns: &Netns, family: Addresses, port: u16) -> Listener {
     let address = SocketAddr::new(family.loopback, port);
-    let peer =
-        if [PLAINTEXT, MESH_LISTENER].contains(&port) { Peer::Network } else { Peer::Application };
-    netns.run(|| socket::listen_captured(address, peer)).unwrap().unwrap()
+    let is_outbound = ![PLAINTEXT, MESH_LISTENER].contains(&port);
+    let peer = if is_outbound { Peer::Application } else { Peer::Network };
+    let listener = netns.run(|| socket::listen_captured(address, peer)).unwrap().unwrap();
+    let releasing = is_outbound.then(|| Releasing::start(netns, port));
+    Listener { listener, _releasing: releasing }
+}
+
+pub(crate) struct Listener {
+    listener: TcpListener,
+    _releasing: Option<Releasing>,
+}
+
+impl std::ops::Deref for Listener {
+    type Target = TcpListener;
+
+    fn deref(&self) -> &TcpListener {
+        &self.listener
+    }
+}
+
+/// Gives back what is held, as an agent that allows everything.
+struct Releasing(Arc<AtomicBool>, Option<thread::JoinHandle<()>>);
+
+impl Releasing {
+    fn start(netns: &Netns, port: u16) -> Self {
+        let hold = netns.run(|| Hold::start(port, port)).unwrap().unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let task = thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                for opening in hold.take().unwrap() {
+                    hold.release(&opening).unwrap();
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        Self(stop, Some(task))
+    }
+}
+
+impl Drop for Releasing {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+        if let Some(task) = self.1.take() {
+            task.join().unwrap();
+        }
+    }
 }
 
 /// Puts rules in place for the first time, or in place of others.

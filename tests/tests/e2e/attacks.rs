@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use hauberk_cli::lab::{ipv4, ipv6};
-use hauberk_core::session::{FrameType, HEADER_LENGTH, Header, Open, Order};
+use hauberk_core::session::{FrameType, HEADER_LENGTH, Header, Open};
 use hauberk_linux::packets::{CaptureOptions, PacketCapture};
 use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, is, ledger_policy};
 
@@ -492,7 +492,6 @@ fn an_agent_that_never_reads(mesh: &Mesh, listener: &TcpListener) -> anyhow::Res
         connection_id: [7; 16],
         original_destination: listener.local_addr()?,
         source_address: SocketAddr::new(ipv4(CHECKOUT), 40_000),
-        order: Order { queue: 1, place: 0 },
     }
     .encode();
     hostile.write_all(&Header::encode(FrameType::Open, wish.len())?)?;

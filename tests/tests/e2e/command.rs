@@ -22,7 +22,7 @@ use nix::{
 };
 use serde_json::Value;
 
-use crate::policy::expect_reset;
+use crate::policy::expect_refused;
 
 crate::trials!(
     denied_follows_what_comes_until_it_is_interrupted,
@@ -128,7 +128,7 @@ impl Drop for Folder {
 
 fn denied_follows_what_comes_until_it_is_interrupted() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
-    expect_reset(mesh.connect("web", mesh.ledger(8080)))?;
+    expect_refused(mesh.connect("web", mesh.ledger(8080)))?;
     // Whoever starts the tests in the background may have them ignore SIGINT, and their children too.
     let mut command = Command::new("env");
     let hauberk = mesh.hauberk()?;
@@ -142,7 +142,7 @@ fn denied_follows_what_comes_until_it_is_interrupted() -> anyhow::Result<()> {
     let past = "shop/web -> payments/ledger:8080  no_matching_rule";
     follower.says("the past denial", |text| text.contains(past))?;
     // It listens by now: what comes next, comes while it runs.
-    expect_reset(mesh.connect("checkout", mesh.ledger(9999)))?;
+    expect_refused(mesh.connect("checkout", mesh.ledger(9999)))?;
     let new = "shop/checkout -> payments/ledger:9999  no_matching_rule";
     // Its last line is the mend.
     let text = follower.says("the new denial", |text| {
@@ -196,8 +196,8 @@ fn answers_in_json_have_their_fields() -> anyhow::Result<()> {
     let left = expires.since(hauberk_tls::now());
     ensure!((3_500..=3_600).contains(&left.as_secs()), "the token is good for {left:?}");
 
-    expect_reset(mesh.connect("web", mesh.ledger(8080)))?;
-    expect_reset(mesh.connect("checkout", mesh.ledger(9999)))?;
+    expect_refused(mesh.connect("web", mesh.ledger(8080)))?;
+    expect_refused(mesh.connect("checkout", mesh.ledger(9999)))?;
     let mut denials = Vec::new();
     mesh.wait("the denials", PATIENCE, |mesh| {
         denials = json_lines(&mesh.ask(&["denied", "-o", "json"])?)?;

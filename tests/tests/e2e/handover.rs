@@ -12,7 +12,7 @@ use anyhow::{Context, bail, ensure};
 use hauberk_linux::{Netns, capture};
 use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, PORTS, WEB, is, workload};
 
-use crate::policy::{expect_reset, open, still_carries};
+use crate::policy::{expect_refused, expect_reset, open, still_carries};
 
 crate::trials!(
     no_connection_fails_when_an_agent_takes_anothers_place,
@@ -130,7 +130,7 @@ fn expect_a_change_to_be_enforced(mesh: &Mesh) -> anyhow::Result<()> {
     let before = mesh.wait_revision(0)?;
     mesh.write_manifest("ledger.yaml", "")?;
     mesh.wait_revision(before)?;
-    expect_reset(mesh.connect("checkout", mesh.ledger(8080)))?;
+    expect_refused(mesh.connect("checkout", mesh.ledger(8080)))?;
     mesh.record("machine-a", |record| is(record, "decision", "deny")).map(drop)
 }
 

@@ -8,7 +8,7 @@ use hauberk_tests::mesh::{Mesh, PATIENCE, is};
 use serde_json::Value;
 
 use crate::{
-    policy::{expect_reset, open, still_carries},
+    policy::{expect_refused, open, still_carries},
     restart::carries,
 };
 
@@ -71,7 +71,7 @@ fn what_was_seen_is_allowed_once_it_is_learned_and_nothing_else() -> anyhow::Res
     // In clear: no policy can allow that.
     still_carries(&mut open(&mesh, &listener, "outside")?)?;
     // Nobody answers there: that is no connection to learn from.
-    expect_reset(mesh.connect("web", mesh.ledger(5432)))?;
+    expect_refused(mesh.connect("web", mesh.ledger(5432)))?;
 
     learned(&mesh, &[], "10.77.0.99 -> payments/ledger:8080: 1 connection")?;
     let found = learned(&mesh, &[], CHECKOUT)?;
@@ -86,8 +86,8 @@ fn what_was_seen_is_allowed_once_it_is_learned_and_nothing_else() -> anyhow::Res
     mesh.write_manifest("workloads.yaml", &enforced)?;
     mesh.wait_revision(allowed)?;
     still_carries(&mut open(&mesh, &listener, "checkout")?)?;
-    expect_reset(mesh.connect("web", mesh.ledger(8080)))?;
-    expect_reset(mesh.connect("checkout", mesh.ledger(5432)))?;
+    expect_refused(mesh.connect("web", mesh.ledger(8080)))?;
+    expect_refused(mesh.connect("checkout", mesh.ledger(5432)))?;
 
     // Tries are not learned, unless somebody says so; and then beside what is there.
     let denied = learned(&mesh, &["--include-denied"], WEB)?;

@@ -15,7 +15,7 @@ use hauberk_tests::mesh::{CHECKOUT, Mesh, WEB, addresses, is};
 use serde_json::Value;
 
 use crate::{
-    policy::{expect_reset, still_carries},
+    policy::{expect_refused, still_carries},
     relay::{answers_lost, pairs_exchanged},
 };
 
@@ -95,7 +95,7 @@ fn local_edges_go_through_tls_by_default() -> anyhow::Result<()> {
 
 fn a_verified_local_edge_is_proven_decided_and_recorded() -> anyhow::Result<()> {
     let mesh = Mesh::start_with_agents(&[], VERIFIED)?;
-    expect_reset(mesh.connect("web", checkout()))?;
+    expect_refused(mesh.connect("web", checkout()))?;
     let denied = mesh.record("machine-a", |record| is(&record["dst"], "workload", "checkout"))?;
     ensure!(is(&denied, "decision", "deny") && denied["path"].is_null(), "{denied}");
     allow(&mesh)?;
@@ -127,7 +127,7 @@ fn a_verified_local_edge_is_proven_decided_and_recorded() -> anyhow::Result<()> 
     ensure!(captured.is_complete() && captured.lost() == 0, "the capture is not whole");
     ensure!(!captured.contains(SECRET), "the payload left the loopback interfaces");
     // Another port of the same workload is as closed as ever, and what is elsewhere goes through TLS.
-    expect_reset(mesh.connect("web", SocketAddr::new(ipv4(CHECKOUT), 8081)))?;
+    expect_refused(mesh.connect("web", SocketAddr::new(ipv4(CHECKOUT), 8081)))?;
     let ledger = mesh.listen("ledger", mesh.ledger(8080))?;
     let elsewhere = crate::policy::open(&mesh, &ledger, "checkout")?;
     drop(elsewhere);
@@ -207,7 +207,7 @@ fn a_policy_change_cuts_a_verified_local_edge() -> anyhow::Result<()> {
     for record in both_records(&mesh, "policy_revoked")? {
         ensure!(is(&record, "reason", "policy_revoked"), "{record}");
     }
-    expect_reset(mesh.connect("web", checkout()))
+    expect_refused(mesh.connect("web", checkout()))
 }
 
 fn a_verified_local_edge_lives_and_ends_with_its_certificates() -> anyhow::Result<()> {
@@ -228,7 +228,7 @@ fn a_verified_local_edge_lives_and_ends_with_its_certificates() -> anyhow::Resul
     for record in both_records(&mesh, "expired_cert")? {
         ensure!(is(&record, "reason", "expired_cert"), "{record}");
     }
-    expect_reset(mesh.connect("web", checkout()))
+    expect_refused(mesh.connect("web", checkout()))
 }
 
 fn a_verified_local_edge_delivers_an_answer_before_the_end_of_the_upload() -> anyhow::Result<()> {

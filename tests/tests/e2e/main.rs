@@ -13,6 +13,7 @@ mod away;
 mod capture;
 mod clock;
 mod command;
+mod connect;
 mod control_plane;
 mod demo;
 mod handover;
@@ -68,6 +69,7 @@ fn main() -> std::process::ExitCode {
         tls::trials(),
         local_edges::trials(),
         hosts::trials(),
+        connect::trials(),
         control_plane::trials(),
         clock::trials(),
         manifests::trials(),

@@ -41,7 +41,15 @@ crate::trials!(
     an_audited_workload_lets_through_and_tells_what_it_would_deny,
 );
 
-/// The application's view of a denial: a reset, and not one byte. It may show in connecting already,
+/// A captured application's view of a denial: `connect` fails, as if nobody listened.
+pub(crate) fn expect_refused(stream: anyhow::Result<TcpStream>) -> anyhow::Result<()> {
+    let Err(error) = stream else { anyhow::bail!("it is connected") };
+    let error = error.downcast::<std::io::Error>()?;
+    ensure!(error.kind() == ErrorKind::ConnectionRefused, "got {error}");
+    Ok(())
+}
+
+/// The view of a caller without the mesh: a reset, and not one byte. It may show in connecting already,
 /// or in writing, as fast as it comes.
 pub(crate) fn expect_reset(stream: anyhow::Result<TcpStream>) -> anyhow::Result<()> {
     let mut outcome = match stream {
@@ -61,7 +69,7 @@ pub(crate) fn expect_reset(stream: anyhow::Result<TcpStream>) -> anyhow::Result<
 fn an_identity_that_is_not_listed_is_denied_with_the_nearest_miss() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let _listener = mesh.listen("ledger", mesh.ledger(8080))?;
-    expect_reset(mesh.connect("web", mesh.ledger(8080)))?;
+    expect_refused(mesh.connect("web", mesh.ledger(8080)))?;
     let record = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
     ensure!(is(&record, "reason", "no_matching_rule"), "{record}");
     ensure!(
@@ -98,7 +106,7 @@ fn a_namesake_from_another_namespace_is_denied_with_the_nearest_miss() -> anyhow
     mesh.wait_revision(before)?;
     mesh.wait_ready().with_context(|| mesh.logs())?;
     let listener = mesh.listen("ledger", mesh.ledger(8080))?;
-    expect_reset(mesh.connect("namesake", mesh.ledger(8080)))?;
+    expect_refused(mesh.connect("namesake", mesh.ledger(8080)))?;
     let record = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
     ensure!(record["src"]["spiffe_id"] == "spiffe://example.org/ns/dev/sa/checkout", "{record}");
     ensure!(is(&record, "reason", "no_matching_rule"), "{record}");
@@ -122,7 +130,7 @@ fn a_namesake_from_another_namespace_is_denied_with_the_nearest_miss() -> anyhow
 fn a_port_that_is_not_listed_is_denied_with_the_nearest_miss() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let _listener = mesh.listen("ledger", mesh.ledger(9999))?;
-    expect_reset(mesh.connect("checkout", mesh.ledger(9999)))?;
+    expect_refused(mesh.connect("checkout", mesh.ledger(9999)))?;
     let record = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
     ensure!(is(&record, "reason", "no_matching_rule"), "{record}");
     let miss = record["nearest_miss"].as_str().unwrap_or_default();
@@ -132,7 +140,7 @@ fn a_port_that_is_not_listed_is_denied_with_the_nearest_miss() -> anyhow::Result
 
 fn a_destination_without_policy_is_denied() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
-    expect_reset(mesh.connect("checkout", SocketAddr::new(ipv4(WEB), 8080)))?;
+    expect_refused(mesh.connect("checkout", SocketAddr::new(ipv4(WEB), 8080)))?;
     let record = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
     ensure!(is(&record, "reason", "no_policy"), "{record}");
     Ok(())
@@ -142,7 +150,7 @@ fn an_address_outside_the_mesh_is_denied_from_inside() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let outside = SocketAddr::new(ipv4(hauberk_tests::mesh::OUTSIDE), 8080);
     let listener = mesh.listen("outside", outside)?;
-    expect_reset(mesh.connect("checkout", outside))?;
+    expect_refused(mesh.connect("checkout", outside))?;
     let record = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
     ensure!(is(&record, "reason", "unknown_destination"), "{record}");
     listener.set_nonblocking(true)?;
@@ -181,7 +189,7 @@ pub(crate) fn still_carries(ends: &mut (TcpStream, TcpStream)) -> anyhow::Result
 fn what_the_source_denies_never_reaches_the_destination() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let listener = mesh.listen("ledger", mesh.ledger(8080))?;
-    expect_reset(mesh.connect("web", mesh.ledger(8080)))?;
+    expect_refused(mesh.connect("web", mesh.ledger(8080)))?;
     let denied = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
     ensure!(is(&denied, "reason", "no_matching_rule"), "{denied}");
     // When machine-b tells of one that came later, it has told of all before.
@@ -216,7 +224,7 @@ fn a_caller_that_only_the_destination_refuses_is_told_why() -> anyhow::Result<()
         );
         Ok(())
     })?;
-    expect_reset(mesh.connect("checkout", mesh.ledger(8080)))?;
+    expect_refused(mesh.connect("checkout", mesh.ledger(8080)))?;
     let here = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
     let there = mesh.record("machine-b", |record| is(record, "decision", "deny"))?;
     ensure!(here["conn_id"] == there["conn_id"], "{here} {there}");
@@ -272,7 +280,7 @@ fn removing_a_rule_cuts_its_connections_and_no_others() -> anyhow::Result<()> {
         )?;
         ensure!((cut - 1.0).abs() < f64::EPSILON, "{machine} counted {cut}");
     }
-    expect_reset(mesh.connect("web", mesh.ledger(8080)))
+    expect_refused(mesh.connect("web", mesh.ledger(8080)))
 }
 
 fn a_workload_that_is_taken_out_of_the_registry_is_cut_off_at_once() -> anyhow::Result<()> {
@@ -323,7 +331,7 @@ spec:
     mesh.wait_revision(before)?;
     let error = client.read(&mut [0]).expect_err("a reset");
     ensure!(error.kind() == ErrorKind::ConnectionReset, "got {error}");
-    expect_reset(mesh.connect("checkout", mesh.ledger(8080)))?;
+    expect_refused(mesh.connect("checkout", mesh.ledger(8080)))?;
     let record = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
     ensure!(
         is(&record, "reason", "guardrail") && is(&record, "policy", "payments-only"),
@@ -350,7 +358,7 @@ fn a_rule_that_ends_cuts_its_connections() -> anyhow::Result<()> {
     let cut = hauberk_tls::now();
     ensure!(cut >= end, "it was cut before its end");
     ensure!(cut.since(end) < Duration::from_millis(700), "it was cut {:?} late", cut.since(end));
-    expect_reset(mesh.connect("web", mesh.ledger(8080)))?;
+    expect_refused(mesh.connect("web", mesh.ledger(8080)))?;
     let record = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
     ensure!(is(&record, "reason", "grant_expired"), "{record}");
     Ok(())
@@ -374,7 +382,7 @@ fn a_manifest_with_errors_leaves_the_last_good_state_in_force() -> anyhow::Resul
         Ok(())
     })?;
     still_carries(&mut open(&mesh, &listener, "checkout")?)?;
-    expect_reset(mesh.connect("web", mesh.ledger(8080)))?;
+    expect_refused(mesh.connect("web", mesh.ledger(8080)))?;
     // A restart with the broken folder goes on with the last good state as well.
     let mut mesh = mesh;
     mesh.stop("control-plane");
@@ -412,7 +420,7 @@ fn an_owner_says_nothing_about_another_namespace() -> anyhow::Result<()> {
             ensure!(warned && status.revision == revision, "{target}: {status:?}");
             Ok(())
         })?;
-        expect_reset(mesh.connect("web", mesh.ledger(8080)))?;
+        expect_refused(mesh.connect("web", mesh.ledger(8080)))?;
         // The next one's warning is the same.
         mesh.remove_manifest("grab.yaml")?;
         mesh.wait("the end of the warning", PATIENCE, |mesh| {
@@ -434,7 +442,7 @@ fn an_owner_says_nothing_about_another_namespace() -> anyhow::Result<()> {
         ensure!(told && status.revision == revision, "{status:?}");
         Ok(())
     })?;
-    expect_reset(mesh.connect("web", mesh.ledger(8080)))?;
+    expect_refused(mesh.connect("web", mesh.ledger(8080)))?;
     mesh.wait("the denials", PATIENCE, |mesh| {
         let records = mesh.all_records("machine-a")?;
         let by_its_owner = |record: &&serde_json::Value| {
@@ -516,7 +524,7 @@ fn why_status_denied_and_check_tell_the_same() -> anyhow::Result<()> {
     ensure!(status["workloads"].as_array().is_some_and(|list| list.len() == 3), "{status}");
     let fine = mesh.ask(&["check"])?;
     ensure!(fine.status.success(), "{fine:?}");
-    expect_reset(mesh.connect("web", mesh.ledger(8080)))?;
+    expect_refused(mesh.connect("web", mesh.ledger(8080)))?;
     mesh.wait("the denial", hauberk_tests::mesh::PATIENCE, |mesh| {
         let told = mesh.ask(&["denied"])?;
         let text = String::from_utf8_lossy(&told.stdout).into_owned();

@@ -13,6 +13,8 @@ use hauberk_cli::lab::ipv4;
 use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, addresses, is};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::policy::expect_refused;
+
 crate::trials!(
     both_families_carry_data_and_show_the_real_client,
     a_server_that_speaks_first_is_heard_at_once,
@@ -365,7 +367,11 @@ fn a_thousand_connections_at_once_all_succeed() -> anyhow::Result<()> {
     }
     for (number, client) in (0_u32..).zip(&mut clients) {
         let mut answer = [0; 4];
-        client.read_exact(&mut answer).with_context(|| format!("connection {number}"))?;
+        let read = client.read_exact(&mut answer).with_context(|| format!("connection {number}"));
+        if let Err(error) = read {
+            let reason = if server.is_finished() { server.join().unwrap() } else { Ok(()) };
+            return Err(error).with_context(|| format!("the server: {reason:?}\n{}", mesh.logs()));
+        }
         ensure!(answer == number.to_le_bytes(), "connection {number} got {answer:?}");
     }
     server.join().unwrap()
@@ -432,12 +438,7 @@ fn a_reader_that_pauses_for_longer_than_any_timeout_loses_nothing() -> anyhow::R
 fn a_refused_application_port_looks_refused() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     // Allowed, but nobody listens.
-    let outcome = match mesh.connect("checkout", mesh.ledger(8080)) {
-        Ok(mut client) => client.read(&mut [0]),
-        Err(error) => Err(error.downcast::<std::io::Error>()?),
-    };
-    let error = outcome.expect_err("a reset");
-    ensure!(error.kind() == ErrorKind::ConnectionReset, "got {error}");
+    expect_refused(mesh.connect("checkout", mesh.ledger(8080)))?;
     let record = mesh.record("machine-a", |record| is(record, "close_reason", "unreachable"))?;
     ensure!(is(&record, "decision", "allow"), "{record}");
     Ok(())

@@ -17,7 +17,7 @@ use hauberk_core::{
     identity::SpiffeId,
     policy::Reason,
     session::{
-        ALPN, Event, Machine, Open, Order, Reauthenticate, Refusal, RefusalCause, ResetCause, Role,
+        ALPN, Event, Machine, Open, Reauthenticate, Refusal, RefusalCause, ResetCause, Role,
     },
 };
 use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, is, ledger_policy};
@@ -32,7 +32,7 @@ use serde_json::Value;
 
 use crate::{
     identity::{Forger, tls_stream},
-    policy::{WEB_RULE, expect_reset, open, still_carries},
+    policy::{WEB_RULE, expect_refused, open, still_carries},
 };
 
 crate::trials!(
@@ -226,7 +226,6 @@ fn wish(id: u8, to: SocketAddr) -> Open {
         // One of checkout's own, and another for each stream.
         source_address: SocketAddr::new(ipv4(CHECKOUT), 40_000 + u16::from(id)),
         // Each has no order but its own.
-        order: Order { queue: u64::from(id), place: 0 },
     }
 }
 
@@ -406,7 +405,7 @@ fn a_policy_change_closes_idle_sessions() -> anyhow::Result<()> {
     mesh.write_manifest("ledger.yaml", &ledger_policy("").replace("8080", "8081"))?;
     idle_sessions_end(&mesh)?;
     mesh.wait_revision(before)?;
-    expect_reset(mesh.connect("checkout", ledger))?;
+    expect_refused(mesh.connect("checkout", ledger))?;
     let record = mesh.record("machine-a", |record| is(record, "decision", "deny"))?;
     ensure!(is(&record, "reason", "no_matching_rule"), "{record}");
     // Nor did machine-b take their end for an attempt of anybody.
@@ -686,12 +685,20 @@ fn a_stream_that_is_opened_on_a_leaving_session_is_opened_again() -> anyhow::Res
     mesh.cut(&[MACHINE_A, LEDGER])?;
     mesh.write_manifest("ledger.yaml", &ledger_policy("").replace("8080", "8081"))?;
     mesh.wait("the leaving", PATIENCE, is_leaving_unheard)?;
-    // So this one, which both allow, goes out on that very session, its first bytes and its end
-    // with it. Machine-b's agent gives up being heard only after two seconds.
-    let mut client = mesh.connect("checkout", second)?;
+    // So this one, which both allow, goes out on that very session. Machine-b's agent gives up being heard only
+    // after two seconds.
+    let reused = streams(&mesh, "reused")?;
+    let mut client = thread::scope(|scope| {
+        let client = scope.spawn(|| mesh.connect("checkout", second));
+        mesh.wait("the stream", PATIENCE, |mesh| {
+            ensure!(streams(mesh, "reused")? > reused, "it is not opened");
+            Ok(())
+        })?;
+        mesh.mend(&[LEDGER])?;
+        client.join().map_err(|_| anyhow::anyhow!("the client panicked"))?
+    })?;
     client.write_all(b"once")?;
     client.shutdown(Shutdown::Write)?;
-    mesh.mend(&[LEDGER])?;
     let mut back = String::new();
     client.read_to_string(&mut back).with_context(|| mesh.logs())?;
     ensure!(back == "once", "got {back:?}");

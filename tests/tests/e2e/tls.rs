@@ -13,16 +13,14 @@ use hauberk_cli::lab::ipv4;
 use hauberk_core::{
     identity::SpiffeId,
     policy::Reason,
-    session::{
-        ALPN, FrameType, HEADER_LENGTH, Header, Machine, Open, Order, Refusal, RefusalCause, Role,
-    },
+    session::{ALPN, FrameType, HEADER_LENGTH, Header, Machine, Open, Refusal, RefusalCause, Role},
 };
 use hauberk_tests::mesh::{CHECKOUT, Mesh, PATIENCE, WEB, is};
 use serde_json::Value;
 
 use crate::{
     identity::{Forged, Forger, LEDGER, TlsStream, tls_stream, tls_stream_to},
-    policy::expect_reset,
+    policy::expect_refused,
 };
 
 crate::trials!(
@@ -54,7 +52,6 @@ pub(crate) fn asked(
         trace_id: [0; 16],
         original_destination: to,
         source_address: SocketAddr::new(ipv4(CHECKOUT), 40_000 + u16::from(id)),
-        order: Order { queue: 1, place: 0 },
     };
     let mut machine = Machine::new(Role::Source);
     let mut frames = Vec::new();
@@ -124,7 +121,7 @@ fn a_destination_with_a_bad_certificate_is_refused_by_its_callers() -> anyhow::R
     ];
     for (name, forged, reason) in cases {
         let outcome = shows(&listener, forged)?;
-        expect_reset(mesh.connect("checkout", mesh.ledger(8080))).context(name)?;
+        expect_refused(mesh.connect("checkout", mesh.ledger(8080))).context(name)?;
         let outcome = outcome.recv_timeout(PATIENCE).context(name)?;
         ensure!(outcome.is_err(), "{name}: the certificate was taken");
         let record = mesh.record("machine-a", |record| is(record, "reason", reason));
@@ -135,7 +132,8 @@ fn a_destination_with_a_bad_certificate_is_refused_by_its_callers() -> anyhow::R
     }
     // Nothing but their certificates kept them out.
     let outcome = shows(&listener, own.leaf(LEDGER, |_| {})?)?;
-    let _client = mesh.connect("checkout", mesh.ledger(8080))?;
+    // What sits there speaks no further.
+    drop(mesh.connect("checkout", mesh.ledger(8080)));
     outcome.recv_timeout(PATIENCE)?.context("a good certificate was refused")
 }
 

@@ -1,0 +1,398 @@
+//! Connections of local applications, each held until somebody has decided about it and has reached where it goes.
+//!
+//! The kernel gives the agent the first packet of each and tells the application nothing
+//! ([`hauberk_linux::capture::Hold`]): its `connect` waits. [`Waiting::connect`] lets it succeed, and whoever drops a
+//! [`Waiting`] refuses it. So `connect` tells an application the truth, and a client that waits for one connection before
+//! it opens the next has them accepted in that order (ADR 15).
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    future::Future,
+    io,
+    net::SocketAddr,
+    os::{fd::OwnedFd, unix::net::UnixDatagram as StdDatagram},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use hauberk_linux::{
+    capture::{self, Opening},
+    owner,
+};
+use tokio::{
+    io::Interest,
+    net::{TcpListener, TcpStream, UnixDatagram},
+    sync::{Semaphore, oneshot},
+};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::listeners::{ACCEPT_RETRY, MAX_CONNECTIONS, OutboundSockets, Pair, share};
+use crate::{
+    context::{Context, Place, canonical},
+    handover::Seat,
+};
+
+/// How long an application's kernel may take to answer, if it still has the attempt. It answers at once unless it is out of room; then it asks again
+/// after 1 s, and 2 s later.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A first packet is sent again after 1 s (RFC 6298), not earlier.
+const SENT_AGAIN: Duration = Duration::from_millis(900);
+
+/// How long such packets may wait to be taken.
+const REMEMBERED: Duration = Duration::from_secs(30);
+
+/// How long it is waited until it is asked whether the application is still there, doubled each time.
+const FIRST_LOOK: Duration = Duration::from_millis(20);
+
+/// What one workload sends: nothing is taken any more once this is dropped. What was taken before goes on.
+pub(super) struct Outbound {
+    /// The port that the rules name.
+    pub(super) port: u16,
+    listeners: Vec<(Seat, Arc<TcpListener>)>,
+    seat: Seat,
+    held: Arc<Held>,
+    _tasks: Vec<AbortOnDropHandle<()>>,
+}
+
+/// The two ends of a connection, the application's first.
+type Ends = (SocketAddr, SocketAddr);
+
+/// The held connections of one workload, and the listeners at which they arrive when they are let go.
+struct Held {
+    kernel: capture::Hold,
+    place: Place,
+    waiting: Mutex<HashMap<Ends, State>>,
+    /// When what is over was last forgotten.
+    swept: Mutex<Instant>,
+    /// The tasks that take what was let go: for as long as anything is held.
+    arrivals: Mutex<Vec<AbortOnDropHandle<()>>>,
+}
+
+enum State {
+    /// Nobody has answered it.
+    Undecided(Opening),
+    /// It is on its way to the listener.
+    LetGo { sequence: u32, to: oneshot::Sender<TcpStream> },
+    /// It is over, or carried. Its first packet may have been sent again meanwhile, and be waiting to be taken.
+    Over { sequence: u32, since: Instant },
+}
+
+/// A connection that an application wants. It is refused when this is dropped.
+pub(crate) struct Waiting {
+    held: Arc<Held>,
+    ends: Ends,
+    since: Instant,
+}
+
+impl Outbound {
+    /// Serves each connection of the workload in a task of its own. `dialled` gets what was dialled to the agent's own
+    /// port, which no capture rule led there.
+    ///
+    /// # Errors
+    /// If the runtime does not take the sockets.
+    pub(super) fn start<S, D>(
+        context: &Arc<Context>,
+        place: Place,
+        sockets: OutboundSockets,
+        serve: impl Fn(Arc<Context>, Box<Waiting>) -> Option<S> + Send + 'static,
+        dialled: impl Fn(Arc<Context>, TcpStream, SocketAddr) -> D + Clone + Send + Sync + 'static,
+    ) -> anyhow::Result<Self>
+    where
+        S: Future<Output = ()> + Send + 'static,
+        D: Future<Output = ()> + Send + 'static,
+    {
+        let OutboundSockets { listeners: Pair { port, listeners }, arrivals, hold, seat } = sockets;
+        let held = Arc::new(Held {
+            kernel: hold,
+            place,
+            waiting: Mutex::default(),
+            swept: Mutex::new(Instant::now()),
+            arrivals: Mutex::default(),
+        });
+        for bound in arrivals.listeners {
+            let listener = TcpListener::from_std(bound.listener).context("register a listener")?;
+            let task = tokio::spawn(arrive(Arc::downgrade(&held), listener));
+            held.lock_arrivals().push(AbortOnDropHandle::new(task));
+        }
+        let (mut shared, mut tasks) = (Vec::new(), Vec::new());
+        for bound in listeners {
+            let listener = TcpListener::from_std(bound.listener).context("register a listener")?;
+            let listener = Arc::new(listener);
+            shared.push((bound.seat, listener.clone()));
+            let (context, dialled) = (context.clone(), dialled.clone());
+            tasks.push(tokio::spawn(async move {
+                loop {
+                    let (stream, from) = accept_next(&listener).await;
+                    let open = context.opened();
+                    let serving = dialled(context.clone(), stream, canonical(from));
+                    tokio::spawn(async move {
+                        serving.await;
+                        drop(open);
+                    });
+                }
+            }));
+        }
+        let socket = held.kernel.share().context("share a socket")?;
+        // The runtime can wait for a socket of the kinds that it knows; of what kind it really is makes no difference
+        // to that.
+        let socket =
+            UnixDatagram::from_std(StdDatagram::from(socket)).context("register a socket")?;
+        tasks.push(tokio::spawn(take(context.clone(), held.clone(), socket, serve)));
+        let tasks = tasks.into_iter().map(AbortOnDropHandle::new).collect();
+        Ok(Self { port, listeners: shared, seat, held, _tasks: tasks })
+    }
+
+    /// The sockets for another process.
+    pub(super) fn share(&self) -> impl Iterator<Item = io::Result<(Seat, OwnedFd)>> {
+        let listeners = self.listeners.iter().map(|(seat, listener)| share(seat, &**listener));
+        listeners.chain(std::iter::once_with(|| share(&self.seat, &self.held.kernel)))
+    }
+}
+
+/// The next connection, whatever it takes.
+async fn accept_next(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+    loop {
+        match listener.accept().await {
+            Ok(accepted) => return accepted,
+            Err(error) => {
+                tracing::warn!(%error, "accepting a connection failed");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+}
+
+/// Takes what was let go, for as long as there is somebody who wants it.
+async fn arrive(held: Weak<Held>, listener: TcpListener) {
+    loop {
+        let (stream, from) = accept_next(&listener).await;
+        if let Ok(wanted) = stream.local_addr() {
+            arrived(&held, stream, (canonical(from), canonical(wanted)));
+        }
+    }
+}
+
+/// Takes what the kernel holds, for as long as the agent takes connections.
+async fn take<S>(
+    context: Arc<Context>,
+    held: Arc<Held>,
+    socket: UnixDatagram,
+    serve: impl Fn(Arc<Context>, Box<Waiting>) -> Option<S>,
+) where
+    S: Future<Output = ()> + Send + 'static,
+{
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let ready = tokio::select! {
+            () = context.stopping.cancelled() => return,
+            ready = socket.readable() => ready,
+        };
+        let mut taken = Ok(Vec::new());
+        if ready.is_ok() {
+            // That nothing is left is what makes the runtime wait again.
+            let emptied: io::Result<()> = socket.try_io(Interest::READABLE, || {
+                taken = held.kernel.take();
+                Err(io::ErrorKind::WouldBlock.into())
+            });
+            drop(emptied);
+        }
+        let openings = match ready.and(taken) {
+            Ok(openings) => openings,
+            Err(error) => {
+                tracing::warn!(%error, "connections of a workload could not be taken");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+                continue;
+            }
+        };
+        for opening in openings {
+            // Over it, the application's kernel asks again.
+            let Ok(place) = places.clone().try_acquire_owned() else { continue };
+            let Some(waiting) = Held::begin(&held, opening) else { continue };
+            let Some(serving) = serve(context.clone(), waiting) else { continue };
+            // In a box of its own: a future that is moved into a task is in it twice.
+            let (serving, open) = (Box::pin(serving), context.opened());
+            tokio::spawn(async move {
+                serving.await;
+                drop((open, place));
+            });
+        }
+    }
+}
+
+/// A connection that was let go, at the agent's listener.
+fn arrived(held: &Weak<Held>, stream: TcpStream, ends: Ends) {
+    let wanted_by = held.upgrade().and_then(|held| held.arrived(&ends));
+    let unclaimed = match wanted_by {
+        Some(to) => to.send(stream).err(),
+        // It was given up, or dialled to the agent's own port.
+        None => Some(stream),
+    };
+    if let Some(stream) = unclaimed {
+        // It may be gone already.
+        drop(hauberk_linux::socket::reset_on_close(&stream));
+    }
+}
+
+impl Held {
+    /// Nothing if it is known already, and its application's kernel only asks again.
+    fn begin(held: &Arc<Self>, opening: Opening) -> Option<Box<Waiting>> {
+        let ends = (opening.from, opening.wanted);
+        let again = match held.lock().entry(ends) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(State::Undecided(opening));
+                return Some(Waiting::new(held, ends));
+            }
+            Entry::Occupied(mut occupied) => match occupied.get_mut() {
+                // Another attempt between the same ends, perhaps: only the newest can still succeed.
+                State::Undecided(before) => {
+                    *before = opening;
+                    None
+                }
+                State::LetGo { .. } => Some(opening),
+                State::Over { sequence, .. } if *sequence == opening.sequence => None,
+                State::Over { .. } => {
+                    occupied.insert(State::Undecided(opening));
+                    return Some(Waiting::new(held, ends));
+                }
+            },
+        };
+        if let Some(opening) = again {
+            held.let_go(&opening);
+        }
+        None
+    }
+
+    /// Who wants the connection that was let go and has arrived.
+    fn arrived(&self, ends: &Ends) -> Option<oneshot::Sender<TcpStream>> {
+        let mut states = self.lock();
+        match states.remove(ends)? {
+            State::LetGo { to, .. } => Some(to),
+            other @ (State::Undecided(_) | State::Over { .. }) => {
+                states.insert(*ends, other);
+                None
+            }
+        }
+    }
+
+    /// Keeps in mind that it is over, where its first packet may have been sent again.
+    fn remember(&self, ends: Ends, sequence: u32, held_since: Instant) {
+        if held_since.elapsed() < SENT_AGAIN {
+            return;
+        }
+        let now = Instant::now();
+        let mut states = self.lock();
+        let mut swept = self.swept.lock().unwrap_or_else(PoisonError::into_inner);
+        if now.duration_since(*swept) > REMEMBERED {
+            *swept = now;
+            states.retain(|_, state| match state {
+                State::Over { since, .. } => now.duration_since(*since) < REMEMBERED,
+                State::Undecided(_) | State::LetGo { .. } => true,
+            });
+        }
+        // Another attempt between the same ends may have begun.
+        states.entry(ends).or_insert(State::Over { sequence, since: now });
+    }
+
+    fn let_go(&self, opening: &Opening) {
+        if let Err(error) = self.kernel.release(opening) {
+            // The application's kernel asks again.
+            tracing::debug!(%error, "a connection could not be let go");
+        }
+    }
+
+    /// Whether the application still wants it.
+    async fn is_wanted(&self, (from, wanted): Ends) -> bool {
+        let asked = self.place.ask(move || owner::has_tcp_socket(from, wanted)).await;
+        // If that cannot be told, it is waited for.
+        asked.unwrap_or(true)
+    }
+
+    /// Plain data: a panic elsewhere leaves nothing half-changed in it.
+    fn lock(&self) -> MutexGuard<'_, HashMap<Ends, State>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_arrivals(&self) -> MutexGuard<'_, Vec<AbortOnDropHandle<()>>> {
+        self.arrivals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Waiting {
+    fn new(held: &Arc<Held>, ends: Ends) -> Box<Self> {
+        Box::new(Self { held: held.clone(), ends, since: Instant::now() })
+    }
+
+    /// The application's end.
+    pub(crate) fn from(&self) -> SocketAddr {
+        self.ends.0
+    }
+
+    /// Where it wants to go.
+    pub(crate) fn wanted(&self) -> SocketAddr {
+        self.ends.1
+    }
+
+    /// Lets the application's `connect` succeed.
+    ///
+    /// # Errors
+    /// If the application has given it up.
+    pub(crate) async fn connect(self: Box<Self>) -> io::Result<TcpStream> {
+        let (to, mut receiver) = oneshot::channel();
+        let opening = self.let_go(to).ok_or_else(given_up)?;
+        self.held.let_go(&opening);
+        let arrival = async {
+            let mut pause = FIRST_LOOK;
+            loop {
+                match tokio::time::timeout(pause, &mut receiver).await {
+                    Ok(arrived) => return arrived.ok(),
+                    Err(_) if !self.held.is_wanted(self.ends).await => return None,
+                    Err(_) => pause *= 2,
+                }
+            }
+        };
+        let arrived = tokio::time::timeout(ANSWER_PATIENCE, arrival).await.ok().flatten();
+        self.held.remember(self.ends, opening.sequence, self.since);
+        arrived.ok_or_else(given_up)
+    }
+
+    /// Its first packet, which is the newest one.
+    fn let_go(&self, to: oneshot::Sender<TcpStream>) -> Option<Opening> {
+        let mut states = self.held.lock();
+        let state = states.get_mut(&self.ends)?;
+        match state {
+            State::Undecided(opening) => {
+                let sequence = opening.sequence;
+                match std::mem::replace(state, State::LetGo { sequence, to }) {
+                    State::Undecided(opening) => Some(opening),
+                    State::LetGo { .. } | State::Over { .. } => None,
+                }
+            }
+            State::LetGo { .. } | State::Over { .. } => None,
+        }
+    }
+}
+
+fn given_up() -> io::Error {
+    let text = "the application has given up its attempt to connect";
+    io::Error::new(io::ErrorKind::ConnectionAborted, text)
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let state = {
+            let mut states = self.held.lock();
+            match states.get(&self.ends) {
+                Some(State::Undecided(_) | State::LetGo { .. }) => states.remove(&self.ends),
+                Some(State::Over { .. }) | None => None,
+            }
+        };
+        if let Some(State::Undecided(opening)) = state {
+            if let Err(error) = self.held.kernel.refuse(&opening) {
+                tracing::debug!(%error, "a connection could not be refused");
+            }
+            self.held.remember(self.ends, opening.sequence, self.since);
+        }
+    }
+}
