@@ -74,7 +74,7 @@ enum State {
     /// Nobody has answered it.
     Undecided(Opening),
     /// It is on its way to the listener.
-    LetGo { sequence: u32, to: oneshot::Sender<TcpStream> },
+    LetGo { sequence: u32, held_since: Instant, to: oneshot::Sender<TcpStream> },
     /// It is over, or carried. Its first packet may have been sent again meanwhile, and be waiting to be taken.
     Over { sequence: u32, since: Instant },
 }
@@ -84,6 +84,8 @@ pub(crate) struct Waiting {
     held: Arc<Held>,
     ends: Ends,
     since: Instant,
+    /// It has arrived: what is known of its ends by now is of another.
+    arrived: bool,
 }
 
 impl Outbound {
@@ -268,7 +270,10 @@ impl Held {
     fn arrived(&self, ends: &Ends) -> Option<oneshot::Sender<TcpStream>> {
         let mut states = self.lock();
         match states.remove(ends)? {
-            State::LetGo { to, .. } => Some(to),
+            State::LetGo { sequence, held_since, to } => {
+                self.remember(&mut states, *ends, sequence, held_since);
+                Some(to)
+            }
             other @ (State::Undecided(_) | State::Over { .. }) => {
                 states.insert(*ends, other);
                 None
@@ -277,12 +282,17 @@ impl Held {
     }
 
     /// Keeps in mind that it is over, where its first packet may have been sent again.
-    fn remember(&self, ends: Ends, sequence: u32, held_since: Instant) {
+    fn remember(
+        &self,
+        states: &mut HashMap<Ends, State>,
+        ends: Ends,
+        sequence: u32,
+        held_since: Instant,
+    ) {
         if held_since.elapsed() < SENT_AGAIN {
             return;
         }
         let now = Instant::now();
-        let mut states = self.lock();
         let mut swept = self.swept.lock().unwrap_or_else(PoisonError::into_inner);
         if now.duration_since(*swept) > REMEMBERED {
             *swept = now;
@@ -321,7 +331,7 @@ impl Held {
 
 impl Waiting {
     fn new(held: &Arc<Held>, ends: Ends) -> Box<Self> {
-        Box::new(Self { held: held.clone(), ends, since: Instant::now() })
+        Box::new(Self { held: held.clone(), ends, since: Instant::now(), arrived: false })
     }
 
     /// The application's end.
@@ -338,7 +348,7 @@ impl Waiting {
     ///
     /// # Errors
     /// If the application has given it up.
-    pub(crate) async fn connect(self: Box<Self>) -> io::Result<TcpStream> {
+    pub(crate) async fn connect(mut self: Box<Self>) -> io::Result<TcpStream> {
         let (to, mut receiver) = oneshot::channel();
         let opening = self.let_go(to).ok_or_else(given_up)?;
         self.held.let_go(&opening);
@@ -352,9 +362,9 @@ impl Waiting {
                 }
             }
         };
-        let arrived = tokio::time::timeout(ANSWER_PATIENCE, arrival).await.ok().flatten();
-        self.held.remember(self.ends, opening.sequence, self.since);
-        arrived.ok_or_else(given_up)
+        let stream = tokio::time::timeout(ANSWER_PATIENCE, arrival).await.ok().flatten();
+        self.arrived = stream.is_some();
+        stream.ok_or_else(given_up)
     }
 
     /// Its first packet, which is the newest one.
@@ -364,7 +374,8 @@ impl Waiting {
         match state {
             State::Undecided(opening) => {
                 let sequence = opening.sequence;
-                match std::mem::replace(state, State::LetGo { sequence, to }) {
+                let let_go = State::LetGo { sequence, held_since: self.since, to };
+                match std::mem::replace(state, let_go) {
                     State::Undecided(opening) => Some(opening),
                     State::LetGo { .. } | State::Over { .. } => None,
                 }
@@ -381,18 +392,24 @@ fn given_up() -> io::Error {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        let state = {
-            let mut states = self.held.lock();
-            match states.get(&self.ends) {
-                Some(State::Undecided(_) | State::LetGo { .. }) => states.remove(&self.ends),
-                Some(State::Over { .. }) | None => None,
+        if self.arrived {
+            return;
+        }
+        let mut states = self.held.lock();
+        match states.remove(&self.ends) {
+            Some(State::Undecided(opening)) => {
+                self.held.remember(&mut states, self.ends, opening.sequence, self.since);
+                drop(states);
+                if let Err(error) = self.held.kernel.refuse(&opening) {
+                    tracing::debug!(%error, "a connection could not be refused");
+                }
             }
-        };
-        if let Some(State::Undecided(opening)) = state {
-            if let Err(error) = self.held.kernel.refuse(&opening) {
-                tracing::debug!(%error, "a connection could not be refused");
+            // The application has given it up.
+            Some(State::LetGo { sequence, held_since, .. }) => {
+                self.held.remember(&mut states, self.ends, sequence, held_since);
             }
-            self.held.remember(self.ends, opening.sequence, self.since);
+            Some(over @ State::Over { .. }) => drop(states.insert(self.ends, over)),
+            None => {}
         }
     }
 }
