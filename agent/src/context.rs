@@ -27,6 +27,7 @@ use crate::{
     order::{ConnectOrder, Departures, Turn},
     policy::Snapshot,
     pool::Pool,
+    published::PublishedPorts,
     services::Balancer,
 };
 
@@ -166,7 +167,7 @@ pub(crate) struct Local {
 #[derive(Clone)]
 pub(crate) enum Place {
     /// The agent's own network namespace.
-    Host,
+    Host(Arc<PublishedPorts>),
     /// The workload's.
     Namespace(Arc<NetnsWorker>),
 }
@@ -185,7 +186,7 @@ impl Local {
     /// Whether it is a process of this host, rather than having a network namespace of its own.
     pub(crate) fn is_on_host(&self) -> bool {
         match self.place {
-            Place::Host => true,
+            Place::Host(_) => true,
             Place::Namespace(_) => false,
         }
     }
@@ -218,15 +219,18 @@ impl Place {
     ) -> io::Result<TcpStream> {
         let socket = self.socket(move || socket::transparent_socket(source)).await?;
         turn.come().await;
-        match connect(socket, destination).await {
-            // The caller's port is in use towards this destination, by a connection that is ending.
-            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
-                let socket =
-                    self.socket(move || socket::transparent_socket_other_port(source)).await?;
-                connect(socket, destination).await
+        let directly = async {
+            match connect(socket, destination).await {
+                // The caller's port is in use towards this destination, by a connection that is ending.
+                Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
+                    let socket =
+                        self.socket(move || socket::transparent_socket_other_port(source)).await?;
+                    connect(socket, destination).await
+                }
+                other => other,
             }
-            other => other,
-        }
+        };
+        self.reach(destination, directly).await
     }
 
     /// The same from another port of the caller's address: for a connection that came in clear and is
@@ -237,7 +241,19 @@ impl Place {
         destination: SocketAddr,
     ) -> io::Result<TcpStream> {
         let socket = self.socket(move || socket::transparent_socket_other_port(source)).await?;
-        connect(socket, destination).await
+        self.reach(destination, connect(socket, destination)).await
+    }
+
+    /// Connects as `directly` does, or to the container from which a port of the host is published.
+    async fn reach(
+        &self,
+        destination: SocketAddr,
+        directly: impl Future<Output = io::Result<TcpStream>>,
+    ) -> io::Result<TcpStream> {
+        match self {
+            Self::Host(ports) => ports.reach(destination, directly).await,
+            Self::Namespace(_) => directly.await,
+        }
     }
 
     async fn socket(
@@ -245,7 +261,7 @@ impl Place {
         make: impl FnOnce() -> io::Result<socket2::Socket> + Send + 'static,
     ) -> io::Result<socket2::Socket> {
         match self {
-            Self::Host => make(),
+            Self::Host(_) => make(),
             Self::Namespace(worker) => {
                 let (sender, receiver) = tokio::sync::oneshot::channel();
                 worker
@@ -260,7 +276,10 @@ impl Place {
     }
 }
 
-async fn connect(socket: socket2::Socket, destination: SocketAddr) -> io::Result<TcpStream> {
+pub(crate) async fn connect(
+    socket: socket2::Socket,
+    destination: SocketAddr,
+) -> io::Result<TcpStream> {
     match socket.connect(&destination.into()) {
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
         Ok(()) | Err(_) => {}

@@ -33,6 +33,7 @@ mod pages;
 mod passthrough;
 mod policy;
 mod pool;
+mod published;
 mod quietly;
 mod relay;
 mod report;

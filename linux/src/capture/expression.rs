@@ -27,6 +27,7 @@ const REG32: u32 = 8;
 const CMP_EQ: u32 = 0;
 const CMP_NEQ: u32 = 1;
 const META_MARK: u32 = 3;
+const META_OIF: u32 = 5;
 const META_IIFNAME: u32 = 6;
 const META_OIFNAME: u32 = 7;
 const META_SKUID: u32 = 10;
@@ -35,14 +36,24 @@ const META_L4PROTO: u32 = 16;
 const PAYLOAD_NETWORK_HEADER: u32 = 1;
 const PAYLOAD_TRANSPORT_HEADER: u32 = 2;
 const FIB_RESULT_ADDRTYPE: u32 = 3;
+const FIB_F_SADDR: u32 = 1 << 0;
 const FIB_F_DADDR: u32 = 1 << 1;
 const FIB_F_MARK: u32 = 1 << 2;
+const FIB_F_OIF: u32 = 1 << 4;
 const REJECT_TCP_RST: u32 = 1;
 const SOCKET_TRANSPARENT: u32 = 0;
 const SOCKET_CGROUPV2: u32 = 3;
 const TPROXY_FAMILY: u16 = 1;
 const TPROXY_REG_ADDR: u16 = 2;
 const TPROXY_REG_PORT: u16 = 3;
+const NAT_TYPE: u16 = 1;
+const NAT_FAMILY: u16 = 2;
+const NAT_REG_ADDR_MIN: u16 = 3;
+const NAT_REG_PROTO_MIN: u16 = 5;
+const NAT_FLAGS: u16 = 7;
+const NAT_DNAT: u32 = 1;
+/// An address and a port are given.
+const NAT_RANGE_MAP_IPS_PROTO_SPECIFIED: u32 = 3;
 const LOOKUP_SET: u16 = 1;
 const LOOKUP_SREG: u16 = 2;
 const DYNSET_SET: u16 = 1;
@@ -234,6 +245,45 @@ pub(super) fn to_listener(family: Family, port: u16) -> Vec<Expression> {
         load_constant_into(REG, address),
         load_constant_into(REG_2, &port.to_be_bytes()),
         Expression { name: "tproxy", attributes },
+    ]
+}
+
+/// The packet leaves through the interface of this index.
+pub(super) fn outgoing_interface(index: u32) -> Vec<Expression> {
+    vec![meta(META_OIF), compare(Is::Equal, &index.to_ne_bytes())]
+}
+
+/// The packet's source is an address of the interface through which it leaves.
+pub(super) fn from_address_of_outgoing_interface() -> Vec<Expression> {
+    let mut attributes = Vec::new();
+    drop(
+        PushExprFibAttrs::new(&mut attributes)
+            .push_dreg(REG)
+            .push_result(FIB_RESULT_ADDRTYPE)
+            .push_flags(FIB_F_SADDR | FIB_F_OIF),
+    );
+    let load = Expression { name: "fib", attributes };
+    vec![load, compare(Is::Equal, &RTN_LOCAL.to_ne_bytes())]
+}
+
+/// A translation of a family's connection to where it is going anyway. No other translation is looked for then.
+pub(super) fn keep_destination(family: Family) -> Vec<Expression> {
+    let (number, offset, length) = match family {
+        Family::V4 => (IPV4, 16, 4),
+        Family::V6 => (IPV6, 24, 16),
+    };
+    let mut attributes = Vec::new();
+    push_u32(&mut attributes, NAT_TYPE, NAT_DNAT);
+    push_u32(&mut attributes, NAT_FAMILY, number.into());
+    push_u32(&mut attributes, NAT_REG_ADDR_MIN, REG);
+    push_u32(&mut attributes, NAT_REG_PROTO_MIN, REG_2);
+    push_u32(&mut attributes, NAT_FLAGS, NAT_RANGE_MAP_IPS_PROTO_SPECIFIED);
+    vec![
+        meta(META_NFPROTO),
+        compare(Is::Equal, &[number]),
+        payload(REG, PAYLOAD_NETWORK_HEADER, offset, length),
+        payload(REG_2, PAYLOAD_TRANSPORT_HEADER, 2, 2),
+        Expression { name: "nat", attributes },
     ]
 }
 

@@ -20,6 +20,7 @@ use super::{
         agents_own_untracked, carried, families_to_listener, leaving, mesh_from_loopback, not_own,
         older_chain, older_sets, unroutable,
     },
+    published,
     ruleset::{Chain, Hook, Ruleset, Set, SetContent},
     second_line::Routing,
 };
@@ -223,12 +224,10 @@ impl HostRules {
 
     /// Nobody but the agent reaches the agents of other hosts: it would take the room of all workloads here.
     fn guard_output(&self) -> Chain {
-        Chain::at("guard_output", Hook::FILTER_OUTPUT).rule([tcp(Is::Not), pass()]).rule([
-            destination_port(self.mesh_port),
-            opening(Is::Equal),
-            not_own(),
-            reset(),
-        ])
+        Chain::at("guard_output", Hook::FILTER_OUTPUT)
+            .rule([tcp(Is::Not), pass()])
+            .rule(published::untranslated())
+            .rule([destination_port(self.mesh_port), opening(Is::Equal), not_own(), reset()])
     }
 
     fn service_ports(&self) -> BTreeSet<u16> {

@@ -23,6 +23,8 @@ pub(super) enum ChainKind {
     Route,
     /// Sees every packet.
     Filter,
+    /// Sees the first packet of each connection that the kernel tracks, and makes it track them.
+    Nat,
 }
 
 impl ChainKind {
@@ -30,6 +32,7 @@ impl ChainKind {
         match self {
             ChainKind::Route => "route",
             ChainKind::Filter => "filter",
+            ChainKind::Nat => "nat",
         }
     }
 }
@@ -44,6 +47,9 @@ const POSTROUTING: u32 = 4;
 const FIRST: i32 = -310;
 const FILTER: i32 = 0;
 
+/// Ahead of other programs' translation (-100), and as early as the kernel allows.
+const FIRST_NAT: i32 = -199;
+
 impl Hook {
     pub(super) const PREROUTING: Hook =
         Hook { kind: ChainKind::Filter, number: PREROUTING, priority: FIRST };
@@ -51,6 +57,10 @@ impl Hook {
         Hook { kind: ChainKind::Route, number: OUTPUT, priority: FIRST };
     pub(super) const FILTER_OUTPUT: Hook =
         Hook { kind: ChainKind::Filter, number: OUTPUT, priority: FILTER };
+    pub(super) const NAT_PREROUTING: Hook =
+        Hook { kind: ChainKind::Nat, number: PREROUTING, priority: FIRST_NAT };
+    pub(super) const NAT_OUTPUT: Hook =
+        Hook { kind: ChainKind::Nat, number: OUTPUT, priority: FIRST_NAT };
     /// The first place where a packet that was routed by its mark shows its new interface.
     pub(super) const POSTROUTING: Hook =
         Hook { kind: ChainKind::Filter, number: POSTROUTING, priority: FILTER };

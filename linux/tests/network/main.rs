@@ -10,5 +10,6 @@ mod host;
 mod namespace;
 mod netns;
 mod packets;
+mod published;
 mod support;
 mod transparent;
