@@ -409,7 +409,14 @@ fn a_port_that_is_published_for_the_network_alone_is_refused_with_the_reason() -
     mesh.wait("the finding", PATIENCE, |mesh| {
         let check = mesh.ask(&["check"])?;
         let text = String::from_utf8_lossy(&check.stdout).into_owned();
-        ensure!(text.contains("jobs/store") && text.contains("OUTPUT"), "{text}");
+        ensure!(
+            text.contains("what jobs/store serves on machine-b could not be reached"),
+            "{text}"
+        );
+        ensure!(text.contains("OUTPUT"), "{text}");
+        let status = mesh.ask(&["status"])?;
+        let text = String::from_utf8_lossy(&status.stdout).into_owned();
+        ensure!(text.contains("yes, but not reached"), "{text}");
         Ok(())
     })?;
     // As soon as it is published for this machine, too, it is reached, and nothing is wrong.
