@@ -81,6 +81,9 @@ pub const REPORT_GROUP: u16 = 18502;
 const OLDER_V4: &str = "older_v4";
 const OLDER_V6: &str = "older_v6";
 
+/// The set of the ports that a host's workloads serve.
+const SERVED: &str = "served";
+
 /// The chain that has rules only while it is being found out which connections are older.
 const UNDECIDED: &str = "undecided";
 
@@ -126,7 +129,7 @@ impl Ruleset {
         older::spare(&older)?;
         // What is missing of it is told in the end: nothing is left half done for it.
         let routed = self.routing.install();
-        let fitted = fit(&usual);
+        let fitted = self.fit(&usual);
         let mut open = older::open_uncaptured(&self.scope)?;
         let known: HashSet<Connection> = older.iter().copied().collect();
         let new = match &fresh {
@@ -178,9 +181,15 @@ impl Ruleset {
     pub fn fit_to_network(&self) -> Result<()> {
         self.routing.install()?;
         if drift::compare(self)?.contains(&Drift::TranslationOutdated) {
-            transaction::adapt(&Surroundings::look()?)?;
+            transaction::adapt(self, &Surroundings::look()?)?;
         }
         Ok(())
+    }
+
+    /// Fits the table, which was put in place for these surroundings, to those that are there.
+    fn fit(&self, before: &Surroundings) -> Result<()> {
+        let now = Surroundings::look()?;
+        if now == *before { Ok(()) } else { transaction::adapt(self, &now) }
     }
 
     /// What differs between these rules and those in the calling thread's namespace; empty when
@@ -190,12 +199,6 @@ impl Ruleset {
         found.extend(self.routing.drift()?);
         Ok(found)
     }
-}
-
-/// Fits a table that was put in place for these surroundings to those that are there.
-fn fit(before: &Surroundings) -> Result<()> {
-    let now = Surroundings::look()?;
-    if now == *before { Ok(()) } else { transaction::adapt(&now) }
 }
 
 /// What was found when rules were put in place.

@@ -140,7 +140,7 @@ pub(super) fn compare(ruleset: &Ruleset) -> Result<Vec<Drift>> {
     let (mut chains, others_translate) = installed_chains()?;
     let mut rules = installed_rules()?;
     let around = Surroundings::beside(others_translate)?;
-    if !are_fitted(&around.chains(), &mut chains, &rules) {
+    if !are_fitted(&around.chains(&ruleset.sets), &mut chains, &rules) {
         found.push(Drift::TranslationOutdated);
     }
     for expected in &ruleset.chains {
@@ -183,7 +183,7 @@ fn are_fitted(
     chains: &mut BTreeMap<String, Base>,
     rules: &BTreeMap<String, Vec<Vec<u8>>>,
 ) -> bool {
-    let all = published::KEEPING.into_iter().chain([published::LEAVING]);
+    let all = published::BESIDE.into_iter().chain([published::LEAVING]);
     all.fold(true, |fitted, name| {
         let found = chains.remove(name);
         let wanted = wanted.iter().find(|chain| chain.name == name);

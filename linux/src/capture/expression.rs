@@ -3,7 +3,7 @@
 //! An [`Expression`] holds exactly the attributes that go to the kernel, which gives them back
 //! in a dump: that is what drift is told by.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_bindings::{
     nftables::{
@@ -54,6 +54,14 @@ const NAT_FLAGS: u16 = 7;
 const NAT_DNAT: u32 = 1;
 /// An address and a port are given.
 const NAT_RANGE_MAP_IPS_PROTO_SPECIFIED: u32 = 3;
+const CT_DREG: u16 = 1;
+const CT_KEY: u16 = 2;
+const CT_DIRECTION: u16 = 3;
+const CT_PROTO_DST: u32 = 12;
+const CT_DST_IP: u32 = 20;
+const CT_DST_IP6: u32 = 22;
+/// `IP_CT_DIR_ORIGINAL` of `linux/netfilter/nf_conntrack_tuple_common.h`.
+const ORIGINAL: u8 = 0;
 const LOOKUP_SET: u16 = 1;
 const LOOKUP_SREG: u16 = 2;
 const DYNSET_SET: u16 = 1;
@@ -264,6 +272,34 @@ pub(super) fn from_address_of_outgoing_interface() -> Vec<Expression> {
     );
     let load = Expression { name: "fib", attributes };
     vec![load, compare(Is::Equal, &RTN_LOCAL.to_ne_bytes())]
+}
+
+/// The packet belongs to a connection that was opened to this address and to one of the ports of this set, wherever it
+/// was led then. Makes the kernel track connections.
+pub(super) fn opened_to(address: IpAddr, ports: &str) -> Vec<Expression> {
+    let (number, key, bytes) = match address {
+        IpAddr::V4(address) => (IPV4, CT_DST_IP, address.octets().to_vec()),
+        IpAddr::V6(address) => (IPV6, CT_DST_IP6, address.octets().to_vec()),
+    };
+    vec![
+        meta(META_NFPROTO),
+        compare(Is::Equal, &[number]),
+        of_tracked(key),
+        compare(Is::Equal, &bytes),
+        of_tracked(CT_PROTO_DST),
+        lookup(ports),
+    ]
+}
+
+/// Loads a part of what connection tracking knows of the connection, as it was opened.
+fn of_tracked(key: u32) -> Expression {
+    let mut attributes = Vec::new();
+    push_u32(&mut attributes, CT_DREG, REG);
+    push_u32(&mut attributes, CT_KEY, key);
+    utils::push_header(&mut attributes, CT_DIRECTION, 1);
+    attributes.push(ORIGINAL);
+    utils::align(&mut attributes);
+    Expression { name: "ct", attributes }
 }
 
 /// A translation of a family's connection to where it is going anyway. No other translation is looked for then.

@@ -9,7 +9,7 @@ use std::{
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use super::{
-    CAPTURED_BITS, MARK_TRANSPARENT, MARK_UNCAPTURED, UNDECIDED, Unroutable, captured,
+    CAPTURED_BITS, MARK_TRANSPARENT, MARK_UNCAPTURED, SERVED, UNDECIDED, Unroutable, captured,
     expression::{
         Expression, Is, cgroup, destination_port, destination_port_in, discard, from_loopback,
         goto, jump, let_through, mark, marked, masked_mark, opening, pass, reset, set_mark,
@@ -31,9 +31,6 @@ use crate::{
 
 /// Where cgroup2 is mounted: alone, or beside the version 1 controllers.
 const CGROUP2_MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
-
-/// The set of the ports that workloads serve, and those of each workload's own.
-const SERVED: &str = "served";
 
 /// Capture of declared workloads among everything else that runs on a machine.
 ///

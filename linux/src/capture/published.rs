@@ -7,32 +7,38 @@
 //! - *What the agent sends on is led to the container.* A connection with [`MARK_PUBLISHED`] is one that is to be translated. It is
 //!   refused if it was not, so that it never takes an application here by surprise, and it is stopped if it would
 //!   leave the machine, where it would be in clear.
+//! - *What went around the agent ends.* On a host, a connection that was opened to a served port and is led through the machine is older than
+//!   the rules, or was opened while they were missing. Its other end would go on sending.
 //!
 //! Elsewhere nothing here makes the kernel track connections.
 
-use std::{collections::BTreeSet, fs};
+use std::{collections::BTreeSet, fs, net::IpAddr};
 
 use netlink_bindings::{rt_link, rt_route};
 use netlink_socket2::NetlinkSocket;
 
 use super::{
-    MARK_PUBLISHED, MARK_TRANSPARENT, drift,
+    MARK_PUBLISHED, MARK_TRANSPARENT, SERVED, drift,
     expression::{
         Expression, Is, discard, from_address_of_outgoing_interface, keep_destination, mark,
-        opening, outgoing_interface, pass, reset, tcp, to_this_host, to_transparent_socket,
+        opened_to, opening, outgoing_interface, pass, reset, tcp, to_this_host,
+        to_transparent_socket,
     },
-    ruleset::{Chain, Hook},
+    ruleset::{Chain, Hook, Set},
 };
 use crate::{
     error::{Context, Result},
-    links::Family,
+    links::{Family, addresses},
 };
 
 /// The chain that connections with [`MARK_PUBLISHED`] pass when they leave.
 pub(super) const LEAVING: &str = "published";
 
 /// The chains that are there only beside other programs' translation.
-pub(super) const KEEPING: [&str; 2] = ["keep_incoming", "keep_outgoing"];
+pub(super) const BESIDE: [&str; 3] = [KEEP_INCOMING, KEEP_OUTGOING, PASSING];
+const KEEP_INCOMING: &str = "keep_incoming";
+const KEEP_OUTGOING: &str = "keep_outgoing";
+const PASSING: &str = "passing_through";
 
 /// Where the older iptables tell which of their tables are in use here.
 const LEGACY_TABLES: [&str; 2] =
@@ -46,6 +52,8 @@ pub(super) struct Surroundings {
     pub(super) is_translated: bool,
     /// The interfaces that lead into other namespaces of this machine, and nowhere else.
     inner: BTreeSet<u32>,
+    /// The addresses of this machine, but for loopback's.
+    addresses: BTreeSet<IpAddr>,
 }
 
 impl Surroundings {
@@ -57,21 +65,35 @@ impl Surroundings {
     /// The same, if it is known already whether another table of nftables translates addresses.
     pub(super) fn beside(others_translate: bool) -> Result<Self> {
         let is_translated = others_translate || is_translated_by_legacy_tables();
-        let inner = if is_translated { inner_interfaces()? } else { BTreeSet::new() };
-        Ok(Self { is_translated, inner })
+        if !is_translated {
+            return Ok(Self::default());
+        }
+        let inner = inner_interfaces()?;
+        let addresses = addresses()?.into_iter().map(|address| address.ip);
+        let addresses = addresses.filter(|address| !address.is_loopback()).collect();
+        Ok(Self { is_translated, inner, addresses })
     }
 
-    /// The chains that depend on them.
-    pub(super) fn chains(&self) -> Vec<Chain> {
+    /// The chains of a table with these sets that depend on them.
+    pub(super) fn chains(&self, sets: &[Set]) -> Vec<Chain> {
         let mut chains = vec![self.leaving()];
         if self.is_translated {
-            let [incoming, outgoing] = KEEPING;
-            let incoming = Chain::at(incoming, Hook::NAT_PREROUTING);
-            let outgoing = Chain::at(outgoing, Hook::NAT_OUTPUT);
+            let incoming = Chain::at(KEEP_INCOMING, Hook::NAT_PREROUTING);
+            let outgoing = Chain::at(KEEP_OUTGOING, Hook::NAT_OUTPUT);
             chains.push(keep(incoming, to_transparent_socket));
             chains.push(keep(outgoing, || mark(MARK_TRANSPARENT)));
+            if sets.iter().any(|set| set.name == SERVED) {
+                chains.push(self.passing());
+            }
         }
         chains
+    }
+
+    /// What is opened to a served port now never passes through the machine: it is captured.
+    fn passing(&self) -> Chain {
+        let chain = Chain::at(PASSING, Hook::FORWARD).rule([tcp(Is::Not), pass()]);
+        let addresses = self.addresses.iter();
+        addresses.fold(chain, |chain, address| chain.rule([opened_to(*address, SERVED), reset()]))
     }
 
     /// It may leave where only containers are. Not through an interface with the address that was wanted: there, callers are.

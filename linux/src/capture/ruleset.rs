@@ -39,6 +39,7 @@ impl ChainKind {
 
 // `NF_INET_*` of `linux/netfilter.h`.
 const PREROUTING: u32 = 0;
+const FORWARD: u32 = 2;
 const OUTPUT: u32 = 3;
 const POSTROUTING: u32 = 4;
 
@@ -55,6 +56,8 @@ impl Hook {
         Hook { kind: ChainKind::Filter, number: PREROUTING, priority: FIRST };
     pub(super) const ROUTE_OUTPUT: Hook =
         Hook { kind: ChainKind::Route, number: OUTPUT, priority: FIRST };
+    pub(super) const FORWARD: Hook =
+        Hook { kind: ChainKind::Filter, number: FORWARD, priority: FILTER };
     pub(super) const FILTER_OUTPUT: Hook =
         Hook { kind: ChainKind::Filter, number: OUTPUT, priority: FILTER };
     pub(super) const NAT_PREROUTING: Hook =

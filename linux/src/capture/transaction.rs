@@ -73,16 +73,16 @@ pub(super) fn add_connections(set: &str, keys: &[Vec<u8>]) -> Result<()> {
 }
 
 /// Makes the chains that depend on the network around the table be those of these surroundings.
-pub(super) fn adapt(around: &Surroundings) -> Result<()> {
+pub(super) fn adapt(ruleset: &Ruleset, around: &Surroundings) -> Result<()> {
     let mut batch = Batch::begin();
-    for name in published::KEEPING {
+    for name in published::BESIDE {
         // Made first: deleting what isn't there would fail the transaction.
         batch.create_chain(&Chain::named(name));
         batch.flush_chain(name);
         batch.delete_chain(name);
     }
     batch.flush_chain(published::LEAVING);
-    for chain in around.chains() {
+    for chain in around.chains(&ruleset.sets) {
         batch.create_chain(&chain);
         for rule in &chain.rules {
             batch.append_rule(&chain.name, rule);
@@ -100,7 +100,7 @@ fn replacement(ruleset: &Ruleset, around: &Surroundings) -> ChainedFinal<'static
     for (number, set) in (1..).zip(&ruleset.sets) {
         batch.create_set(set, number);
     }
-    let fitted = around.chains();
+    let fitted = around.chains(&ruleset.sets);
     for chain in ruleset.chains.iter().chain(&fitted) {
         batch.create_chain(chain);
     }

@@ -1,4 +1,7 @@
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    io::{Read, Write},
+    net::{IpAddr, SocketAddr},
+};
 
 use hauberk_linux::{
     Netns,
@@ -41,6 +44,12 @@ fn translate(to: &str) {
 /// A network with a container behind a bridge, in which web is captured.
 fn with_container() -> (Network, Netns) {
     let network = Network::new();
+    let container = add_container(&network);
+    network.in_workload(|| install(&rules().ruleset().unwrap()));
+    (network, container)
+}
+
+fn add_container(network: &Network) -> Netns {
     let container = Netns::create().unwrap();
     network.in_workload(|| {
         links::create_bridge("inner").unwrap();
@@ -49,7 +58,6 @@ fn with_container() -> (Network, Netns) {
         links::add_address("inner", "10.8.0.1".parse().unwrap(), 24).unwrap();
         links::set_up("port").unwrap();
         links::set_up("inner").unwrap();
-        install(&rules().ruleset().unwrap());
     });
     let inside = || {
         links::add_address("eth0", CONTAINER.parse().unwrap(), 24).unwrap();
@@ -57,7 +65,7 @@ fn with_container() -> (Network, Netns) {
         links::add_default_route("10.8.0.1".parse().unwrap()).unwrap();
     };
     container.run(inside).unwrap();
-    (network, container)
+    container
 }
 
 fn follow(network: &Network) -> std::io::Result<std::net::TcpStream> {
@@ -114,6 +122,30 @@ fn what_is_captured_stays_so_beside_other_translation() {
     let mut inbound = network.in_workload(dialled).unwrap();
     assert_joined(&mut inbound, &mut accept(&service).0);
     assert!(nobody_came(&server));
+}
+
+/// Its caller is not served in clear any more, and neither does the container go on sending.
+#[test]
+fn what_was_led_to_a_container_before_the_rules_ends_at_both_sides() {
+    let network = Network::new();
+    let container = add_container(&network);
+    network.in_workload(|| {
+        links::sysctl("ipv4/ip_forward", "1").unwrap();
+        translate(&format!("{CONTAINER}:80"));
+    });
+    let server = listen(&container, "0.0.0.0".parse().unwrap(), 80);
+    let mut client = connect(&network.remote, families()[0].workload, WEB).unwrap();
+    let (mut served, _) = accept(&server);
+    assert_joined(&mut client, &mut served);
+    network.in_workload(|| install(&rules().ruleset().unwrap()));
+    served.write_all(b"in clear").unwrap();
+    let error = served.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    client.set_read_timeout(Some(std::time::Duration::from_millis(200))).unwrap();
+    assert!(client.read(&mut [0]).is_err(), "the client was answered");
+    client.write_all(b"hello").unwrap();
+    let error = client.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
 }
 
 #[test]
