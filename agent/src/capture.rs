@@ -426,6 +426,7 @@ impl Captures {
         let restored = host.restored();
         for (workload, outcome) in workloads.iter().zip(outcomes) {
             self.note_in(workload, outcome, None, restored.clone());
+            self.board.set_unreached(&workload.key(), host.unreached(workload));
         }
     }
 

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::LocalEdges, edges::Edges, identity::LocalIdentity, policy::Snapshot, pool::Pool,
-    services::Balancer,
+    published::PublishedPorts, services::Balancer,
 };
 
 /// A connection that comes before the agent can decide waits this long, rather than being refused.
@@ -156,7 +156,7 @@ pub(crate) struct Local {
 #[derive(Clone)]
 pub(crate) enum Place {
     /// The agent's own network namespace.
-    Host,
+    Host(Arc<PublishedPorts>),
     /// The workload's.
     Namespace(Arc<NetnsWorker>),
 }
@@ -175,7 +175,7 @@ impl Local {
     /// Whether it is a process of this host, rather than having a network namespace of its own.
     pub(crate) fn is_on_host(&self) -> bool {
         match self.place {
-            Place::Host => true,
+            Place::Host(_) => true,
             Place::Namespace(_) => false,
         }
     }
@@ -206,15 +206,18 @@ impl Place {
         destination: SocketAddr,
     ) -> io::Result<TcpStream> {
         let socket = self.socket(move || socket::transparent_socket(source)).await?;
-        match connect(socket, destination).await {
-            // The caller's port is in use towards this destination, by a connection that is ending.
-            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
-                let socket =
-                    self.socket(move || socket::transparent_socket_other_port(source)).await?;
-                connect(socket, destination).await
+        let directly = async {
+            match connect(socket, destination).await {
+                // The caller's port is in use towards this destination, by a connection that is ending.
+                Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
+                    let socket =
+                        self.socket(move || socket::transparent_socket_other_port(source)).await?;
+                    connect(socket, destination).await
+                }
+                other => other,
             }
-            other => other,
-        }
+        };
+        self.reach(destination, directly).await
     }
 
     /// The same from another port of the caller's address: for a connection that came in clear and is
@@ -225,7 +228,19 @@ impl Place {
         destination: SocketAddr,
     ) -> io::Result<TcpStream> {
         let socket = self.socket(move || socket::transparent_socket_other_port(source)).await?;
-        connect(socket, destination).await
+        self.reach(destination, connect(socket, destination)).await
+    }
+
+    /// Connects as `directly` does, or to the container from which a port of the host is published.
+    async fn reach(
+        &self,
+        destination: SocketAddr,
+        directly: impl Future<Output = io::Result<TcpStream>>,
+    ) -> io::Result<TcpStream> {
+        match self {
+            Self::Host(ports) => ports.reach(destination, directly).await,
+            Self::Namespace(_) => directly.await,
+        }
     }
 
     async fn socket(
@@ -233,7 +248,7 @@ impl Place {
         make: impl FnOnce() -> io::Result<socket2::Socket> + Send + 'static,
     ) -> io::Result<socket2::Socket> {
         match self {
-            Self::Host => make(),
+            Self::Host(_) => make(),
             Self::Namespace(_) => self.ask(make).await,
         }
     }
@@ -244,7 +259,9 @@ impl Place {
         question: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
         match self {
-            Self::Host => tokio::task::spawn_blocking(question).await.map_err(io::Error::other)?,
+            Self::Host(_) => {
+                tokio::task::spawn_blocking(question).await.map_err(io::Error::other)?
+            }
             Self::Namespace(worker) => {
                 let (sender, receiver) = tokio::sync::oneshot::channel();
                 worker
@@ -259,14 +276,16 @@ impl Place {
     }
 }
 
-async fn connect(socket: socket2::Socket, destination: SocketAddr) -> io::Result<TcpStream> {
+pub(crate) async fn connect(
+    socket: socket2::Socket,
+    destination: SocketAddr,
+) -> io::Result<TcpStream> {
     match socket.connect(&destination.into()) {
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
         Ok(()) | Err(_) => {}
     }
     let stream = TcpStream::from_std(socket.into())?;
-    // An application of this machine has answered by now: streams that wait for their turn wait no longer than
-    // for the system call.
+    // An application of this machine has answered by now: it is not waited for the runtime to hear of it.
     if stream.peer_addr().is_err() {
         Box::pin(tokio::time::timeout(DIAL_TIMEOUT, stream.writable()))
             .await

@@ -32,6 +32,7 @@ mod pages;
 mod passthrough;
 mod policy;
 mod pool;
+mod published;
 mod quietly;
 mod relay;
 mod report;

@@ -152,6 +152,15 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
                 "look at the log of its agent for failed renewals",
             );
         }
+        if !workload.unreached.is_empty() {
+            find(
+                format!(
+                    "what {} serves on {} could not be reached: {}",
+                    workload.workload, workload.node, workload.unreached
+                ),
+                "start what serves the port; if a container does, see docs/machines.md, Ports of containers",
+            );
+        }
         let recently = now.saturating_sub(RESTORED_SHOWN).unix_millis();
         if workload.restored_at_unix_ms > recently {
             find(

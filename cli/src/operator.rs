@@ -146,6 +146,7 @@ fn status_json(status: &v1::GetStatusResponse) -> serde_json::Value {
             "restored": workload.restored,
             "restored_at": time(workload.restored_at_unix_ms),
             "restored_what": workload.restored_what,
+            "unreached": workload.unreached,
             "certificate_not_after": time(workload.not_after_unix_ms),
             "serial": workload.serial,
         })).collect::<Vec<_>>(),
@@ -180,7 +181,8 @@ fn print_status(status: &v1::GetStatusResponse, now: Timestamp) {
         table(&["WORKLOAD", "NODE", "IDENTITY", "MODE", "CAPTURED", "CERTIFICATE UNTIL"]);
     for workload in &status.workloads {
         let captured = match (workload.captured, workload.problem.as_str()) {
-            (true, _) => "yes".to_owned(),
+            (true, _) if workload.unreached.is_empty() => "yes".to_owned(),
+            (true, _) => format!("yes, but not reached: {}", workload.unreached),
             (false, "") => "no".to_owned(),
             (false, problem) => format!("no: {problem}"),
         };

@@ -27,6 +27,7 @@ mod monitor;
 mod namespace;
 mod older;
 mod parts;
+mod published;
 mod ruleset;
 mod second_line;
 mod transaction;
@@ -47,6 +48,7 @@ use crate::{
     sockets::{self, TcpSocket, tcp_sockets},
 };
 use older::Scope;
+use published::Surroundings;
 
 /// The mark of packets from the agent's own sockets: the rules let them pass. "HB" in ASCII.
 ///
@@ -60,8 +62,12 @@ pub const MARK: u32 = 0x4842;
 /// forward such packets.
 pub(crate) const MARK_UNCAPTURED: u32 = 0x0842;
 
-/// The bits in which [`MARK`] and [`MARK_UNCAPTURED`] are the same, and differ from all others.
-const OWN_MARKS: u32 = !0x4000;
+/// The mark of the agent's connections to a port of this host that another program's address translation leads into a
+/// container.
+pub const MARK_PUBLISHED: u32 = 0x2842;
+
+/// The bits in which [`MARK`], [`MARK_UNCAPTURED`] and [`MARK_PUBLISHED`] are the same, and differ from all others.
+const OWN_MARKS: u32 = !0x6000;
 
 /// The mark of packets on connections to the local application that carry the client's real
 /// address: the agent's and the application's answers. It is routed to
@@ -86,6 +92,9 @@ pub const REPORT_GROUP: u16 = 18502;
 /// The sets of connections that are older than the rules.
 const OLDER_V4: &str = "older_v4";
 const OLDER_V6: &str = "older_v6";
+
+/// The set of the ports that a host's workloads serve.
+const SERVED: &str = "served";
 
 /// The chain that has rules only while it is being found out which connections are older.
 const UNDECIDED: &str = "undecided";
@@ -133,10 +142,12 @@ impl Ruleset {
     pub fn install(&self, before: &Before<'_>) -> Result<Installed> {
         let (mut older, fresh) = self.older_than(before)?;
         // The table first: the routing leads to loopback what only the table lets go on.
-        transaction::replace(self)?;
+        let usual = Surroundings::default();
+        transaction::replace(self, &usual)?;
         older::spare(&older)?;
         // What is missing of it is told in the end: nothing is left half done for it.
         let routed = self.routing.install();
+        let fitted = self.fit(&usual);
         let mut open = older::open_uncaptured(&self.scope)?;
         let known: HashSet<Connection> = older.iter().copied().collect();
         let new = match &fresh {
@@ -158,6 +169,7 @@ impl Ruleset {
         });
         let ended = end_all(&open);
         routed?;
+        fitted?;
         ended?;
         Ok(Installed { older, cut: open })
     }
@@ -182,9 +194,20 @@ impl Ruleset {
         Ok((noted.into_iter().filter(|one| live.contains(one)).collect(), fresh))
     }
 
-    /// Puts the policy routing in place, as after a change of addresses. The table and connections stay as they are.
-    pub fn install_routing(&self) -> Result<()> {
-        self.routing.install()
+    /// Fits the policy routing and the rules to the network around them, as after a change of addresses or when
+    /// another program begins to translate them. Connections stay as they are.
+    pub fn fit_to_network(&self) -> Result<()> {
+        self.routing.install()?;
+        if drift::compare(self)?.contains(&Drift::TranslationOutdated) {
+            transaction::adapt(self, &Surroundings::look()?)?;
+        }
+        Ok(())
+    }
+
+    /// Fits the table, which was put in place for these surroundings, to those that are there.
+    fn fit(&self, before: &Surroundings) -> Result<()> {
+        let now = Surroundings::look()?;
+        if now == *before { Ok(()) } else { transaction::adapt(self, &now) }
     }
 
     /// What differs between these rules and those in the calling thread's namespace; empty when
@@ -241,6 +264,12 @@ fn end_all<'a>(sockets: impl IntoIterator<Item = &'a TcpSocket>) -> Result<()> {
 /// for that, [`Ruleset::drift`].
 pub fn installed() -> Result<bool> {
     Ok(drift::table()?.is_none())
+}
+
+/// Whether another program translates addresses in the calling thread's namespace: ports of it may be published from
+/// elsewhere.
+pub fn is_translated() -> Result<bool> {
+    Ok(Surroundings::look()?.is_translated)
 }
 
 /// Which agent put the rules there that the calling thread's namespace has; nothing if there is no table, as after

@@ -14,7 +14,7 @@ use nix::libc;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::{
-    capture::{MARK, MARK_TRANSPARENT},
+    capture::{MARK, MARK_PUBLISHED, MARK_TRANSPARENT},
     sys,
 };
 
@@ -75,6 +75,16 @@ pub fn listen_captured(address: SocketAddr, peer: Peer) -> io::Result<TcpListene
 pub fn outbound_socket(destination: SocketAddr) -> io::Result<Socket> {
     let socket = stream_socket(destination)?;
     socket.set_mark(MARK)?;
+    tune(&socket)?;
+    Ok(socket)
+}
+
+/// A socket for dialling one of this host's own ports to where another program's address translation leads it, with
+/// [`MARK_PUBLISHED`]: under the capture rules it is refused if nothing leads it elsewhere, and it does not leave the
+/// machine. The application sees this host as its caller.
+pub fn published_socket(destination: SocketAddr) -> io::Result<Socket> {
+    let socket = stream_socket(destination)?;
+    socket.set_mark(MARK_PUBLISHED)?;
     tune(&socket)?;
     Ok(socket)
 }

@@ -17,7 +17,7 @@ use netlink_socket2::NetlinkSocket;
 use nix::libc;
 
 use crate::{
-    capture::{MARK, MARK_UNCAPTURED},
+    capture::{MARK, MARK_PUBLISHED, MARK_TRANSPARENT, MARK_UNCAPTURED},
     error::{Context, Result, accept},
     links::Family,
 };
@@ -54,7 +54,7 @@ pub struct TcpSocket {
 impl TcpSocket {
     /// Whether the agent made it, or accepted it.
     pub fn is_agents(&self) -> bool {
-        self.mark == MARK || self.mark == crate::capture::MARK_TRANSPARENT
+        [MARK, MARK_PUBLISHED, MARK_TRANSPARENT].contains(&self.mark)
     }
 
     /// Whether this is the very same socket, in another listing.

@@ -28,6 +28,8 @@ struct Entry {
     /// The network namespace that is captured.
     netns: Option<u64>,
     restored: Restored,
+    /// Why what it serves could not be reached lately.
+    unreached: String,
 }
 
 impl StatusBoard {
@@ -44,9 +46,17 @@ impl StatusBoard {
         netns: Option<u64>,
         restored: Restored,
     ) -> bool {
-        let entry = Entry { slot, problem: problem.clone(), netns, restored };
+        let unreached = String::new();
+        let entry = Entry { slot, problem: problem.clone(), netns, restored, unreached };
         let before = self.lock().insert(key.to_owned(), entry);
         before.is_none_or(|entry| entry.problem != problem)
+    }
+
+    /// Notes why what a workload serves could not be reached lately; nothing if it could.
+    pub(super) fn set_unreached(&self, key: &str, unreached: String) {
+        if let Some(entry) = self.lock().get_mut(key) {
+            entry.unreached = unreached;
+        }
     }
 
     /// Whether a workload is captured in this very network namespace.
@@ -97,6 +107,7 @@ impl StatusBoard {
                         .at
                         .map_or(0, |at| Timestamp::from(at).unix_millis()),
                     restored_what: entry.restored.what.clone(),
+                    unreached: entry.unreached.clone(),
                 }
             })
             .collect();

@@ -160,7 +160,7 @@ impl Watch {
                 ));
             }
             if known.is_some() && drift.iter().all(Drift::is_of_the_network) {
-                looked_at.install_routing()?;
+                looked_at.fit_to_network()?;
                 return Ok((drift, Change::None));
             }
             let before = match &known {

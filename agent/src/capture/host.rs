@@ -25,12 +25,15 @@ use crate::{
     handover::{Inherited, Replaced, Role, Seat},
     identity::Identities,
     outbound,
+    published::PublishedPorts,
 };
 
 /// The captured users and cgroups of the host.
 pub(super) struct HostCapture {
     locals: Arc<Locals>,
     guard: Guard,
+    /// What its workloads serve from containers.
+    published: Arc<PublishedPorts>,
     /// The ports of outgoing connections, one a workload: the port tells who is connecting.
     outbound: BTreeMap<String, Outbound>,
     /// The cgroups that are captured or should be, and what the kernel knew them by.
@@ -66,6 +69,7 @@ impl HostCapture {
         Ok(Self {
             locals,
             guard,
+            published: Arc::default(),
             outbound: BTreeMap::new(),
             cgroups: Vec::new(),
             inherited: inherited.clone(),
@@ -187,7 +191,8 @@ impl HostCapture {
                 local
             }
             Some(_) | None => {
-                Arc::new(Local::new(context, workload.clone(), identity, Place::Host))
+                let place = Place::Host(self.published.clone());
+                Arc::new(Local::new(context, workload.clone(), identity, place))
             }
         };
         let rule = HostWorkload {
@@ -210,7 +215,7 @@ impl HostCapture {
         let (of_dialled, key_of_dialled) = (locals.clone(), key.clone());
         Outbound::start(
             context,
-            Place::Host,
+            Place::Host(self.published.clone()),
             sockets,
             move |context, waiting| {
                 let local = locals.get(&key)?;
@@ -230,7 +235,14 @@ impl HostCapture {
             plaintext_port: self.plaintext_port,
             workloads,
         };
-        self.guard.enforce(&rules.ruleset()?.owned_by(node))
+        self.guard.enforce(&rules.ruleset()?.owned_by(node))?;
+        self.published.look();
+        Ok(())
+    }
+
+    /// Why what a workload serves could not be reached lately; empty if it could.
+    pub(super) fn unreached(&self, workload: &MeshWorkload) -> String {
+        self.published.unreached(workload.ports.iter().copied())
     }
 
     /// Whether a cgroup has come, gone, or been made anew since it was looked at.

@@ -18,6 +18,7 @@ use nix::libc;
 
 use super::{
     expression::Expression,
+    published::{self, Surroundings},
     ruleset::{Chain, Ruleset, SetContent},
     transaction::{self, INET, TABLE},
 };
@@ -53,16 +54,18 @@ pub enum Drift {
     PolicyRoutingMissing,
     /// The routes that lead to loopback are not those of the namespace's present addresses.
     RoutesOutdated,
+    /// The rules are not fitted to other programs' address translation, or to where its connections may go.
+    TranslationOutdated,
     /// A setting of the kernel that the rules need is not as it was set.
     SettingChanged(&'static str),
 }
 
 impl Drift {
     /// Whether the network around the rules has changed, as when an interface or an address comes, rather than what
-    /// was put in place. [`Ruleset::install_routing`] mends it.
+    /// was put in place. [`Ruleset::fit_to_network`] mends it.
     pub fn is_of_the_network(&self) -> bool {
         match self {
-            Drift::RoutesOutdated | Drift::SettingChanged(_) => true,
+            Drift::RoutesOutdated | Drift::TranslationOutdated | Drift::SettingChanged(_) => true,
             Drift::TableMissing
             | Drift::TableDormant
             | Drift::ChainMissing(_)
@@ -87,6 +90,9 @@ impl fmt::Display for Drift {
             Drift::SetAltered(set) => write!(f, "the set {set} differs"),
             Drift::PolicyRoutingMissing => write!(f, "the policy routing is missing"),
             Drift::RoutesOutdated => write!(f, "the routes to loopback are outdated"),
+            Drift::TranslationOutdated => {
+                write!(f, "the rules are not fitted to other programs' address translation")
+            }
             Drift::SettingChanged(setting) => write!(f, "the setting {setting} was changed"),
         }
     }
@@ -131,8 +137,12 @@ pub(super) fn compare(ruleset: &Ruleset) -> Result<Vec<Drift>> {
         Some(Drift::TableMissing) => return Ok(vec![Drift::TableMissing]),
         other => Vec::from_iter(other),
     };
-    let mut chains = installed_chains()?;
+    let (mut chains, others_translate) = installed_chains()?;
     let mut rules = installed_rules()?;
+    let around = Surroundings::beside(others_translate)?;
+    if !are_fitted(&around.chains(&ruleset.sets), &mut chains, &rules) {
+        found.push(Drift::TranslationOutdated);
+    }
     for expected in &ruleset.chains {
         let name = || expected.name.clone();
         match chains.remove(&expected.name) {
@@ -165,6 +175,33 @@ pub(super) fn compare(ruleset: &Ruleset) -> Result<Vec<Drift>> {
         }
     }
     Ok(found)
+}
+
+/// Whether the chains that depend on the network around the table are these; takes them out of the list.
+fn are_fitted(
+    wanted: &[Chain],
+    chains: &mut BTreeMap<String, Base>,
+    rules: &BTreeMap<String, Vec<Vec<u8>>>,
+) -> bool {
+    let all = published::BESIDE.into_iter().chain([published::LEAVING]);
+    all.fold(true, |fitted, name| {
+        let found = chains.remove(name);
+        let wanted = wanted.iter().find(|chain| chain.name == name);
+        let rules = rules.get(name).map(Vec::as_slice).unwrap_or_default();
+        fitted
+            && match (wanted, found) {
+                (Some(wanted), Some(found)) => {
+                    found == Base::of(wanted) && same_rules(wanted, rules)
+                }
+                (None, None) => true,
+                (Some(_), None) | (None, Some(_)) => false,
+            }
+    })
+}
+
+/// Whether another table of nftables in the calling thread's namespace translates addresses.
+pub(super) fn others_translate() -> Result<bool> {
+    Ok(installed_chains()?.1)
 }
 
 /// The keys of a set's elements; nothing if there is no such set.
@@ -218,22 +255,25 @@ impl Base {
     }
 }
 
-fn installed_chains() -> Result<BTreeMap<String, Base>> {
+/// The chains of our table, and whether a chain of another one translates addresses.
+fn installed_chains() -> Result<(BTreeMap<String, Base>, bool)> {
     let operation = "listing the capture chains";
-    let request = Request::new().op_getchain_dump(&header());
+    // Of all families.
+    let request = Request::new().op_getchain_dump(&Nfgenmsg::new());
     let mut socket = NetlinkSocket::new();
     let mut reply = socket.request(&request).context(operation)?;
     let mut chains = BTreeMap::new();
+    let mut others_translate = false;
     while let Some(answer) = reply.recv() {
-        let (_, chain) = answer.context(operation)?;
-        if chain.get_table() == Ok(TABLE)
-            && let Ok(name) = chain.get_name()
-        {
+        let (header, chain) = answer.context(operation)?;
+        if header.nfgen_family != INET || chain.get_table() != Ok(TABLE) {
+            others_translate |= chain.get_type().is_ok_and(|kind| kind == c"nat");
+        } else if let Ok(name) = chain.get_name() {
             let name = name.to_string_lossy().into_owned();
             chains.insert(name, Base::installed(&chain));
         }
     }
-    Ok(chains)
+    Ok((chains, others_translate))
 }
 
 /// The rules of each chain, in order, as the bytes of their expression lists.

@@ -3,7 +3,7 @@
 //! An [`Expression`] holds exactly the attributes that go to the kernel, which gives them back
 //! in a dump: that is what drift is told by.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_bindings::{
     nftables::{
@@ -27,6 +27,7 @@ const REG32: u32 = 8;
 const CMP_EQ: u32 = 0;
 const CMP_NEQ: u32 = 1;
 const META_MARK: u32 = 3;
+const META_OIF: u32 = 5;
 const META_IIFNAME: u32 = 6;
 const META_OIFNAME: u32 = 7;
 const META_SKUID: u32 = 10;
@@ -35,14 +36,32 @@ const META_L4PROTO: u32 = 16;
 const PAYLOAD_NETWORK_HEADER: u32 = 1;
 const PAYLOAD_TRANSPORT_HEADER: u32 = 2;
 const FIB_RESULT_ADDRTYPE: u32 = 3;
+const FIB_F_SADDR: u32 = 1 << 0;
 const FIB_F_DADDR: u32 = 1 << 1;
 const FIB_F_MARK: u32 = 1 << 2;
+const FIB_F_OIF: u32 = 1 << 4;
 const REJECT_TCP_RST: u32 = 1;
 const SOCKET_TRANSPARENT: u32 = 0;
 const SOCKET_CGROUPV2: u32 = 3;
 const TPROXY_FAMILY: u16 = 1;
 const TPROXY_REG_ADDR: u16 = 2;
 const TPROXY_REG_PORT: u16 = 3;
+const NAT_TYPE: u16 = 1;
+const NAT_FAMILY: u16 = 2;
+const NAT_REG_ADDR_MIN: u16 = 3;
+const NAT_REG_PROTO_MIN: u16 = 5;
+const NAT_FLAGS: u16 = 7;
+const NAT_DNAT: u32 = 1;
+/// An address and a port are given.
+const NAT_RANGE_MAP_IPS_PROTO_SPECIFIED: u32 = 3;
+const CT_DREG: u16 = 1;
+const CT_KEY: u16 = 2;
+const CT_DIRECTION: u16 = 3;
+const CT_PROTO_DST: u32 = 12;
+const CT_DST_IP: u32 = 20;
+const CT_DST_IP6: u32 = 22;
+/// `IP_CT_DIR_ORIGINAL` of `linux/netfilter/nf_conntrack_tuple_common.h`.
+const ORIGINAL: u8 = 0;
 const LOOKUP_SET: u16 = 1;
 const LOOKUP_SREG: u16 = 2;
 const DYNSET_SET: u16 = 1;
@@ -255,6 +274,73 @@ fn tproxy(family: u8) -> Expression {
     push_u32(&mut attributes, TPROXY_REG_ADDR, REG);
     push_u32(&mut attributes, TPROXY_REG_PORT, REG_2);
     Expression { name: "tproxy", attributes }
+}
+
+/// The packet leaves through the interface of this index.
+pub(super) fn outgoing_interface(index: u32) -> Vec<Expression> {
+    vec![meta(META_OIF), compare(Is::Equal, &index.to_ne_bytes())]
+}
+
+/// The packet's source is an address of the interface through which it leaves.
+pub(super) fn from_address_of_outgoing_interface() -> Vec<Expression> {
+    let mut attributes = Vec::new();
+    drop(
+        PushExprFibAttrs::new(&mut attributes)
+            .push_dreg(REG)
+            .push_result(FIB_RESULT_ADDRTYPE)
+            .push_flags(FIB_F_SADDR | FIB_F_OIF),
+    );
+    let load = Expression { name: "fib", attributes };
+    vec![load, compare(Is::Equal, &RTN_LOCAL.to_ne_bytes())]
+}
+
+/// The packet belongs to a connection that was opened to this address and to one of the ports of this set, wherever it
+/// was led then. Makes the kernel track connections.
+pub(super) fn opened_to(address: IpAddr, ports: &str) -> Vec<Expression> {
+    let (number, key, bytes) = match address {
+        IpAddr::V4(address) => (IPV4, CT_DST_IP, address.octets().to_vec()),
+        IpAddr::V6(address) => (IPV6, CT_DST_IP6, address.octets().to_vec()),
+    };
+    vec![
+        meta(META_NFPROTO),
+        compare(Is::Equal, &[number]),
+        of_tracked(key),
+        compare(Is::Equal, &bytes),
+        of_tracked(CT_PROTO_DST),
+        lookup(ports),
+    ]
+}
+
+/// Loads a part of what connection tracking knows of the connection, as it was opened.
+fn of_tracked(key: u32) -> Expression {
+    let mut attributes = Vec::new();
+    push_u32(&mut attributes, CT_DREG, REG);
+    push_u32(&mut attributes, CT_KEY, key);
+    utils::push_header(&mut attributes, CT_DIRECTION, 1);
+    attributes.push(ORIGINAL);
+    utils::align(&mut attributes);
+    Expression { name: "ct", attributes }
+}
+
+/// A translation of a family's connection to where it is going anyway. No other translation is looked for then.
+pub(super) fn keep_destination(family: Family) -> Vec<Expression> {
+    let (number, offset, length) = match family {
+        Family::V4 => (IPV4, 16, 4),
+        Family::V6 => (IPV6, 24, 16),
+    };
+    let mut attributes = Vec::new();
+    push_u32(&mut attributes, NAT_TYPE, NAT_DNAT);
+    push_u32(&mut attributes, NAT_FAMILY, number.into());
+    push_u32(&mut attributes, NAT_REG_ADDR_MIN, REG);
+    push_u32(&mut attributes, NAT_REG_PROTO_MIN, REG_2);
+    push_u32(&mut attributes, NAT_FLAGS, NAT_RANGE_MAP_IPS_PROTO_SPECIFIED);
+    vec![
+        meta(META_NFPROTO),
+        compare(Is::Equal, &[number]),
+        payload(REG, PAYLOAD_NETWORK_HEADER, offset, length),
+        payload(REG_2, PAYLOAD_TRANSPORT_HEADER, 2, 2),
+        Expression { name: "nat", attributes },
+    ]
 }
 
 /// Connection tracking leaves the packet alone.

@@ -9,7 +9,7 @@ use std::{
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use super::{
-    CAPTURED_BITS, MARK_TRANSPARENT, MARK_UNCAPTURED, UNDECIDED, Unroutable, captured,
+    CAPTURED_BITS, MARK_TRANSPARENT, MARK_UNCAPTURED, SERVED, UNDECIDED, Unroutable, captured,
     expression::{
         Expression, Is, cgroup, destination_port, destination_port_in, discard, from_loopback,
         goto, jump, let_through, mark, marked, masked_mark, opening, pass, reset, set_mark,
@@ -20,6 +20,7 @@ use super::{
         agents_own_untracked, carried, families_to_listener, given_back_to_listener, held, leaving,
         mesh_from_loopback, not_own, older_chain, older_sets, unroutable,
     },
+    published,
     ruleset::{Chain, Hook, Ruleset, Set, SetContent},
     second_line::Routing,
 };
@@ -30,9 +31,6 @@ use crate::{
 
 /// Where cgroup2 is mounted: alone, or beside the version 1 controllers.
 const CGROUP2_MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
-
-/// The set of the ports that workloads serve, and those of each workload's own.
-const SERVED: &str = "served";
 
 /// Capture of declared workloads among everything else that runs on a machine.
 ///
@@ -221,12 +219,10 @@ impl HostRules {
 
     /// Nobody but the agent reaches the agents of other hosts: it would take the room of all workloads here.
     fn guard_output(&self) -> Chain {
-        Chain::at("guard_output", Hook::FILTER_OUTPUT).rule([tcp(Is::Not), pass()]).rule([
-            destination_port(self.mesh_port),
-            opening(Is::Equal),
-            not_own(),
-            reset(),
-        ])
+        Chain::at("guard_output", Hook::FILTER_OUTPUT)
+            .rule([tcp(Is::Not), pass()])
+            .rule(published::untranslated())
+            .rule([destination_port(self.mesh_port), opening(Is::Equal), not_own(), reset()])
     }
 
     fn service_ports(&self) -> BTreeSet<u16> {

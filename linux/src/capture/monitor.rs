@@ -7,6 +7,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
+use netlink_bindings::utils;
 use nix::sys::socket::SockProtocol;
 
 use super::{
@@ -25,6 +26,10 @@ const ROUTING: [u32; 7] = [1, 5, 7, 8, 9, 11, 19];
 
 /// `NFT_MSG_NEWGEN`: the end of each transaction.
 const NEW_GENERATION: u8 = 15;
+
+/// `NFT_MSG_NEWCHAIN`, and `NFTA_CHAIN_TYPE`, which only chains have that are at a hook.
+const NEW_CHAIN: u8 = 3;
+const CHAIN_TYPE: u16 = 7;
 
 /// Bytes of a packet that are reported: the headers.
 const REPORTED: u32 = 128;
@@ -99,13 +104,15 @@ fn listen(protocol: SockProtocol, groups: &[u32]) -> io::Result<OwnedFd> {
     Ok(found)
 }
 
-/// Whether one of the messages names our table.
+/// Whether one of the messages names our table, or tells of another program's address translation.
 fn concerns_table(messages: &[u8]) -> bool {
     const HEADERS: usize = 20;
     let name = TABLE.to_bytes_with_nul();
     each(messages).any(|message| {
         let generation = message.get(4) == Some(&NEW_GENERATION);
         let body = message.get(HEADERS..).unwrap_or_default();
-        !generation && body.windows(name.len()).any(|part| part == name)
+        let translates = message.get(4) == Some(&NEW_CHAIN)
+            && utils::find_attr(body, CHAIN_TYPE).is_some_and(|kind| kind == b"nat\0");
+        !generation && (translates || body.windows(name.len()).any(|part| part == name))
     })
 }

@@ -1,14 +1,14 @@
 //! What the rules of a namespace and those of a host have in common.
 
 use super::{
-    MARK, MARK_TRANSPARENT, MARK_UNCAPTURED, OLDER_V4, OLDER_V6, OWN_MARKS, RELEASED_BITS,
-    REPORT_GROUP, UNDECIDED, Unroutable,
+    MARK, MARK_PUBLISHED, MARK_TRANSPARENT, MARK_UNCAPTURED, OLDER_V4, OLDER_V6, OWN_MARKS,
+    RELEASED_BITS, REPORT_GROUP, UNDECIDED, Unroutable,
     expression::{
-        Expression, Is, destination_port, discard, forget_outgoing, let_through, mark, masked_mark,
-        opening, outgoing_in, pass, report_to, reset, set_mark, tcp, to_listener,
+        Expression, Is, destination_port, discard, forget_outgoing, goto, let_through, mark,
+        masked_mark, opening, outgoing_in, pass, report_to, reset, set_mark, tcp, to_listener,
         to_listener_of_mark, to_loopback, to_this_host, to_transparent_socket, untracked,
     },
-    released,
+    published, released,
     ruleset::{Chain, Hook, Set, SetContent},
 };
 use crate::links::Family;
@@ -23,9 +23,10 @@ pub(super) fn agents_own() -> Vec<Vec<Vec<Expression>>> {
 }
 
 /// The same on a host: what the agent exchanges with applications over loopback is no business of connection
-/// tracking, which others use there.
+/// tracking, which others use there. But for what is to be led to a container by it.
 pub(super) fn agents_own_untracked() -> Vec<Vec<Vec<Expression>>> {
     vec![
+        vec![mark(MARK_PUBLISHED), let_through()],
         vec![own(), to_loopback(Is::Equal), untracked(), let_through()],
         vec![own(), let_through()],
         vec![mark(MARK_TRANSPARENT), untracked(), let_through()],
@@ -135,6 +136,7 @@ pub(super) fn leaving() -> Chain {
     Chain::at("leaving", Hook::POSTROUTING)
         .rule([tcp(Is::Not), pass()])
         .rule([to_loopback(Is::Equal), pass()])
+        .rule([mark(MARK_PUBLISHED), goto(published::LEAVING)])
         .rule([own(), pass()])
 }
 

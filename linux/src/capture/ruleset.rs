@@ -23,6 +23,8 @@ pub(super) enum ChainKind {
     Route,
     /// Sees every packet.
     Filter,
+    /// Sees the first packet of each connection that the kernel tracks, and makes it track them.
+    Nat,
 }
 
 impl ChainKind {
@@ -30,12 +32,14 @@ impl ChainKind {
         match self {
             ChainKind::Route => "route",
             ChainKind::Filter => "filter",
+            ChainKind::Nat => "nat",
         }
     }
 }
 
 // `NF_INET_*` of `linux/netfilter.h`.
 const PREROUTING: u32 = 0;
+const FORWARD: u32 = 2;
 const OUTPUT: u32 = 3;
 const POSTROUTING: u32 = 4;
 
@@ -44,13 +48,22 @@ const POSTROUTING: u32 = 4;
 const FIRST: i32 = -310;
 const FILTER: i32 = 0;
 
+/// Ahead of other programs' translation (-100), and as early as the kernel allows.
+const FIRST_NAT: i32 = -199;
+
 impl Hook {
     pub(super) const PREROUTING: Hook =
         Hook { kind: ChainKind::Filter, number: PREROUTING, priority: FIRST };
     pub(super) const ROUTE_OUTPUT: Hook =
         Hook { kind: ChainKind::Route, number: OUTPUT, priority: FIRST };
+    pub(super) const FORWARD: Hook =
+        Hook { kind: ChainKind::Filter, number: FORWARD, priority: FILTER };
     pub(super) const FILTER_OUTPUT: Hook =
         Hook { kind: ChainKind::Filter, number: OUTPUT, priority: FILTER };
+    pub(super) const NAT_PREROUTING: Hook =
+        Hook { kind: ChainKind::Nat, number: PREROUTING, priority: FIRST_NAT };
+    pub(super) const NAT_OUTPUT: Hook =
+        Hook { kind: ChainKind::Nat, number: OUTPUT, priority: FIRST_NAT };
     /// The first place where a packet that was routed by its mark shows its new interface.
     pub(super) const POSTROUTING: Hook =
         Hook { kind: ChainKind::Filter, number: POSTROUTING, priority: FILTER };

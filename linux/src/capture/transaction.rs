@@ -12,6 +12,7 @@ use nix::libc;
 
 use super::{
     UNDECIDED, parts,
+    published::{self, Surroundings},
     ruleset::{Chain, Rule, Ruleset, Set, SetContent},
 };
 use crate::{
@@ -37,8 +38,8 @@ const USERDATA_COMMENT: u8 = 0;
 
 /// Puts the table in place of whatever table of that name there is, in one transaction: a packet
 /// meets either the old rules or the new ones.
-pub(super) fn replace(ruleset: &Ruleset) -> Result<()> {
-    send(replacement(ruleset), "installing the capture rules")
+pub(super) fn replace(ruleset: &Ruleset, around: &Surroundings) -> Result<()> {
+    send(replacement(ruleset, around), "installing the capture rules")
 }
 
 /// Deletes the table, if there is one.
@@ -71,7 +72,26 @@ pub(super) fn add_connections(set: &str, keys: &[Vec<u8>]) -> Result<()> {
     Ok(())
 }
 
-fn replacement(ruleset: &Ruleset) -> ChainedFinal<'static> {
+/// Makes the chains that depend on the network around the table be those of these surroundings.
+pub(super) fn adapt(ruleset: &Ruleset, around: &Surroundings) -> Result<()> {
+    let mut batch = Batch::begin();
+    for name in published::BESIDE {
+        // Made first: deleting what isn't there would fail the transaction.
+        batch.create_chain(&Chain::named(name));
+        batch.flush_chain(name);
+        batch.delete_chain(name);
+    }
+    batch.flush_chain(published::LEAVING);
+    for chain in around.chains(&ruleset.sets) {
+        batch.create_chain(&chain);
+        for rule in &chain.rules {
+            batch.append_rule(&chain.name, rule);
+        }
+    }
+    send(batch.end(), "fitting the capture rules to other programs' address translation")
+}
+
+fn replacement(ruleset: &Ruleset, around: &Surroundings) -> ChainedFinal<'static> {
     let mut batch = Batch::begin();
     // Deleting what isn't there would fail the transaction, so it is made first.
     batch.create_table(ruleset);
@@ -80,7 +100,8 @@ fn replacement(ruleset: &Ruleset) -> ChainedFinal<'static> {
     for (number, set) in (1..).zip(&ruleset.sets) {
         batch.create_set(set, number);
     }
-    for chain in &ruleset.chains {
+    let fitted = around.chains(&ruleset.sets);
+    for chain in ruleset.chains.iter().chain(&fitted) {
         batch.create_chain(chain);
     }
     for set in &ruleset.sets {
@@ -89,7 +110,7 @@ fn replacement(ruleset: &Ruleset) -> ChainedFinal<'static> {
             keys.chunks(ELEMENTS_A_MESSAGE).for_each(|keys| batch.add_elements(set.name, keys));
         }
     }
-    for chain in ruleset.chains.iter().chain([&parts::undecided()]) {
+    for chain in ruleset.chains.iter().chain(&fitted).chain([&parts::undecided()]) {
         for rule in &chain.rules {
             batch.append_rule(&chain.name, rule);
         }
@@ -145,6 +166,12 @@ impl Batch {
                 .push_type_bytes(hook.kind.name().as_bytes())
                 .push_policy(ACCEPT);
         }
+    }
+
+    fn delete_chain(&mut self, chain: &str) {
+        let header = self.header.clone();
+        let mut request = self.messages.request().op_delchain_do(&header);
+        request.encode().push_table(TABLE).push_name_bytes(chain.as_bytes());
     }
 
     fn create_set(&mut self, set: &Set, number: u32) {
@@ -283,7 +310,7 @@ mod tests {
             mesh_port: 4,
             unroutable: Unroutable::Refuse,
         };
-        let batch = replacement(&rules.ruleset().unwrap());
+        let batch = replacement(&rules.ruleset().unwrap(), &Surroundings::default());
         let types = types(batch.payload());
         let count = |wanted| types.iter().filter(|found| **found == wanted).count();
         let opening = [BATCH_BEGIN, NEW_TABLE, DELETE_TABLE, NEW_TABLE];

@@ -11,5 +11,6 @@ mod host;
 mod namespace;
 mod netns;
 mod packets;
+mod published;
 mod support;
 mod transparent;

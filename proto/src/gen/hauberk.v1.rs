@@ -1187,6 +1187,10 @@ pub struct WorkloadStatus {
     pub restored_at_unix_ms: i64,
     #[prost(string, tag = "8")]
     pub restored_what: ::prost::alloc::string::String,
+    /// Why ports that it serves could not be reached lately, on a machine where another program translates addresses. Empty
+    /// if they could.
+    #[prost(string, tag = "9")]
+    pub unreached: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -1722,6 +1726,8 @@ pub struct WorkloadInfo {
     pub restored_at_unix_ms: i64,
     #[prost(string, tag = "13")]
     pub restored_what: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub unreached: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WhyRequest {

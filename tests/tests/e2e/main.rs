@@ -24,6 +24,7 @@ mod local_edges;
 mod manifests;
 mod policy;
 mod programs;
+mod published;
 mod relay;
 mod restart;
 mod sessions;
@@ -77,6 +78,7 @@ fn main() -> std::process::ExitCode {
         learn::trials(),
         demo::trials(),
         programs::trials(),
+        published::trials(),
     ]
     .concat_trials();
     libtest_mimic::run(&arguments, trials).exit_code()
