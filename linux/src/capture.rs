@@ -21,6 +21,7 @@ mod monitor;
 mod namespace;
 mod older;
 mod parts;
+mod route_news;
 mod ruleset;
 mod second_line;
 mod transaction;
@@ -118,7 +119,7 @@ impl Ruleset {
         transaction::replace(self)?;
         older::spare(&older)?;
         // What is missing of it is told in the end: nothing is left half done for it.
-        let routed = self.routing.install();
+        let routed = self.routing.install(&self.owner);
         let mut open = older::open_uncaptured(&self.scope)?;
         let known: HashSet<Connection> = older.iter().copied().collect();
         let new = match &fresh {
@@ -166,14 +167,14 @@ impl Ruleset {
 
     /// Puts the policy routing in place, as after a change of addresses. The table and connections stay as they are.
     pub fn install_routing(&self) -> Result<()> {
-        self.routing.install()
+        self.routing.install(&self.owner)
     }
 
     /// What differs between these rules and those in the calling thread's namespace; empty when
     /// they are in force as described.
     pub fn drift(&self) -> Result<Vec<Drift>> {
         let mut found = drift::compare(self)?;
-        found.extend(self.routing.drift()?);
+        found.extend(self.routing.drift(&self.owner)?);
         Ok(found)
     }
 }
@@ -225,10 +226,13 @@ pub fn installed() -> Result<bool> {
     Ok(drift::table()?.is_none())
 }
 
-/// Which agent put the rules there that the calling thread's namespace has; nothing if there is no table, as after
-/// somebody has flushed it.
-pub fn owner() -> Result<Option<String>> {
-    drift::owner()
+/// Whether what the calling thread's namespace has of ours was put there by this agent: the table says so, or, if
+/// somebody has flushed it, the policy routing.
+pub fn is_owned_by(owner: &str) -> Result<bool> {
+    match drift::owner()? {
+        Some(found) => Ok(found == owner),
+        None => second_line::is_owned_by(owner),
+    }
 }
 
 /// Whether the calling thread's namespace has anything of ours: a table, in force or not, or policy routing.

@@ -18,7 +18,7 @@ use hauberk_linux::{
 
 use super::{
     Locals,
-    guard::{Guard, Restored, Site},
+    guard::{Condition, Guard, Site},
     listeners::{Accepting, Pair, accept, bind},
     serve::{accept_mesh, accept_plaintext, mesh_tls},
 };
@@ -226,9 +226,9 @@ impl NamespaceCapture {
         self.listeners.iter()
     }
 
-    /// When its rules were restored last.
-    pub(super) fn restored(&self) -> Restored {
-        self.guard.restored()
+    /// How its capture is doing.
+    pub(super) fn condition(&self) -> Condition {
+        self.guard.condition()
     }
 
     /// Another capture takes this one's place in the same namespace: the rules stay, and are its business.

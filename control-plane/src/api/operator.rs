@@ -173,6 +173,7 @@ fn status(shared: &Shared) -> Result<v1::GetStatusResponse, Status> {
                 restored: report.restored,
                 restored_at_unix_ms: report.restored_at_unix_ms,
                 restored_what: report.restored_what,
+                unreported: report.unreported,
             }
         })
         .collect();

@@ -26,6 +26,7 @@ use super::{
 use crate::{
     error::{Context, Error, Result},
     links::Family,
+    sockets::TcpSocket,
 };
 
 /// Where cgroup2 is mounted: alone, or beside the version 1 controllers.
@@ -320,6 +321,21 @@ impl ProcessMatch {
         match self {
             ProcessMatch::User(uid) => Ok(u64::from(*uid)),
             ProcessMatch::Cgroup { level, path } => cgroup_id(*level, path),
+        }
+    }
+
+    /// Whether one of its processes made this socket.
+    ///
+    /// # Errors
+    /// If its cgroup cannot be looked up.
+    pub fn made(&self, socket: &TcpSocket) -> Result<bool> {
+        match self {
+            ProcessMatch::User(user) => Ok(socket.user == *user),
+            ProcessMatch::Cgroup { .. } => {
+                let mut cgroups = HashSet::new();
+                self.cgroups_below(&mut cgroups)?;
+                Ok(socket.cgroup.is_some_and(|cgroup| cgroups.contains(&cgroup)))
+            }
         }
     }
 

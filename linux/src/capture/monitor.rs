@@ -17,8 +17,9 @@ use nix::{
     },
 };
 
-use super::{REPORT_GROUP, transaction::TABLE};
+use super::{REPORT_GROUP, route_news, transaction::TABLE};
 use crate::{
+    dump::messages,
     error::{Context, Result},
     sys,
 };
@@ -62,6 +63,7 @@ impl Monitor {
         let operation = "listening for changes of the network";
         let nftables = listen(SockProtocol::NetlinkNetFilter, &[NFTABLES]).context(operation)?;
         let routing = listen(SockProtocol::NetlinkRoute, &ROUTING).context(operation)?;
+        route_news::only_ours(&routing).context(operation)?;
         Ok(Self { nftables, routing })
     }
 
@@ -118,8 +120,8 @@ impl Reports {
     /// If the kernel refuses it.
     pub fn take(&self) -> io::Result<Vec<(SocketAddr, SocketAddr)>> {
         let mut found = Vec::new();
-        drain(&self.0, |messages| {
-            found.extend(each(messages).filter_map(reported));
+        drain(&self.0, |datagram| {
+            found.extend(messages(datagram).filter_map(reported));
             true
         })?;
         Ok(found)
@@ -201,23 +203,11 @@ fn drain(from: &OwnedFd, mut concerns: impl FnMut(&[u8]) -> bool) -> io::Result<
     }
 }
 
-/// The messages of a datagram, each with its header. One that is cut off is given as it is.
-fn each(mut messages: &[u8]) -> impl Iterator<Item = &[u8]> {
-    std::iter::from_fn(move || {
-        let length = u32::from_ne_bytes(*messages.first_chunk()?);
-        let length =
-            usize::try_from(length).unwrap_or(usize::MAX).clamp(16, messages.len().max(16));
-        let message = messages.get(..length)?;
-        messages = messages.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(message)
-    })
-}
-
-/// Whether one of the messages names our table.
-fn concerns_table(messages: &[u8]) -> bool {
+/// Whether one of a datagram's messages names our table.
+fn concerns_table(datagram: &[u8]) -> bool {
     const HEADERS: usize = 20;
     let name = TABLE.to_bytes_with_nul();
-    each(messages).any(|message| {
+    messages(datagram).any(|message| {
         let generation = message.get(4) == Some(&NEW_GENERATION);
         let body = message.get(HEADERS..).unwrap_or_default();
         !generation && body.windows(name.len()).any(|part| part == name)

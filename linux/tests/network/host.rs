@@ -221,7 +221,28 @@ fn traffic_that_passes_through_the_machine_is_left_alone() {
     });
     let server = listen(&network.remote, families()[0].any, WEB);
     let mut client = connect(&inner, families()[0].remote, WEB).unwrap();
+    let (mut served, _) = accept(&server);
+    assert_joined(&mut client, &mut served);
+    // The second line knows other hosts' packets from its own, though they are of the same port.
+    network.in_workload(|| command("nft flush ruleset"));
+    assert_joined(&mut client, &mut served);
+    let mut client = connect(&inner, families()[0].remote, WEB).unwrap();
     assert_joined(&mut client, &mut accept(&server).0);
+}
+
+/// What a port answers that somebody serves stays here without nftables, however many other ports there are.
+#[test]
+fn a_flushed_host_answers_nobody_in_clear() {
+    let network = Network::new();
+    network.in_workload(|| install(&by_user(WEB_USER, DATABASE_USER).ruleset().unwrap()));
+    network.in_workload(|| command("nft flush ruleset"));
+    for family in families() {
+        let _served = listen(&network.workload, family.any, WEB);
+        let to = SocketAddr::new(family.workload, WEB);
+        let wait = std::time::Duration::from_millis(500);
+        let answer = network.in_remote(|| std::net::TcpStream::connect_timeout(&to, wait));
+        assert!(answer.is_err(), "{to} answers in clear");
+    }
 }
 
 #[test]

@@ -10,5 +10,6 @@ mod host;
 mod namespace;
 mod netns;
 mod packets;
+mod routing;
 mod support;
 mod transparent;

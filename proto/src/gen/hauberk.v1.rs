@@ -1187,6 +1187,9 @@ pub struct WorkloadStatus {
     pub restored_at_unix_ms: i64,
     #[prost(string, tag = "8")]
     pub restored_what: ::prost::alloc::string::String,
+    /// Why the agent is not told of its connections that cannot be captured, so that they are not recorded; empty if it is.
+    #[prost(string, tag = "9")]
+    pub unreported: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -1722,6 +1725,8 @@ pub struct WorkloadInfo {
     pub restored_at_unix_ms: i64,
     #[prost(string, tag = "13")]
     pub restored_what: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub unreported: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WhyRequest {
