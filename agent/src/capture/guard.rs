@@ -22,8 +22,9 @@ use crate::{context::Context, handover::Replaced};
 /// Between two looks that news has caused: other programs may change their own rules many times a second.
 const QUIET: Duration = Duration::from_millis(5);
 
-/// The same while each of them finds something to do.
+/// The same once that many in a row have found something to do: somebody else goes on altering the rules.
 const LONGEST_QUIET: Duration = Duration::from_millis(200);
+const QUICK_LOOKS: u32 = 20;
 
 /// Between two tries to be told.
 const RETRY: Duration = Duration::from_secs(1);
@@ -272,24 +273,24 @@ async fn news<T>(
 
 async fn follow(watch: Arc<Watch>, monitor: Monitor, sockets: [UnixDatagram; 2]) {
     // What it puts in place is news, too; and somebody else may put their own there each time.
-    let mut pause = QUIET;
+    let (mut busy, mut failures) = (0, 0);
     loop {
-        match news(&sockets, || monitor.drain()).await {
+        let news = match failures {
+            0 => news(&sockets, || monitor.drain()).await,
+            _ => Ok(Some(true)),
+        };
+        match news {
             Ok(Some(true)) => {
                 let healing = watch.clone();
                 let healed = tokio::task::spawn_blocking(move || healing.enforce(None)).await;
-                match healed {
-                    Ok(Ok(true)) => pause = (pause * 2).min(LONGEST_QUIET),
-                    Ok(Ok(false)) | Err(_) => pause = QUIET,
+                (busy, failures) = match healed {
+                    Ok(Ok(true)) => (busy + 1, 0),
+                    Ok(Ok(false)) | Err(_) => (0, 0),
                     Ok(Err(error)) => {
-                        tracing::error!(
-                            place = watch.name,
-                            error = format!("{error:#}"),
-                            "the capture rules were altered and could not be restored"
-                        );
-                        tokio::time::sleep(RETRY).await;
+                        tell_of_failed_healing(&watch, &error, failures + 1);
+                        (busy + 1, failures + 1)
                     }
-                }
+                };
             }
             Ok(_) => {}
             Err(error) => {
@@ -298,7 +299,28 @@ async fn follow(watch: Arc<Watch>, monitor: Monitor, sockets: [UnixDatagram; 2])
                 tokio::time::sleep(RETRY).await;
             }
         }
-        tokio::time::sleep(pause).await;
+        tokio::time::sleep(match (busy, failures) {
+            (_, QUICK_LOOKS..) => RETRY,
+            (QUICK_LOOKS.., _) => LONGEST_QUIET,
+            _ => QUIET,
+        })
+        .await;
+    }
+}
+
+/// Whoever restarts a firewall flushes twice, and the second time may be in the middle of healing: that is no error if one
+/// of the next looks does it. If none does, it is told once.
+fn tell_of_failed_healing(watch: &Watch, error: &anyhow::Error, failures: u32) {
+    let (place, error) = (&watch.name, format!("{error:#}"));
+    if failures == QUICK_LOOKS {
+        tracing::error!(place, error, "the capture rules were altered and could not be restored");
+    } else {
+        tracing::debug!(
+            place,
+            error,
+            failures,
+            "the capture rules could not be restored, trying again"
+        );
     }
 }
 

@@ -16,6 +16,7 @@ mod command;
 mod control_plane;
 mod demo;
 mod handover;
+mod host_connections;
 mod hosts;
 mod identity;
 mod learn;
@@ -26,6 +27,7 @@ mod programs;
 mod relay;
 mod restart;
 mod sessions;
+mod systemd;
 mod tls;
 
 use std::ffi::OsString;
@@ -68,6 +70,7 @@ fn main() -> std::process::ExitCode {
         tls::trials(),
         local_edges::trials(),
         hosts::trials(),
+        host_connections::trials(),
         control_plane::trials(),
         clock::trials(),
         manifests::trials(),
@@ -75,6 +78,7 @@ fn main() -> std::process::ExitCode {
         learn::trials(),
         demo::trials(),
         programs::trials(),
+        systemd::trials(),
     ]
     .concat_trials();
     libtest_mimic::run(&arguments, trials).exit_code()
