@@ -15,7 +15,7 @@ use super::{
         goto, jump, let_through, mark, marked, masked_mark, opening, pass, reset, set_mark,
         source_port_in, tcp, to_listener, to_loopback, to_this_host, unmarked, untracked, user,
     },
-    older::Scope,
+    older::{Process, Scope},
     parts::{
         agents_own_untracked, carried, families_to_listener, leaving, mesh_from_loopback, not_own,
         older_chain, older_sets, unroutable,
@@ -136,7 +136,13 @@ impl HostRules {
                 processes: self
                     .workloads
                     .iter()
-                    .filter_map(|workload| Some((workload.name.clone(), workload.process.clone()?)))
+                    .filter_map(|workload| {
+                        Some(Process {
+                            name: workload.name.clone(),
+                            process: workload.process.clone()?,
+                            service_ports: workload.service_ports.iter().copied().collect(),
+                        })
+                    })
                     .collect(),
                 declared: self.workloads.iter().map(|workload| workload.name.clone()).collect(),
                 service_ports: served,

@@ -2,7 +2,7 @@
 //! nothing gets stuck, as with network namespaces.
 
 use std::{
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpStream},
     os::{fd::OwnedFd, unix::net::UnixStream},
     process::{Child, Stdio},
@@ -30,6 +30,7 @@ crate::trials!(
     flushed_rules_let_nothing_into_cgroups,
     what_a_user_opens_while_rules_are_missing_goes_nowhere,
     what_a_cgroup_opens_while_rules_are_missing_is_cut_and_recorded,
+    what_is_opened_over_loopback_while_rules_are_missing_is_cut_and_recorded,
     sockets_bound_to_an_interface_are_recorded_with_their_workload,
 );
 
@@ -235,18 +236,21 @@ fn flushed_rules_let_nothing_into_cgroups() -> anyhow::Result<()> {
     flush_under(&["machine-b"], &mut Pair::start(By::Cgroup)?)
 }
 
-/// The agent of the caller's machine is held up, the rules are flushed, and the caller connects to somebody outside.
-/// Returns the connection, if there is one.
-fn connect_without_rules(pair: &mut Pair) -> anyhow::Result<anyhow::Result<TcpStream>> {
-    let agent = pair.mesh.process("machine-a").context("no agent")?;
+/// Connects while the rules of a machine are flushed and its agent is held up, and waits until they are back.
+fn without_rules<T>(
+    mesh: &Mesh,
+    machine: &str,
+    connect: impl FnOnce() -> anyhow::Result<T>,
+) -> anyhow::Result<anyhow::Result<T>> {
+    let agent = mesh.process(machine).context("no agent")?;
     let signal = |signal| nix::sys::signal::kill(Pid::from_raw(agent.cast_signed()), signal);
     signal(Signal::SIGSTOP)?;
-    shell(&pair.mesh, "machine-a", "nft flush ruleset")?;
-    let connected = pair.caller.connect(SocketAddr::new(ipv4(OUTSIDE), 80));
+    shell(mesh, machine, "nft flush ruleset")?;
+    let connected = connect();
     signal(Signal::SIGCONT)?;
     let resumed = Instant::now();
-    pair.mesh.wait("the rules", PATIENCE, |mesh| {
-        let installed = mesh.namespace("machine-a")?.run(hauberk_linux::capture::installed)??;
+    mesh.wait("the rules", PATIENCE, |mesh| {
+        let installed = mesh.namespace(machine)?.run(hauberk_linux::capture::installed)??;
         ensure!(installed, "they are not back");
         Ok(())
     })?;
@@ -256,25 +260,49 @@ fn connect_without_rules(pair: &mut Pair) -> anyhow::Result<anyhow::Result<TcpSt
 
 fn what_a_user_opens_while_rules_are_missing_goes_nowhere() -> anyhow::Result<()> {
     let mut pair = Pair::start(By::User)?;
-    let outside = pair.mesh.listen("outside", SocketAddr::new(ipv4(OUTSIDE), 80))?;
+    let to = SocketAddr::new(ipv4(OUTSIDE), 80);
+    let outside = pair.mesh.listen("outside", to)?;
     outside.set_nonblocking(true)?;
-    ensure!(connect_without_rules(&mut pair)?.is_err(), "it is connected");
+    let connected = without_rules(&pair.mesh, "machine-a", || pair.caller.connect(to))?;
+    ensure!(connected.is_err(), "it is connected");
     ensure!(outside.accept().is_err(), "it went out as it is");
     pair.joined().map(drop)
 }
 
 fn what_a_cgroup_opens_while_rules_are_missing_is_cut_and_recorded() -> anyhow::Result<()> {
     let mut pair = Pair::start(By::Cgroup)?;
-    let _outside = pair.mesh.listen("outside", SocketAddr::new(ipv4(OUTSIDE), 80))?;
-    let mut stream =
-        connect_without_rules(&mut pair)?.context("a cgroup is not closed meanwhile")?;
-    match stream.read(&mut [0]) {
-        Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
-        other => bail!("it goes on: {other:?}"),
-    }
+    let to = SocketAddr::new(ipv4(OUTSIDE), 80);
+    let _outside = pair.mesh.listen("outside", to)?;
+    let connected = without_rules(&pair.mesh, "machine-a", || pair.caller.connect(to))?;
+    is_cut(connected.context("a cgroup is not closed meanwhile")?, ErrorKind::ConnectionAborted)?;
     let record = pair.mesh.record("machine-a", |record| is(record, "reason", "uncaptured"))?;
     ensure!(record["src"]["workload"] == "caller", "{record}");
     pair.joined().map(drop)
+}
+
+fn what_is_opened_over_loopback_while_rules_are_missing_is_cut_and_recorded() -> anyhow::Result<()>
+{
+    for by in [By::User, By::Cgroup] {
+        let mut pair = Pair::start(by)?;
+        let (mut client, mut server) = pair.joined()?;
+        let mesh = &pair.mesh;
+        let connected =
+            without_rules(mesh, "machine-b", || mesh.connect("machine-b", Pair::target()))?;
+        is_cut(connected.context("loopback is not closed meanwhile")?, ErrorKind::ConnectionReset)?;
+        let record = mesh.record("machine-b", |record| is(record, "reason", "uncaptured"))?;
+        ensure!(record["dst"]["workload"] == "store", "{record}");
+        // What the agent carries over the same loopback goes on.
+        client.write_all(SECRET)?;
+        expect(&mut server, SECRET)?;
+    }
+    Ok(())
+}
+
+fn is_cut(mut stream: TcpStream, how: ErrorKind) -> anyhow::Result<()> {
+    match stream.read(&mut [0]) {
+        Err(error) if error.kind() == how => Ok(()),
+        other => bail!("it goes on: {other:?}"),
+    }
 }
 
 fn sockets_bound_to_an_interface_are_recorded_with_their_workload() -> anyhow::Result<()> {
