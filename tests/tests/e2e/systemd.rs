@@ -96,6 +96,15 @@ impl Machine {
             .with_context(|| self.journal())
     }
 
+    /// Until it has nothing left to do: `systemctl` does not wait for what one unit brings about for another.
+    fn wait_idle(&self, mesh: &Mesh) -> anyhow::Result<()> {
+        mesh.wait("the end of all jobs", PATIENCE, |_| {
+            let jobs = self.output("systemctl list-jobs --no-legend")?;
+            ensure!(jobs.trim().is_empty(), "{jobs}");
+            Ok(())
+        })
+    }
+
     fn journal(&self) -> String {
         let text =
             self.output("systemctl --no-pager --failed; journalctl --no-pager -o short-monotonic | grep -v hauberk.connection");
@@ -234,8 +243,9 @@ fn manage(mesh: &Mesh, machine: &Machine) -> anyhow::Result<()> {
     installed(mesh)?;
     for change in ["restart nftables", "reload nftables", "stop nftables", "start nftables"] {
         machine.output(&format!("systemctl {change}"))?;
+        machine.wait_idle(mesh)?;
         if change != "stop nftables" {
-            mesh.wait(change, PATIENCE, installed).with_context(|| machine.journal())?;
+            installed(mesh).with_context(|| format!("{change}\n{}", machine.journal()))?;
             is_closed_within(mesh).context(change)?;
         }
     }
