@@ -43,7 +43,7 @@ use crate::{
     identity::Identities,
     policy::Snapshot,
 };
-use guard::Restored;
+use guard::Condition;
 use host::HostCapture;
 use namespace::{Departure, NamespaceCapture};
 use sandboxes::Sandboxes;
@@ -341,6 +341,7 @@ impl Captures {
         }
         let (enrolled, unenrolled) = self.board.counts();
         self.context.metrics.set_workloads(enrolled, unenrolled);
+        self.context.metrics.set_capture_unreported(self.board.unreported());
     }
 
     /// Where the network namespace of a workload is; nothing for one of the host's.
@@ -390,8 +391,8 @@ impl Captures {
         };
         let capture = current.namespaces.get(&key);
         let netns = capture.map(NamespaceCapture::inode);
-        let restored = capture.map(NamespaceCapture::restored).unwrap_or_default();
-        self.note_in(workload, outcome, netns, restored);
+        let condition = capture.map(NamespaceCapture::condition).unwrap_or_default();
+        self.note_in(workload, outcome, netns, condition);
     }
 
     fn host(&mut self, workloads: &[Arc<MeshWorkload>], current: &mut Captured) {
@@ -423,9 +424,9 @@ impl Captures {
             },
         };
         let outcomes = host.update(&self.context, workloads, &mut self.identities);
-        let restored = host.restored();
+        let condition = host.condition();
         for (workload, outcome) in workloads.iter().zip(outcomes) {
-            self.note_in(workload, outcome, None, restored.clone());
+            self.note_in(workload, outcome, None, condition.clone());
             self.board.set_unreached(&workload.key(), host.unreached(workload));
         }
     }
@@ -503,7 +504,7 @@ impl Captures {
     }
 
     fn note(&mut self, workload: &MeshWorkload, outcome: anyhow::Result<()>) {
-        self.note_in(workload, outcome, None, Restored::default());
+        self.note_in(workload, outcome, None, Condition::default());
     }
 
     fn note_in(
@@ -511,11 +512,11 @@ impl Captures {
         workload: &MeshWorkload,
         outcome: anyhow::Result<()>,
         netns: Option<u64>,
-        restored: Restored,
+        condition: Condition,
     ) {
         let slot = self.identities.ensure(workload).ok().map(|identity| identity.slot.clone());
         let problem = outcome.err().map(|error| format!("{error:#}"));
-        if self.board.set(&workload.key(), slot, problem.clone(), netns, restored)
+        if self.board.set(&workload.key(), slot, problem.clone(), netns, condition)
             && let Some(problem) = problem
         {
             tracing::warn!(

@@ -161,6 +161,16 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
                 "start what serves the port; if a container does, see docs/machines.md, Ports of containers",
             );
         }
+        if !workload.unreported.is_empty() {
+            find(
+                format!(
+                    "connections of {} on {} that cannot be captured are not recorded: {}",
+                    workload.workload, workload.node, workload.unreported
+                ),
+                "another program there listens to the group 18502 of nfnetlink_log (NFLOG), or the kernel has no \
+                 nfnetlink_log; such connections are refused all the same, under Audit let through",
+            );
+        }
         let recently = now.saturating_sub(RESTORED_SHOWN).unix_millis();
         if workload.restored_at_unix_ms > recently {
             find(

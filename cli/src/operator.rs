@@ -147,6 +147,7 @@ fn status_json(status: &v1::GetStatusResponse) -> serde_json::Value {
             "restored_at": time(workload.restored_at_unix_ms),
             "restored_what": workload.restored_what,
             "unreached": workload.unreached,
+            "unreported": workload.unreported,
             "certificate_not_after": time(workload.not_after_unix_ms),
             "serial": workload.serial,
         })).collect::<Vec<_>>(),

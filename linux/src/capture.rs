@@ -28,6 +28,7 @@ mod namespace;
 mod older;
 mod parts;
 mod published;
+mod route_news;
 mod ruleset;
 mod second_line;
 mod transaction;
@@ -146,7 +147,7 @@ impl Ruleset {
         transaction::replace(self, &usual)?;
         older::spare(&older)?;
         // What is missing of it is told in the end: nothing is left half done for it.
-        let routed = self.routing.install();
+        let routed = self.routing.install(&self.owner);
         let fitted = self.fit(&usual);
         let mut open = older::open_uncaptured(&self.scope)?;
         let known: HashSet<Connection> = older.iter().copied().collect();
@@ -197,7 +198,7 @@ impl Ruleset {
     /// Fits the policy routing and the rules to the network around them, as after a change of addresses or when
     /// another program begins to translate them. Connections stay as they are.
     pub fn fit_to_network(&self) -> Result<()> {
-        self.routing.install()?;
+        self.routing.install(&self.owner)?;
         if drift::compare(self)?.contains(&Drift::TranslationOutdated) {
             transaction::adapt(self, &Surroundings::look()?)?;
         }
@@ -214,7 +215,7 @@ impl Ruleset {
     /// they are in force as described.
     pub fn drift(&self) -> Result<Vec<Drift>> {
         let mut found = drift::compare(self)?;
-        found.extend(self.routing.drift()?);
+        found.extend(self.routing.drift(&self.owner)?);
         Ok(found)
     }
 }
@@ -272,10 +273,13 @@ pub fn is_translated() -> Result<bool> {
     Ok(Surroundings::look()?.is_translated)
 }
 
-/// Which agent put the rules there that the calling thread's namespace has; nothing if there is no table, as after
-/// somebody has flushed it.
-pub fn owner() -> Result<Option<String>> {
-    drift::owner()
+/// Whether what the calling thread's namespace has of ours was put there by this agent: the table says so, or, if
+/// somebody has flushed it, the policy routing.
+pub fn is_owned_by(owner: &str) -> Result<bool> {
+    match drift::owner()? {
+        Some(found) => Ok(found == owner),
+        None => second_line::is_owned_by(owner),
+    }
 }
 
 /// Whether the calling thread's namespace has anything of ours: a table, in force or not, or policy routing.

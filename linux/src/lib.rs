@@ -9,6 +9,7 @@
 //! network namespaces below it, which is how its tests can run without root.
 
 pub mod capture;
+mod dump;
 mod error;
 pub mod links;
 pub mod netns;

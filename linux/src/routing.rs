@@ -4,13 +4,17 @@
 //! Rules and routes are compared with the kernel's own list of them, told from everybody else's by their owner
 //! ([`ROUTE_OWNER`]), and brought in line: what is missing is added, what is ours and not wanted is deleted.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    ffi::CStr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
-use netlink_bindings::{rt_route, rt_rule};
+use netlink_bindings::{rt_route, rt_rule, traits::NetlinkRequest};
 use netlink_socket2::NetlinkSocket;
 use nix::libc;
 
 use crate::{
+    dump,
     error::{Context, Result, accept},
     links::{self, Family, addresses, if_index, send, unspecified},
 };
@@ -32,9 +36,12 @@ const ACTION_NOTHING: u8 = 3;
 
 const TCP: u8 = 6;
 
+/// Where what this namespace sends comes from, for a policy rule.
+const LOOPBACK: &CStr = c"lo";
+
 /// Addresses of documentation prefixes: no namespace has them, so only a default route leads there.
-const ELSEWHERE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
-const ELSEWHERE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1));
+pub(crate) const ELSEWHERE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+pub(crate) const ELSEWHERE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1));
 
 /// A policy rule.
 ///
@@ -50,6 +57,8 @@ pub struct Rule {
     pub mark: Option<(u32, u32)>,
     /// TCP only.
     pub tcp: bool,
+    /// Only what this namespace sends itself, not what it forwards.
+    pub only_sent_here: bool,
     /// The user whose socket it is.
     pub user: Option<u32>,
     /// The port that sends.
@@ -70,7 +79,15 @@ pub enum Action {
 impl Rule {
     /// A rule without conditions.
     pub fn new(priority: u32, action: Action) -> Self {
-        Self { priority, action, mark: None, tcp: false, user: None, source_port: None }
+        Self {
+            priority,
+            action,
+            mark: None,
+            tcp: false,
+            only_sent_here: false,
+            user: None,
+            source_port: None,
+        }
     }
 }
 
@@ -89,7 +106,7 @@ pub struct LocalRoute {
 pub fn set_rules(family: Family, wanted: &[Rule]) -> Result<()> {
     let present = rules(family)?;
     for rule in wanted.iter().filter(|rule| !present.contains(rule)) {
-        accept(change_rule(family, rule, Change::Add), &[libc::EEXIST])?;
+        add_rule(family, rule)?;
     }
     present
         .iter()
@@ -97,43 +114,48 @@ pub fn set_rules(family: Family, wanted: &[Rule]) -> Result<()> {
         .try_for_each(|rule| delete_rule(family, rule))
 }
 
-/// Deletes one of our rules, if it is there.
-pub fn delete_rule(family: Family, rule: &Rule) -> Result<()> {
-    accept(change_rule(family, rule, Change::Delete), &[libc::ENOENT])
-}
-
 /// Our rules of one family, in the kernel's order.
 pub fn rules(family: Family) -> Result<Vec<Rule>> {
-    let operation = || format!("listing the {family:?} policy rules");
     let header = rt_rule::FibRuleHdr { family: family.number(), ..Default::default() };
     let request = rt_rule::Request::new().op_getrule_dump(&header);
-    let mut socket = NetlinkSocket::new();
-    let mut reply = socket.request(&request).context(operation())?;
     let mut found = Vec::new();
-    while let Some(answer) = reply.recv() {
-        let (message, attributes) = match answer {
-            Err(error) if is_without_family(&error) => break,
-            answer => answer.context(operation())?,
-        };
-        if attributes.get_protocol().ok() != Some(ROUTE_OWNER) {
-            continue;
-        }
-        let action = match message.action {
-            ACTION_LOOKUP => Action::Lookup(attributes.get_table().unwrap_or_default()),
-            ACTION_GOTO => Action::Goto(attributes.get_goto().unwrap_or_default()),
-            _ => Action::Nothing,
-        };
-        let mark = attributes.get_fwmark().ok();
-        found.push(Rule {
-            priority: attributes.get_priority().unwrap_or_default(),
-            action,
-            mark: mark.map(|mark| (mark, attributes.get_fwmask().unwrap_or(u32::MAX))),
-            tcp: attributes.get_ip_proto().ok() == Some(TCP),
-            user: attributes.get_uid_range().ok().map(|range| range.start),
-            source_port: attributes.get_sport_range().ok().map(|range| range.start),
-        });
-    }
+    list(
+        &request,
+        || format!("listing the {family:?} policy rules"),
+        |(message, attributes)| {
+            if attributes.get_protocol().ok() != Some(ROUTE_OWNER) {
+                return;
+            }
+            let action = match message.action {
+                ACTION_LOOKUP => Action::Lookup(attributes.get_table().unwrap_or_default()),
+                ACTION_GOTO => Action::Goto(attributes.get_goto().unwrap_or_default()),
+                _ => Action::Nothing,
+            };
+            let mark = attributes.get_fwmark().ok();
+            found.push(Rule {
+                priority: attributes.get_priority().unwrap_or_default(),
+                action,
+                mark: mark.map(|mark| (mark, attributes.get_fwmask().unwrap_or(u32::MAX))),
+                tcp: attributes.get_ip_proto().ok() == Some(TCP),
+                only_sent_here: attributes.get_iifname().ok() == Some(LOOPBACK),
+                user: attributes.get_uid_range().ok().map(|range| range.start),
+                source_port: attributes.get_sport_range().ok().map(|range| range.start),
+            });
+        },
+    )?;
     Ok(found)
+}
+
+/// Gives each entry of one of the kernel's lists to `each`; none if the kernel does not have what the list is of.
+fn list<R: NetlinkRequest>(
+    request: &R,
+    operation: impl Fn() -> String,
+    each: impl FnMut(R::ReplyType<'_>),
+) -> Result<()> {
+    // A kernel without IPv6, and a table that nobody has written to.
+    const NOTHING_THERE: [i32; 4] =
+        [libc::EAFNOSUPPORT, libc::EOPNOTSUPP, libc::ENODEV, libc::ENOENT];
+    accept(dump::strictly(request, each).context(operation()), &NOTHING_THERE)
 }
 
 /// Makes our routes of one family in this table be these.
@@ -141,35 +163,36 @@ pub fn set_local_routes(family: Family, table: u32, wanted: &[LocalRoute]) -> Re
     let present = local_routes(family, table)?;
     // Two routes to one network differ in their source only: the old one goes first.
     for route in present.iter().filter(|route| !wanted.contains(route)) {
-        accept(change_route(family, table, route, Change::Delete), &[libc::ESRCH])?;
+        delete_route(family, table, route)?;
     }
     for route in wanted.iter().filter(|route| !present.contains(route)) {
-        accept(change_route(family, table, route, Change::Add), &[libc::EEXIST])?;
+        add_route(family, table, route)?;
     }
     Ok(())
 }
 
 /// Our routes of one family in this table.
 pub fn local_routes(family: Family, table: u32) -> Result<Vec<LocalRoute>> {
-    let operation = || format!("listing the {family:?} routes");
-    let header = rt_route::Rtmsg { rtm_family: family.number(), ..Default::default() };
-    let request = rt_route::Request::new().op_getroute_dump(&header);
-    let mut socket = NetlinkSocket::new();
-    let mut reply = socket.request(&request).context(operation())?;
+    // The kernel gives no others, however many it has.
+    let header = rt_route::Rtmsg {
+        rtm_family: family.number(),
+        rtm_protocol: ROUTE_OWNER,
+        ..Default::default()
+    };
+    let mut request = rt_route::Request::new().op_getroute_dump(&header);
+    request.encode().push_table(table);
     let mut found = Vec::new();
-    while let Some(answer) = reply.recv() {
-        let (message, attributes) = match answer {
-            Err(error) if is_without_family(&error) => break,
-            answer => answer.context(operation())?,
-        };
-        if message.rtm_protocol == ROUTE_OWNER && attributes.get_table().ok() == Some(table) {
+    list(
+        &request,
+        || format!("listing the {family:?} routes"),
+        |(message, attributes)| {
             found.push(LocalRoute {
                 destination: attributes.get_dst().unwrap_or_else(|_| unspecified(family)),
                 prefix: message.rtm_dst_len,
                 source: attributes.get_prefsrc().ok(),
             });
-        }
-    }
+        },
+    )?;
     Ok(found)
 }
 
@@ -185,11 +208,7 @@ pub fn routes_to_loopback(family: Family, mark: u32) -> Result<Vec<LocalRoute>> 
         .into_iter()
         .filter(|address| address.is_global && Family::of(address.ip) == family)
         .collect();
-    let elsewhere = match family {
-        Family::V4 => ELSEWHERE_V4,
-        Family::V6 => ELSEWHERE_V6,
-    };
-    let default = source_to(elsewhere, mark)?
+    let default = source_to(elsewhere(family), mark)?
         .filter(|source| own.iter().any(|address| address.ip == *source))
         .or_else(|| own.first().map(|address| address.ip));
     let mut routes =
@@ -207,12 +226,15 @@ pub fn routes_to_loopback(family: Family, mark: u32) -> Result<Vec<LocalRoute>> 
 /// Whether a packet with `mark` to some address elsewhere would be delivered locally by `table`: asks the
 /// kernel's own lookup, so a rule or route that is missing or shadowed shows.
 pub fn leads_to_loopback(family: Family, mark: u32, table: u32) -> Result<bool> {
-    let elsewhere = match family {
+    let found = lookup(elsewhere(family), mark)?;
+    Ok(found.is_some_and(|route| route.is_local && route.table == Some(table)))
+}
+
+fn elsewhere(family: Family) -> IpAddr {
+    match family {
         Family::V4 => ELSEWHERE_V4,
         Family::V6 => ELSEWHERE_V6,
-    };
-    let found = lookup(elsewhere, mark)?;
-    Ok(found.is_some_and(|route| route.is_local && route.table == Some(table)))
+    }
 }
 
 /// What the kernel would do.
@@ -255,14 +277,24 @@ fn lookup(destination: IpAddr, mark: u32) -> Result<Option<Lookup>> {
     }
 }
 
-#[derive(Clone, Copy)]
-enum Change {
-    Add,
-    Delete,
+fn add_rule(family: Family, rule: &Rule) -> Result<()> {
+    let header = rule_header(family, rule);
+    let mut request = rt_rule::Request::new().set_create().set_excl().op_newrule_do(&header);
+    push_rule(request.encode(), rule);
+    let added = send(&request, || format!("adding the {family:?} policy rule {rule:?}"));
+    accept(added, &[libc::EEXIST])
 }
 
-fn change_rule(family: Family, rule: &Rule, change: Change) -> Result<()> {
-    let header = rt_rule::FibRuleHdr {
+/// Deletes one of our rules, if it is there.
+pub fn delete_rule(family: Family, rule: &Rule) -> Result<()> {
+    let mut request = rt_rule::Request::new().op_delrule_do(&rule_header(family, rule));
+    push_rule(request.encode(), rule);
+    let deleted = send(&request, || format!("deleting the {family:?} policy rule {rule:?}"));
+    accept(deleted, &[libc::ENOENT])
+}
+
+fn rule_header(family: Family, rule: &Rule) -> rt_rule::FibRuleHdr {
+    rt_rule::FibRuleHdr {
         family: family.number(),
         action: match rule.action {
             Action::Lookup(_) => ACTION_LOOKUP,
@@ -270,19 +302,6 @@ fn change_rule(family: Family, rule: &Rule, change: Change) -> Result<()> {
             Action::Nothing => ACTION_NOTHING,
         },
         ..Default::default()
-    };
-    match change {
-        Change::Add => {
-            let mut request =
-                rt_rule::Request::new().set_create().set_excl().op_newrule_do(&header);
-            push_rule(request.encode(), rule);
-            send(&request, || format!("adding the {family:?} policy rule {rule:?}"))
-        }
-        Change::Delete => {
-            let mut request = rt_rule::Request::new().op_delrule_do(&header);
-            push_rule(request.encode(), rule);
-            send(&request, || format!("deleting the {family:?} policy rule {rule:?}"))
-        }
     }
 }
 
@@ -302,6 +321,9 @@ fn push_rule<P: netlink_bindings::traits::Pusher>(
     if rule.tcp {
         attributes = attributes.push_ip_proto(TCP);
     }
+    if rule.only_sent_here {
+        attributes = attributes.push_iifname(LOOPBACK);
+    }
     if let Some(user) = rule.user {
         attributes = attributes.push_uid_range(rt_rule::FibRuleUidRange { start: user, end: user });
     }
@@ -312,9 +334,24 @@ fn push_rule<P: netlink_bindings::traits::Pusher>(
     drop(attributes);
 }
 
-fn change_route(family: Family, table: u32, route: &LocalRoute, change: Change) -> Result<()> {
-    let lo = if_index("lo")?;
-    let header = rt_route::Rtmsg {
+fn add_route(family: Family, table: u32, route: &LocalRoute) -> Result<()> {
+    let header = route_header(family, route);
+    let mut request = rt_route::Request::new().set_create().set_excl().op_newroute_do(&header);
+    push_route(request.encode(), table, if_index("lo")?, route);
+    let added = send(&request, || format!("adding the local route {route:?} to table {table}"));
+    accept(added, &[libc::EEXIST])
+}
+
+fn delete_route(family: Family, table: u32, route: &LocalRoute) -> Result<()> {
+    let mut request = rt_route::Request::new().op_delroute_do(&route_header(family, route));
+    push_route(request.encode(), table, if_index("lo")?, route);
+    let deleted =
+        send(&request, || format!("deleting the local route {route:?} from table {table}"));
+    accept(deleted, &[libc::ESRCH])
+}
+
+fn route_header(family: Family, route: &LocalRoute) -> rt_route::Rtmsg {
+    rt_route::Rtmsg {
         rtm_family: family.number(),
         rtm_dst_len: route.prefix,
         // The table's number does not fit this byte and comes as an attribute.
@@ -323,19 +360,6 @@ fn change_route(family: Family, table: u32, route: &LocalRoute, change: Change) 
         rtm_scope: SCOPE_HOST,
         rtm_type: libc::RTN_LOCAL,
         ..Default::default()
-    };
-    match change {
-        Change::Add => {
-            let mut request =
-                rt_route::Request::new().set_create().set_excl().op_newroute_do(&header);
-            push_route(request.encode(), table, lo, route);
-            send(&request, || format!("adding the local route {route:?} to table {table}"))
-        }
-        Change::Delete => {
-            let mut request = rt_route::Request::new().op_delroute_do(&header);
-            push_route(request.encode(), table, lo, route);
-            send(&request, || format!("deleting the local route {route:?} from table {table}"))
-        }
     }
 }
 
@@ -367,14 +391,6 @@ fn network(address: IpAddr, prefix: u8) -> IpAddr {
             Ipv6Addr::from(u128::from(address) & mask).into()
         }
     }
-}
-
-/// What a kernel without IPv6 answers.
-fn is_without_family(error: &netlink_socket2::ReplyError) -> bool {
-    matches!(
-        error.as_io_error().raw_os_error(),
-        Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::ENODEV)
-    )
 }
 
 /// The families that the namespace can carry.

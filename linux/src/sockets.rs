@@ -5,7 +5,7 @@
 //! what this process remembers.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
@@ -23,9 +23,11 @@ use crate::{
 };
 
 /// `TCP_*` of `include/net/tcp_states.h`.
+const ESTABLISHED: u8 = 1;
 const SYN_SENT: u8 = 2;
 const TIME_WAIT: u8 = 6;
 const CLOSE: u8 = 7;
+const CLOSE_WAIT: u8 = 8;
 const LISTEN: u8 = 10;
 const NEW_SYN_RECV: u8 = 12;
 
@@ -46,6 +48,8 @@ pub struct TcpSocket {
     pub cgroup: Option<u64>,
     /// `SO_MARK`. Zero, too, if the caller may not see it.
     mark: u32,
+    /// Whether a program has it open: it has accepted it, and has not closed it.
+    held: bool,
     state: u8,
     header: Sockid,
     family: Family,
@@ -124,6 +128,7 @@ fn read(family: Family, message: &Msg, attributes: &IterableReplyAttrs<'_>) -> O
         user: message.uid,
         cgroup: attributes.get_cgroup_id().ok(),
         mark: attributes.get_mark().unwrap_or(0),
+        held: message.inode != 0,
         state: message.state,
         header: message.sockid.clone(),
         family,
@@ -184,6 +189,22 @@ pub fn connections<'a>(
             && !remote.is_loopback()
             && !own_addresses.contains(&remote)
     })
+}
+
+/// The connections between two programs of this namespace of which neither is the agent: one end, and the end of a program
+/// that has it open. Left out is what the kernel sees to its end for a program that has closed it: it does not tell the
+/// mark of all of these.
+pub fn direct(sockets: &[TcpSocket]) -> Vec<(&TcpSocket, &TcpSocket)> {
+    let applications = || sockets.iter().filter(|socket| !socket.listens() && !socket.is_agents());
+    let open: HashMap<_, _> = applications()
+        .filter(|socket| socket.held)
+        .map(|socket| ((socket.local, socket.remote), socket))
+        .collect();
+    applications()
+        // Nobody has accepted some of them yet.
+        .filter(|socket| socket.held || [ESTABLISHED, CLOSE_WAIT].contains(&socket.state))
+        .filter_map(|socket| Some((socket, *open.get(&(socket.remote, socket.local))?)))
+        .collect()
 }
 
 /// Ends a connection at once: its application sees a reset, and nothing of it is sent any more.

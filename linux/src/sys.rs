@@ -11,6 +11,9 @@ use nix::libc;
 /// `PACKET_STATISTICS` of `linux/if_packet.h`.
 const PACKET_STATISTICS: libc::c_int = 6;
 
+/// `NETLINK_GET_STRICT_CHK` of `linux/netlink.h`.
+const NETLINK_GET_STRICT_CHK: libc::c_int = 12;
+
 /// How many packets a packet socket lost because its buffer was full. Reading resets the count.
 pub(crate) fn packet_drops(socket: &impl AsFd) -> io::Result<u32> {
     // struct tpacket_stats: packets seen, packets lost.
@@ -73,14 +76,23 @@ pub(crate) fn received(descriptor: RawFd) -> OwnedFd {
 
 /// Joins a multicast group of netlink.
 pub(crate) fn join_netlink_group(socket: &impl AsFd, group: u32) -> io::Result<()> {
-    let length = libc::socklen_t::try_from(size_of_val(&group)).map_err(io::Error::other)?;
+    set_netlink_option(socket, libc::NETLINK_ADD_MEMBERSHIP, group)
+}
+
+/// Makes the kernel obey all of a request for a list, and refuse what it does not know.
+pub(crate) fn check_netlink_strictly(socket: &impl AsFd) -> io::Result<()> {
+    set_netlink_option(socket, NETLINK_GET_STRICT_CHK, 1)
+}
+
+fn set_netlink_option(socket: &impl AsFd, option: libc::c_int, value: u32) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(size_of_val(&value)).map_err(io::Error::other)?;
     // SAFETY: the pointer is to a live local value, and `length` is its size.
     let result = unsafe {
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),
             libc::SOL_NETLINK,
-            libc::NETLINK_ADD_MEMBERSHIP,
-            (&raw const group).cast(),
+            option,
+            (&raw const value).cast(),
             length,
         )
     };

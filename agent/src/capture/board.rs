@@ -9,7 +9,7 @@ use hauberk_core::{clock::ClockSkew, time::Timestamp};
 use hauberk_proto::v1;
 use hauberk_tls::CredentialSlot;
 
-use super::guard::Restored;
+use super::guard::Condition;
 use crate::context::Context;
 
 /// Shared between the task that captures and the one that reports.
@@ -27,7 +27,7 @@ struct Entry {
     problem: Option<String>,
     /// The network namespace that is captured.
     netns: Option<u64>,
-    restored: Restored,
+    condition: Condition,
     /// Why what it serves could not be reached lately.
     unreached: String,
 }
@@ -44,10 +44,10 @@ impl StatusBoard {
         slot: Option<Arc<CredentialSlot>>,
         problem: Option<String>,
         netns: Option<u64>,
-        restored: Restored,
+        condition: Condition,
     ) -> bool {
         let unreached = String::new();
-        let entry = Entry { slot, problem: problem.clone(), netns, restored, unreached };
+        let entry = Entry { slot, problem: problem.clone(), netns, condition, unreached };
         let before = self.lock().insert(key.to_owned(), entry);
         before.is_none_or(|entry| entry.problem != problem)
     }
@@ -83,6 +83,13 @@ impl StatusBoard {
         (count(entries.len() - failed), count(failed))
     }
 
+    /// Of how many the agent is not told which connections cannot be captured.
+    pub(super) fn unreported(&self) -> u64 {
+        let entries = self.lock();
+        let unreported = entries.values().filter(|entry| entry.condition.unreported.is_some());
+        u64::try_from(unreported.count()).unwrap_or(u64::MAX)
+    }
+
     /// Notes how far this node's clock is from the control plane's.
     pub(crate) fn set_clock_skew(&self, skew: ClockSkew) {
         *self.clock_skew.lock().unwrap_or_else(PoisonError::into_inner) = Some(skew);
@@ -101,12 +108,13 @@ impl StatusBoard {
                     problem: entry.problem.clone().unwrap_or_default(),
                     not_after_unix_ms: facts.map_or(0, |f| f.not_after().unix_millis()),
                     serial: facts.map(|f| f.serial().to_string()).unwrap_or_default(),
-                    restored: entry.restored.count,
+                    restored: entry.condition.restored,
                     restored_at_unix_ms: entry
-                        .restored
-                        .at
+                        .condition
+                        .restored_at
                         .map_or(0, |at| Timestamp::from(at).unix_millis()),
-                    restored_what: entry.restored.what.clone(),
+                    restored_what: entry.condition.restored_what.clone(),
+                    unreported: entry.condition.unreported.clone().unwrap_or_default(),
                     unreached: entry.unreached.clone(),
                 }
             })

@@ -6,7 +6,7 @@ use std::{
     collections::HashSet,
     os::fd::BorrowedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use hauberk_linux::{
@@ -22,11 +22,16 @@ use crate::{context::Context, handover::Replaced};
 /// Between two looks that news has caused: other programs may change their own rules many times a second.
 const QUIET: Duration = Duration::from_millis(5);
 
-/// The same while each of them finds something to do.
+/// The same once that many in a row have found something to do: somebody else goes on altering the rules.
 const LONGEST_QUIET: Duration = Duration::from_millis(200);
+const QUICK_LOOKS: u32 = 20;
 
 /// Between two tries to be told.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// How long the kernel may refuse to report connections before that is a problem: it reports to one agent only, which may
+/// be the one that this one is just replacing.
+const UNREPORTED_GRACE: Duration = Duration::from_secs(5);
 
 /// Where rules are put in place: the agent's own network namespace, or a workload's.
 #[derive(Clone)]
@@ -48,12 +53,16 @@ impl Site {
     }
 }
 
-/// When rules were found altered last, and how often that was.
+/// How the capture of a place is doing.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Restored {
-    pub(super) count: u64,
-    pub(super) at: Option<SystemTime>,
-    pub(super) what: String,
+pub(super) struct Condition {
+    /// How often rules were found altered.
+    pub(super) restored: u64,
+    /// When that was last.
+    pub(super) restored_at: Option<SystemTime>,
+    pub(super) restored_what: String,
+    /// Why the kernel does not report connections that cannot be captured, if it does not.
+    pub(super) unreported: Option<String>,
 }
 
 /// The rules of one place.
@@ -85,7 +94,7 @@ enum Change {
 struct State {
     rules: Option<Ruleset>,
     older: Vec<Connection>,
-    restored: Restored,
+    condition: Condition,
     retired: bool,
 }
 
@@ -132,9 +141,9 @@ impl Guard {
         self.watch.lock().retired = true;
     }
 
-    /// When they were restored last.
-    pub(super) fn restored(&self) -> Restored {
-        self.watch.lock().restored.clone()
+    /// How the capture is doing.
+    pub(super) fn condition(&self) -> Condition {
+        self.watch.lock().condition.clone()
     }
 }
 
@@ -198,15 +207,32 @@ impl Watch {
                 "the capture rules were altered, they are restored"
             );
             self.context.metrics.capture_restored();
-            state.restored.count += 1;
-            state.restored.at = Some(SystemTime::now());
-            state.restored.what = what;
+            state.condition.restored += 1;
+            state.condition.restored_at = Some(SystemTime::now());
+            state.condition.restored_what = what;
         }
         drop(state);
         for socket in &cut {
             uncaptured::cut(&self.context, &self.locals, socket);
         }
         Ok(changed)
+    }
+
+    /// Notes why the kernel does not report connections that cannot be captured, if it does not, and says so once.
+    fn set_unreported(&self, why: Option<String>) {
+        let before = std::mem::replace(&mut self.lock().condition.unreported, why.clone());
+        match (before, why) {
+            (None, Some(why)) => tracing::warn!(
+                place = self.name,
+                why,
+                "connections that cannot be captured are not recorded: the kernel does not report them"
+            ),
+            (Some(_), None) => tracing::info!(
+                place = self.name,
+                "connections that cannot be captured are recorded again"
+            ),
+            (None, None) | (Some(_), Some(_)) => {}
+        }
     }
 
     /// Plain data: a panic elsewhere leaves nothing half-changed in it.
@@ -247,24 +273,24 @@ async fn news<T>(
 
 async fn follow(watch: Arc<Watch>, monitor: Monitor, sockets: [UnixDatagram; 2]) {
     // What it puts in place is news, too; and somebody else may put their own there each time.
-    let mut pause = QUIET;
+    let (mut busy, mut failures) = (0, 0);
     loop {
-        match news(&sockets, || monitor.drain()).await {
+        let news = match failures {
+            0 => news(&sockets, || monitor.drain()).await,
+            _ => Ok(Some(true)),
+        };
+        match news {
             Ok(Some(true)) => {
                 let healing = watch.clone();
                 let healed = tokio::task::spawn_blocking(move || healing.enforce(None)).await;
-                match healed {
-                    Ok(Ok(true)) => pause = (pause * 2).min(LONGEST_QUIET),
-                    Ok(Ok(false)) | Err(_) => pause = QUIET,
+                (busy, failures) = match healed {
+                    Ok(Ok(true)) => (busy + 1, 0),
+                    Ok(Ok(false)) | Err(_) => (0, 0),
                     Ok(Err(error)) => {
-                        tracing::error!(
-                            place = watch.name,
-                            error = format!("{error:#}"),
-                            "the capture rules were altered and could not be restored"
-                        );
-                        tokio::time::sleep(RETRY).await;
+                        tell_of_failed_healing(&watch, &error, failures + 1);
+                        (busy + 1, failures + 1)
                     }
-                }
+                };
             }
             Ok(_) => {}
             Err(error) => {
@@ -273,35 +299,74 @@ async fn follow(watch: Arc<Watch>, monitor: Monitor, sockets: [UnixDatagram; 2])
                 tokio::time::sleep(RETRY).await;
             }
         }
-        tokio::time::sleep(pause).await;
+        tokio::time::sleep(match (busy, failures) {
+            (_, QUICK_LOOKS..) => RETRY,
+            (QUICK_LOOKS.., _) => LONGEST_QUIET,
+            _ => QUIET,
+        })
+        .await;
+    }
+}
+
+/// Whoever restarts a firewall flushes twice, and the second time may be in the middle of healing: that is no error if one
+/// of the next looks does it. If none does, it is told once.
+fn tell_of_failed_healing(watch: &Watch, error: &anyhow::Error, failures: u32) {
+    let (place, error) = (&watch.name, format!("{error:#}"));
+    if failures == QUICK_LOOKS {
+        tracing::error!(place, error, "the capture rules were altered and could not be restored");
+    } else {
+        tracing::debug!(
+            place,
+            error,
+            failures,
+            "the capture rules could not be restored, trying again"
+        );
     }
 }
 
 /// The kernel tells one agent only: this one, for as long as it has its place.
 async fn follow_reports(watch: Arc<Watch>) {
+    let mut refused_since = None;
     loop {
         watch.replaced.wait_clear().await;
-        let site = watch.site.clone();
-        let started = tokio::task::spawn_blocking(move || site.call(Reports::start)).await;
-        if let Ok(Ok(reports)) = started
-            && let Ok(socket) = waitable(&reports.socket())
-        {
-            let sockets = [socket];
-            loop {
-                let taken = tokio::select! {
-                    () = watch.replaced.wait_set() => break,
-                    taken = news(&sockets, || reports.take()) => taken,
-                };
-                let taken: HashSet<_> =
-                    taken.ok().flatten().unwrap_or_default().into_iter().collect();
-                let told = watch.clone();
-                // One batch at a time: whoever makes many of them holds up nobody else.
-                let looked = tokio::task::spawn_blocking(move || {
-                    uncaptured::unroutable(&told.context, &told.locals, &told.site, &taken);
-                });
-                drop(looked.await);
+        match start_reports(&watch).await {
+            Ok((reports, socket)) => {
+                refused_since = None;
+                watch.set_unreported(None);
+                take_reports(&watch, &reports, socket).await;
+            }
+            Err(error) => {
+                let since = *refused_since.get_or_insert_with(Instant::now);
+                if since.elapsed() >= UNREPORTED_GRACE {
+                    watch.set_unreported(Some(format!("{error:#}")));
+                }
             }
         }
         tokio::time::sleep(RETRY).await;
+    }
+}
+
+async fn start_reports(watch: &Arc<Watch>) -> anyhow::Result<(Reports, UnixDatagram)> {
+    let site = watch.site.clone();
+    let reports = tokio::task::spawn_blocking(move || site.call(Reports::start)).await??;
+    let socket = waitable(&reports.socket())?;
+    Ok((reports, socket))
+}
+
+/// Until another agent has this one's place.
+async fn take_reports(watch: &Arc<Watch>, reports: &Reports, socket: UnixDatagram) {
+    let sockets = [socket];
+    loop {
+        let taken = tokio::select! {
+            () = watch.replaced.wait_set() => return,
+            taken = news(&sockets, || reports.take()) => taken,
+        };
+        let taken: HashSet<_> = taken.ok().flatten().unwrap_or_default().into_iter().collect();
+        let told = watch.clone();
+        // One batch at a time: whoever makes many of them holds up nobody else.
+        let looked = tokio::task::spawn_blocking(move || {
+            uncaptured::unroutable(&told.context, &told.locals, &told.site, &taken);
+        });
+        drop(looked.await);
     }
 }

@@ -14,7 +14,7 @@ use rustls::ServerConfig;
 
 use super::{
     Locals,
-    guard::{Guard, Restored, Site},
+    guard::{Condition, Guard, Site},
     hold::Outbound,
     listeners::{Accepting, OutboundSockets, Pair, bind, bind_outbound},
     namespace::unroutable,
@@ -254,9 +254,9 @@ impl HostCapture {
         &self.locals
     }
 
-    /// When its rules were restored last.
-    pub(super) fn restored(&self) -> Restored {
-        self.guard.restored()
+    /// How its capture is doing.
+    pub(super) fn condition(&self) -> Condition {
+        self.guard.condition()
     }
 
     /// New connections are refused from here on, unless another agent has the listeners.
@@ -358,7 +358,7 @@ fn known_process(workload: &MeshWorkload) -> anyhow::Result<ProcessMatch> {
 }
 
 /// What the kernel is to match.
-fn host_process(process: &ProcessSelector) -> anyhow::Result<ProcessMatch> {
+pub(super) fn host_process(process: &ProcessSelector) -> anyhow::Result<ProcessMatch> {
     match process {
         ProcessSelector::User(user) => Ok(ProcessMatch::User(user_id(user)?)),
         ProcessSelector::Cgroup(path) => {
@@ -378,7 +378,7 @@ fn host_process(process: &ProcessSelector) -> anyhow::Result<ProcessMatch> {
 ///
 /// # Errors
 /// If it was never found.
-pub(super) fn user_id(user: &str) -> anyhow::Result<u32> {
+fn user_id(user: &str) -> anyhow::Result<u32> {
     static KNOWN: Mutex<BTreeMap<String, u32>> = Mutex::new(BTreeMap::new());
     if let Ok(id) = user.parse() {
         return Ok(id);

@@ -20,7 +20,7 @@ use hauberk_linux::{
 
 use super::{
     Locals,
-    guard::{Guard, Restored, Site},
+    guard::{Condition, Guard, Site},
     hold::Outbound,
     listeners::{Accepting, Pair, bind, bind_outbound},
     serve::{accept_mesh, accept_plaintext, mesh_tls},
@@ -236,9 +236,9 @@ impl NamespaceCapture {
         outbound.chain(self.listeners.iter().map(Accepting::share))
     }
 
-    /// When its rules were restored last.
-    pub(super) fn restored(&self) -> Restored {
-        self.guard.restored()
+    /// How its capture is doing.
+    pub(super) fn condition(&self) -> Condition {
+        self.guard.condition()
     }
 
     /// Another capture takes this one's place in the same namespace: the rules stay, and are its business.

@@ -29,30 +29,30 @@ impl Stray {
     }
 }
 
-/// Those in a folder of named namespaces that this node has captured, but for the known ones. Asks the kernel, and
-/// waits for its answers.
+/// Those in a folder of named namespaces that this node has captured, but for the known ones and the agent's own. Asks the
+/// kernel, and waits for its answers.
 pub(super) fn find(node: &str, folder: &Path, known: &HashSet<u64>) -> Vec<Stray> {
+    // The host's may have a name there, too; what is captured of it is looked after elsewhere.
+    let Ok(host) = Netns::current() else { return Vec::new() };
     // Without such a folder there is none.
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let strays = entries.filter_map(|entry| {
         let path = entry.path();
         // It may be gone already, or be no namespace.
         let netns = Netns::open(&path).ok()?;
-        if known.contains(&netns.inode()) {
+        if netns == host || known.contains(&netns.inode()) {
             return None;
         }
-        let owner = netns.run(capture::owner).and_then(|result| result).ok()?;
-        (owner.as_deref() == Some(node)).then_some(Stray { path, netns })
+        let ours = netns.run(|| capture::is_owned_by(node)).and_then(|result| result).ok()?;
+        ours.then_some(Stray { path, netns })
     });
     strays.collect()
 }
 
 /// The same for the host, of which no process is a workload.
 pub(super) fn release_host(node: &str) {
-    let removed = capture::owner().and_then(|owner| {
-        let ours = owner.as_deref() == Some(node);
-        if ours { capture::remove().map(|()| true) } else { Ok(false) }
-    });
+    let removed = capture::is_owned_by(node)
+        .and_then(|ours| if ours { capture::remove().map(|()| true) } else { Ok(false) });
     match removed {
         Ok(false) => {}
         Ok(true) => {

@@ -6,7 +6,7 @@ use hauberk_core::policy::{Mode, ProcessSelector, Reason};
 use hauberk_linux::sockets::{TcpSocket, destroy, tcp_sockets};
 use hauberk_telemetry::Side;
 
-use super::{Locals, guard::Site};
+use super::{Locals, guard::Site, host::host_process};
 use crate::{
     authorize::without_policy,
     context::{Context, Local, connection_id},
@@ -19,7 +19,7 @@ pub(super) fn cut(context: &Context, locals: &Locals, socket: &TcpSocket) {
         locals.all().into_iter().find(|local| local.workload.ports.contains(&socket.local.port()));
     let (side, from, wanted, local) = match served {
         Some(local) => (Side::Destination, socket.remote, socket.local, Some(local)),
-        None => (Side::Source, socket.local, socket.remote, of_user(locals, socket.user)),
+        None => (Side::Source, socket.local, socket.remote, of_process(locals, socket)),
     };
     let fix = "find out who altered the capture rules (nftables, ip rule, ip route) of this place; the agent's log \
                has the time";
@@ -49,7 +49,7 @@ pub(super) fn unroutable(
     for (local, remote) in connections {
         let socket = all.iter().find(|socket| (socket.local, socket.remote) == (*local, *remote));
         let workload = match socket {
-            Some(socket) => of_user(locals, socket.user),
+            Some(socket) => of_process(locals, socket),
             None => only(locals),
         };
         let mode = workload.as_ref().map(|local| local.workload.mode);
@@ -91,14 +91,13 @@ fn record(
     report.denied(&without_policy(Reason::Uncaptured, fix), Some(detail.to_owned()));
 }
 
-/// The workload of a namespace, or the one that is this user.
-fn of_user(locals: &Locals, user: u32) -> Option<Arc<Local>> {
+/// The workload of a namespace, or the one whose process made this socket.
+fn of_process(locals: &Locals, socket: &TcpSocket) -> Option<Arc<Local>> {
     only(locals).or_else(|| {
-        locals.all().into_iter().find(|local| match &local.workload.process {
-            ProcessSelector::User(name) => super::host::user_id(name).is_ok_and(|id| id == user),
-            ProcessSelector::Cgroup(_)
-            | ProcessSelector::NetworkNamespace { .. }
-            | ProcessSelector::Pod { .. } => false,
+        locals.all().into_iter().find(|local| {
+            // One that cannot be looked up is nobody's.
+            host_process(&local.workload.process)
+                .is_ok_and(|process| process.made(socket).unwrap_or(false))
         })
     })
 }

@@ -174,6 +174,7 @@ fn status(shared: &Shared) -> Result<v1::GetStatusResponse, Status> {
                 restored_at_unix_ms: report.restored_at_unix_ms,
                 restored_what: report.restored_what,
                 unreached: report.unreached,
+                unreported: report.unreported,
             }
         })
         .collect();

@@ -15,7 +15,7 @@ use super::{
         goto, jump, let_through, mark, marked, masked_mark, opening, pass, reset, set_mark,
         source_port_in, tcp, to_listener, to_loopback, to_this_host, unmarked, untracked, user,
     },
-    older::Scope,
+    older::{Process, Scope},
     parts::{
         agents_own_untracked, carried, families_to_listener, given_back_to_listener, held, leaving,
         mesh_from_loopback, not_own, older_chain, older_sets, unroutable,
@@ -27,6 +27,7 @@ use super::{
 use crate::{
     error::{Context, Error, Result},
     links::Family,
+    sockets::TcpSocket,
 };
 
 /// Where cgroup2 is mounted: alone, or beside the version 1 controllers.
@@ -133,7 +134,13 @@ impl HostRules {
                 processes: self
                     .workloads
                     .iter()
-                    .filter_map(|workload| Some((workload.name.clone(), workload.process.clone()?)))
+                    .filter_map(|workload| {
+                        Some(Process {
+                            name: workload.name.clone(),
+                            process: workload.process.clone()?,
+                            service_ports: workload.service_ports.iter().copied().collect(),
+                        })
+                    })
                     .collect(),
                 declared: self.workloads.iter().map(|workload| workload.name.clone()).collect(),
                 service_ports: served,
@@ -314,6 +321,21 @@ impl ProcessMatch {
         match self {
             ProcessMatch::User(uid) => Ok(u64::from(*uid)),
             ProcessMatch::Cgroup { level, path } => cgroup_id(*level, path),
+        }
+    }
+
+    /// Whether one of its processes made this socket.
+    ///
+    /// # Errors
+    /// If its cgroup cannot be looked up.
+    pub fn made(&self, socket: &TcpSocket) -> Result<bool> {
+        match self {
+            ProcessMatch::User(user) => Ok(socket.user == *user),
+            ProcessMatch::Cgroup { .. } => {
+                let mut cgroups = HashSet::new();
+                self.cgroups_below(&mut cgroups)?;
+                Ok(socket.cgroup.is_some_and(|cgroup| cgroups.contains(&cgroup)))
+            }
         }
     }
 

@@ -16,6 +16,8 @@ use nix::{
     },
 };
 
+use crate::dump::messages;
+
 /// Of `linux/netfilter/nfnetlink_log.h`.
 const CONFIGURE: u16 = 4 << 8 | 1;
 const COMMAND: u16 = 1;
@@ -74,9 +76,9 @@ impl Log {
     /// If the kernel refuses it.
     pub(super) fn take<T>(&self, read: impl Fn(&[u8]) -> Option<T>) -> io::Result<Vec<T>> {
         let mut found = Vec::new();
-        drain(&self.0, |messages| {
+        drain(&self.0, |datagram| {
             found.extend(
-                each(messages)
+                messages(datagram)
                     .filter_map(|message| utils::find_attr(message.get(20..)?, PAYLOAD))
                     .filter_map(&read),
             );
@@ -168,16 +170,4 @@ pub(super) fn drain(from: &OwnedFd, mut concerns: impl FnMut(&[u8]) -> bool) -> 
             Err(error) => return Err(error.into()),
         }
     }
-}
-
-/// The messages of a datagram, each with its header. One that is cut off is given as it is.
-pub(super) fn each(mut messages: &[u8]) -> impl Iterator<Item = &[u8]> {
-    std::iter::from_fn(move || {
-        let length = u32::from_ne_bytes(*messages.first_chunk()?);
-        let length =
-            usize::try_from(length).unwrap_or(usize::MAX).clamp(16, messages.len().max(16));
-        let message = messages.get(..length)?;
-        messages = messages.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(message)
-    })
 }

@@ -12,10 +12,12 @@ use nix::sys::socket::SockProtocol;
 
 use super::{
     REPORT_GROUP,
-    log::{self, Log, drain, each},
+    log::{self, Log, drain},
+    route_news,
     transaction::TABLE,
 };
 use crate::{
+    dump::messages,
     error::{Context, Result},
     sys,
 };
@@ -54,6 +56,7 @@ impl Monitor {
         let operation = "listening for changes of the network";
         let nftables = listen(SockProtocol::NetlinkNetFilter, &[NFTABLES]).context(operation)?;
         let routing = listen(SockProtocol::NetlinkRoute, &ROUTING).context(operation)?;
+        route_news::only_ours(&routing).context(operation)?;
         Ok(Self { nftables, routing })
     }
 
@@ -104,11 +107,11 @@ fn listen(protocol: SockProtocol, groups: &[u32]) -> io::Result<OwnedFd> {
     Ok(found)
 }
 
-/// Whether one of the messages names our table, or tells of another program's address translation.
-fn concerns_table(messages: &[u8]) -> bool {
+/// Whether one of a datagram's messages names our table, or tells of another program's address translation.
+fn concerns_table(datagram: &[u8]) -> bool {
     const HEADERS: usize = 20;
     let name = TABLE.to_bytes_with_nul();
-    each(messages).any(|message| {
+    messages(datagram).any(|message| {
         let generation = message.get(4) == Some(&NEW_GENERATION);
         let body = message.get(HEADERS..).unwrap_or_default();
         let translates = message.get(4) == Some(&NEW_CHAIN)

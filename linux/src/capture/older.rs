@@ -13,8 +13,17 @@ use super::{OLDER_V4, OLDER_V6, ProcessMatch, drift, transaction};
 use crate::{
     error::Result,
     links::{Family, addresses},
-    sockets::{TcpSocket, tcp_sockets, uncaptured},
+    sockets::{TcpSocket, direct, tcp_sockets, uncaptured},
 };
+
+/// The processes of a workload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Process {
+    /// Of the workload.
+    pub(super) name: String,
+    pub(super) process: ProcessMatch,
+    pub(super) service_ports: BTreeSet<u16>,
+}
 
 /// Whose connections are captured.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,8 +32,8 @@ pub(super) enum Scope {
     Namespace,
     /// Those of these processes, and those of these ports.
     Host {
-        /// With the names of their workloads.
-        processes: Vec<(String, ProcessMatch)>,
+        /// Of workloads whose processes the kernel can tell. One that is of several belongs to the first of them.
+        processes: Vec<Process>,
         /// All workloads, also those whose processes the kernel cannot tell yet.
         declared: BTreeSet<String>,
         service_ports: BTreeSet<u16>,
@@ -54,7 +63,7 @@ impl Scope {
             Self::Host { processes, declared, service_ports } => Self::Host {
                 processes: processes
                     .iter()
-                    .filter(|(name, _)| !before_declared.contains(name))
+                    .filter(|process| !before_declared.contains(&process.name))
                     .cloned()
                     .collect(),
                 declared: declared.clone(),
@@ -78,17 +87,33 @@ impl Scope {
             Self::Host { processes, service_ports, .. } => {
                 service_ports.contains(&socket.local.port())
                     || socket.cgroup.is_some_and(|cgroup| cgroups.contains(&cgroup))
-                    || processes.iter().any(|(_, one)| *one == ProcessMatch::User(socket.user))
+                    || processes.iter().any(|one| one.process == ProcessMatch::User(socket.user))
             }
         }
+    }
+
+    /// Whether a connection between two programs here should go through the agent: it is to a served port, and the caller
+    /// is not what serves it.
+    fn covers_direct(&self, served: &TcpSocket, caller: &TcpSocket) -> Result<bool> {
+        let Self::Host { processes, service_ports, .. } = self else { return Ok(false) };
+        let port = served.local.port();
+        if !service_ports.contains(&port) {
+            return Ok(false);
+        }
+        for one in processes {
+            if one.process.made(caller)? {
+                return Ok(!one.service_ports.contains(&port));
+            }
+        }
+        Ok(true)
     }
 
     /// The kernel's numbers of the cgroups that count, with those below them.
     fn cgroups(&self) -> Result<HashSet<u64>> {
         let mut found = HashSet::new();
         if let Self::Host { processes, .. } = self {
-            for (_, process) in processes {
-                process.cgroups_below(&mut found)?;
+            for one in processes {
+                one.process.cgroups_below(&mut found)?;
             }
         }
         Ok(found)
@@ -158,11 +183,17 @@ pub(super) fn open_uncaptured(scope: &Scope) -> Result<Vec<TcpSocket>> {
     let cgroups = scope.cgroups()?;
     let own: HashSet<IpAddr> = addresses()?.into_iter().map(|address| address.ip).collect();
     let sockets = tcp_sockets()?;
-    Ok(uncaptured(&sockets, &own)
+    let mut found: Vec<_> = uncaptured(&sockets, &own)
         .into_iter()
         .filter(|socket| scope.covers(socket, &cgroups))
         .cloned()
-        .collect())
+        .collect();
+    for (served, caller) in direct(&sockets) {
+        if scope.covers_direct(served, caller)? {
+            found.push(served.clone());
+        }
+    }
+    Ok(found)
 }
 
 /// Those of them that have been opened, rather than being about to be.

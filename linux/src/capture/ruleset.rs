@@ -139,8 +139,9 @@ pub struct Ruleset {
 }
 
 impl Ruleset {
-    /// The same, with the name of the agent that they belong to: it is written into the table's comment, and tells
-    /// the rules of several agents on one machine apart ([`owner`](super::owner)).
+    /// The same, with the name of the agent that they belong to: it is written into the table's comment and, as a number,
+    /// into the policy routing. It tells the rules of several agents on one machine apart
+    /// ([`is_owned_by`](super::is_owned_by)).
     #[must_use]
     pub fn owned_by(self, owner: &str) -> Self {
         Self { owner: owner.to_owned(), ..self }
@@ -181,14 +182,14 @@ impl Ruleset {
 
 /// FNV-1a: stable, unlike the standard library's hasher, and not meant against an adversary,
 /// who could write the comment as well. Drift is told from the rules themselves.
-struct Fnv(u64);
+pub(super) struct Fnv(pub(super) u64);
 
 impl Fnv {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(0xcbf2_9ce4_8422_2325)
     }
 
-    fn part(&mut self, bytes: &[u8]) {
+    pub(super) fn part(&mut self, bytes: &[u8]) {
         let length = bytes.len().to_be_bytes();
         for byte in length.iter().chain(bytes) {
             self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);

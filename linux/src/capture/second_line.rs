@@ -6,12 +6,14 @@
 //!
 //! What routing cannot tell: the cgroup of a socket, and on a host what passes over loopback. There, nftables is
 //! the only line.
+//!
+//! It also says whose it is, so that it can be released when its workload went while nftables was flushed.
 
 use std::collections::BTreeSet;
 
 use super::{
     CAPTURED_BITS, Drift, MARK, MARK_TRANSPARENT, OWN_MARKS, RELEASED_BITS, ROUTE_TABLE, captured,
-    released,
+    released, ruleset::Fnv,
 };
 use crate::{
     error::Result,
@@ -37,18 +39,18 @@ const MARK_ACCEPTED: &str = "ipv4/tcp_fwmark_accept";
 /// What is led to loopback.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Routing {
-    /// All TCP of the namespace.
+    /// All TCP of the namespace, also what it forwards: a network below it is the workload's, too.
     Namespace,
-    /// What these users open, and what is answered on these ports.
+    /// What these users open, and what is answered on these ports. What the host forwards is other hosts'.
     Host { users: BTreeSet<u32>, service_ports: BTreeSet<u16> },
 }
 
 impl Routing {
     /// In an order in which they can be added one by one.
-    fn rules(&self) -> Vec<Rule> {
+    fn rules(&self, owner: &str) -> Vec<Rule> {
         let lookup = |priority| Rule::new(priority, Action::Lookup(ROUTE_TABLE));
         let mut rules = vec![
-            Rule::new(END, Action::Nothing),
+            end(owner),
             Rule { mark: Some((MARK & OWN_MARKS, OWN_MARKS)), ..Rule::new(OWN, Action::Goto(END)) },
             Rule { mark: Some((MARK_TRANSPARENT, u32::MAX)), ..lookup(BY_MARK) },
             Rule { mark: Some((captured(0), CAPTURED_BITS)), ..lookup(BY_MARK) },
@@ -58,6 +60,7 @@ impl Routing {
         match self {
             Self::Namespace => rules.push(by_kind),
             Self::Host { users, service_ports } => {
+                let by_kind = Rule { only_sent_here: true, ..by_kind };
                 rules.extend(users.iter().map(|user| Rule { user: Some(*user), ..by_kind }));
                 let ports = service_ports.iter();
                 rules.extend(ports.map(|port| Rule { source_port: Some(*port), ..by_kind }));
@@ -67,7 +70,7 @@ impl Routing {
     }
 
     /// Puts it in place, in place of what there was of it.
-    pub(super) fn install(&self) -> Result<()> {
+    pub(super) fn install(&self, owner: &str) -> Result<()> {
         for family in families() {
             let answered = MARK_ANSWERED.into_iter().filter(|(of, _)| *of == family);
             for (_, setting) in answered {
@@ -76,7 +79,7 @@ impl Routing {
             }
             let routes = routing::routes_to_loopback(family, MARK)?;
             routing::set_local_routes(family, ROUTE_TABLE, &routes)?;
-            routing::set_rules(family, &self.rules())?;
+            routing::set_rules(family, &self.rules(owner))?;
         }
         links::check_sources_by_mark()?;
         match self {
@@ -86,9 +89,9 @@ impl Routing {
     }
 
     /// How it differs from what is there.
-    pub(super) fn drift(&self) -> Result<Vec<Drift>> {
+    pub(super) fn drift(&self, owner: &str) -> Result<Vec<Drift>> {
         let mut found = Vec::new();
-        let mut wanted = self.rules();
+        let mut wanted = self.rules(owner);
         wanted.sort_unstable();
         for family in families() {
             let mut rules = routing::rules(family)?;
@@ -120,16 +123,41 @@ impl Routing {
     }
 }
 
+/// Where the rule leads that spares the agent. It does nothing, so its mark has no meaning for packets: it is the number of
+/// the agent that put the rules there.
+fn end(owner: &str) -> Rule {
+    let number = (!owner.is_empty()).then(|| {
+        let mut hash = Fnv::new();
+        hash.part(owner.as_bytes());
+        // Its upper half is as good as any. The kernel takes zero for no mark.
+        let number = u32::try_from(hash.0 >> 32).unwrap_or(u32::MAX);
+        (number.max(1), u32::MAX)
+    });
+    Rule { mark: number, ..Rule::new(END, Action::Nothing) }
+}
+
+/// Whether what is there was put there by this agent.
+pub(super) fn is_owned_by(owner: &str) -> Result<bool> {
+    for family in families() {
+        if routing::rules(family)?.contains(&end(owner)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Removes it, if it is there. Settings stay: without our marks they mean nothing.
 pub(super) fn remove() -> Result<()> {
     for family in Family::ALL {
         let mut present = routing::rules(family)?;
         // What leads to loopback first, and then what spares the agent.
-        present.sort_by_key(|rule| (rule.action == Action::Nothing, rule.mark.is_some()));
-        for rule in &present {
-            routing::delete_rule(family, rule)?;
-        }
+        present.sort_by_key(|rule| rule.mark.is_some());
+        let (last, first): (Vec<_>, Vec<_>) =
+            present.iter().partition(|rule| rule.action == Action::Nothing);
+        first.iter().try_for_each(|rule| routing::delete_rule(family, rule))?;
         routing::set_local_routes(family, ROUTE_TABLE, &[])?;
+        // Whose all of it was, for as long as anything of it is there.
+        last.iter().try_for_each(|rule| routing::delete_rule(family, rule))?;
     }
     Ok(())
 }

@@ -95,6 +95,58 @@ fn connections_on_undeclared_ports_outlive_any_change_of_the_rules() {
     }
 }
 
+/// Over loopback, too: what was opened there while the rules were missing is ended. What is older goes on, and so does
+/// what needs no agent: the agent's own, and what a workload opens to itself.
+#[test]
+fn what_was_opened_over_loopback_without_the_rules_is_cut() {
+    let network = Network::new();
+    for family in families() {
+        let server = listen(&network.workload, family.any, WEB);
+        let open = || {
+            let client = connect(&network.workload, family.loopback, WEB).unwrap();
+            (client, accept(&server).0)
+        };
+        let of_agent = || {
+            let to = SocketAddr::new(family.loopback, WEB);
+            let client = network.in_workload(|| connect_socket(outbound_socket(to)?, to)).unwrap();
+            (client, accept(&server).0)
+        };
+        let mut older = open();
+        let rules = by_user(WEB_USER, DATABASE_USER).ruleset().unwrap();
+        let known = network.in_workload(|| install(&rules)).older;
+        let mut agents = of_agent();
+        network.in_workload(|| command("nft flush ruleset"));
+        let (mut intruder, mut served) = open();
+        assert_joined(&mut intruder, &mut served);
+        let healed = network.in_workload(|| rules.install(&Before::Known(&rules, &known)).unwrap());
+        let cut: Vec<_> =
+            healed.cut.iter().map(|socket| (socket.local.port(), socket.remote)).collect();
+        assert_eq!(cut, [(WEB, intruder.local_addr().unwrap())], "{family:?}");
+        let error = std::io::Read::read(&mut intruder, &mut [0]).expect_err("it goes on");
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        // One that nobody has accepted yet.
+        network.in_workload(|| command("nft flush ruleset"));
+        let _waiting = connect(&network.workload, family.loopback, WEB).unwrap();
+        let healed = network.in_workload(|| rules.install(&Before::Known(&rules, &known)).unwrap());
+        assert_eq!(healed.cut.len(), 1, "{healed:?}");
+        drop(accept(&server));
+        assert_joined(&mut older.0, &mut older.1);
+        assert_joined(&mut agents.0, &mut agents.1);
+
+        // Its own.
+        let rules = by_user(me(), DATABASE_USER).ruleset().unwrap();
+        network.in_workload(|| install(&rules));
+        let mut own = open();
+        network.in_workload(|| {
+            command("nft flush ruleset");
+            let healed = rules.install(&Before::Known(&rules, &known)).unwrap();
+            assert!(healed.cut.is_empty(), "{healed:?}");
+        });
+        assert_joined(&mut own.0, &mut own.1);
+        network.in_workload(|| capture::remove().unwrap());
+    }
+}
+
 #[test]
 fn a_declared_user_is_redirected_to_its_own_port() {
     let network = Network::new();
@@ -221,7 +273,28 @@ fn traffic_that_passes_through_the_machine_is_left_alone() {
     });
     let server = listen(&network.remote, families()[0].any, WEB);
     let mut client = connect(&inner, families()[0].remote, WEB).unwrap();
+    let (mut served, _) = accept(&server);
+    assert_joined(&mut client, &mut served);
+    // The second line knows other hosts' packets from its own, though they are of the same port.
+    network.in_workload(|| command("nft flush ruleset"));
+    assert_joined(&mut client, &mut served);
+    let mut client = connect(&inner, families()[0].remote, WEB).unwrap();
     assert_joined(&mut client, &mut accept(&server).0);
+}
+
+/// What a port answers that somebody serves stays here without nftables, however many other ports there are.
+#[test]
+fn a_flushed_host_answers_nobody_in_clear() {
+    let network = Network::new();
+    network.in_workload(|| install(&by_user(WEB_USER, DATABASE_USER).ruleset().unwrap()));
+    network.in_workload(|| command("nft flush ruleset"));
+    for family in families() {
+        let _served = listen(&network.workload, family.any, WEB);
+        let to = SocketAddr::new(family.workload, WEB);
+        let wait = std::time::Duration::from_millis(500);
+        let answer = network.in_remote(|| std::net::TcpStream::connect_timeout(&to, wait));
+        assert!(answer.is_err(), "{to} answers in clear");
+    }
 }
 
 #[test]

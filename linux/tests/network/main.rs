@@ -12,5 +12,6 @@ mod namespace;
 mod netns;
 mod packets;
 mod published;
+mod routing;
 mod support;
 mod transparent;

@@ -201,7 +201,11 @@ fn rules_are_replaced_without_a_window() {
                 let mut attempts = 0;
                 while !done.load(Ordering::Relaxed) {
                     let to = SocketAddr::new(family.remote, 80);
-                    std::net::TcpStream::connect_timeout(&to, PATIENCE).unwrap();
+                    let stream = std::net::TcpStream::connect_timeout(&to, PATIENCE).unwrap();
+                    // Its port is free again at once, or there would be none left before long.
+                    socket2::SockRef::from(&stream)
+                        .set_linger(Some(std::time::Duration::ZERO))
+                        .unwrap();
                     attempts += 1;
                 }
                 attempts

@@ -1191,6 +1191,9 @@ pub struct WorkloadStatus {
     /// if they could.
     #[prost(string, tag = "9")]
     pub unreached: ::prost::alloc::string::String,
+    /// Why the agent is not told of its connections that cannot be captured, so that they are not recorded; empty if it is.
+    #[prost(string, tag = "10")]
+    pub unreported: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -1728,6 +1731,8 @@ pub struct WorkloadInfo {
     pub restored_what: ::prost::alloc::string::String,
     #[prost(string, tag = "14")]
     pub unreached: ::prost::alloc::string::String,
+    #[prost(string, tag = "15")]
+    pub unreported: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WhyRequest {

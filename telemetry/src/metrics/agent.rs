@@ -40,6 +40,7 @@ pub struct AgentMetrics {
     open_duration: PerDirection<Histogram>,
     captured: PerDirection<IntCounter>,
     capture_restored: IntCounter,
+    capture_unreported: IntGauge,
     handshakes: Handshakes,
     handshake_wait: Histogram,
     idle_sessions: PerDirection<IntGauge>,
@@ -205,6 +206,10 @@ impl AgentMetrics {
             capture_restored: make.counter(
                 "hauberk_capture_restored_total",
                 "Times that capture rules were found altered by somebody else, and were restored.",
+            )?,
+            capture_unreported: make.gauge(
+                "hauberk_capture_unreported_workloads",
+                "Workloads whose connections that cannot be captured are not recorded.",
             )?,
             captured: PerDirection::resolve(|direction| captured.with_label_values(&[direction])),
             handshakes: handshakes(&make)?,
@@ -427,6 +432,11 @@ impl AgentMetrics {
     /// Notes that capture rules were altered by somebody else, and are restored.
     pub fn capture_restored(&self) {
         self.capture_restored.inc();
+    }
+
+    /// Sets of how many workloads the agent is not told which connections cannot be captured.
+    pub fn set_capture_unreported(&self, workloads: u64) {
+        self.capture_unreported.set(saturating(workloads));
     }
 
     /// Sets how many workloads of this node are in the mesh, and how many are not.

@@ -26,30 +26,37 @@ crate::trials!(
     connections_outlive_their_entries_in_connection_tracking,
     flushed_rules_let_nothing_through_and_are_back_at_once,
     a_flushed_host_lets_nothing_through_and_heals,
+    rules_that_are_flushed_while_they_are_restored_are_back_at_once,
     a_machine_that_boots_is_closed_before_its_agent_starts,
     users_that_two_workloads_claim_are_closed_alone,
     loopback_between_two_workloads_of_a_host_is_decided_at_both_ends,
     an_audited_server_is_reached_over_loopback,
     rules_of_a_workload_that_went_while_no_agent_ran_are_removed,
+    routing_of_a_workload_that_went_while_no_agent_ran_is_released,
+    a_host_that_has_a_name_among_namespaces_is_no_stray,
     a_workload_in_another_namespace_leaves_the_first_one_free,
     a_socket_bound_to_an_interface_is_refused_with_a_record,
+    an_agent_that_is_not_told_of_bound_sockets_says_so,
     connections_end_before_the_capture_of_their_workload,
     a_renamed_workload_keeps_its_connections,
     only_the_agent_reaches_other_agents,
     a_user_made_after_its_workload_is_captured_at_once,
 );
 
-const SECRET: &[u8] = b"words-that-must-not-be-on-the-wire";
+pub(crate) const SECRET: &[u8] = b"words-that-must-not-be-on-the-wire";
 
 /// The number of `machine-b` in the lab's networks.
 const MACHINE_B: u8 = 3;
 
-fn shell(mesh: &Mesh, namespace: &str, line: &str) -> anyhow::Result<String> {
+pub(crate) fn shell(mesh: &Mesh, namespace: &str, line: &str) -> anyhow::Result<String> {
     mesh.run(namespace, Command::new("sh").args(["-c", line]))
 }
 
 /// Runs something while the wire is listened to, and fails if the secret was on it.
-fn unheard(mesh: &Mesh, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+pub(crate) fn unheard(
+    mesh: &Mesh,
+    work: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let capture = mesh.wire().run(|| PacketCapture::start(&CaptureOptions::default()))??;
     work()?;
     let captured = capture.stop()?;
@@ -68,37 +75,46 @@ fn joined(mesh: &Mesh, listener: &TcpListener) -> anyhow::Result<(TcpStream, Tcp
     Ok((client, server))
 }
 
-fn expect(stream: &mut TcpStream, wanted: &[u8]) -> anyhow::Result<()> {
+pub(crate) fn expect(stream: &mut TcpStream, wanted: &[u8]) -> anyhow::Result<()> {
     let mut got = vec![0; wanted.len()];
     stream.read_exact(&mut got)?;
     ensure!(got == wanted, "got {:?}", String::from_utf8_lossy(&got));
     Ok(())
 }
 
-/// The kernel's entries end early, in the middle of a half-closed connection, and altogether.
 fn connections_outlive_their_entries_in_connection_tracking() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
-    for namespace in ["checkout", "ledger"] {
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let connections =
+        [joined(&mesh, &listener)?, joined(&mesh, &listener)?, joined(&mesh, &listener)?];
+    outlive_connection_tracking(&mesh, ["checkout", "ledger"], connections)
+}
+
+/// The kernel's entries end early, in the middle of a half-closed connection, and altogether.
+pub(crate) fn outlive_connection_tracking(
+    mesh: &Mesh,
+    places: [&str; 2],
+    connections: [(TcpStream, TcpStream); 3],
+) -> anyhow::Result<()> {
+    for namespace in places {
         // Somebody has connection tracking at work, with little patience.
         shell(
-            &mesh,
+            mesh,
             namespace,
             "nft 'table inet other { chain c { type filter hook output priority 0; ct state new accept; }; }'; \
-             for state in fin_wait close_wait last_ack time_wait; do \
+             for state in established fin_wait close_wait last_ack time_wait; do \
              echo 1 > /proc/sys/net/netfilter/nf_conntrack_tcp_timeout_$state; done",
         )?;
     }
-    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
-    unheard(&mesh, || {
-        let (mut asking, mut answering) = joined(&mesh, &listener)?;
-        let (mut told, mut telling) = joined(&mesh, &listener)?;
-        let (mut idle, mut idle_server) = joined(&mesh, &listener)?;
+    unheard(mesh, || {
+        let [(mut asking, mut answering), (mut told, mut telling), (mut idle, mut idle_server)] =
+            connections;
         asking.shutdown(Shutdown::Write)?;
         telling.shutdown(Shutdown::Write)?;
         // Longer than the entries live.
         thread::sleep(Duration::from_secs(4));
-        for namespace in ["checkout", "ledger"] {
-            shell(&mesh, namespace, "conntrack -F 2>&1")?;
+        for namespace in places {
+            shell(mesh, namespace, "conntrack -F 2>&1")?;
         }
         answering.write_all(SECRET)?;
         drop(answering);
@@ -129,7 +145,7 @@ fn connections_outlive_their_entries_in_connection_tracking() -> anyhow::Result<
 }
 
 /// Answers everybody in clear, and counts them.
-fn answer_everybody(listener: TcpListener) -> Arc<AtomicUsize> {
+pub(crate) fn answer_everybody(listener: TcpListener) -> Arc<AtomicUsize> {
     let answered = Arc::new(AtomicUsize::new(0));
     let count = answered.clone();
     thread::spawn(move || {
@@ -143,7 +159,11 @@ fn answer_everybody(listener: TcpListener) -> Arc<AtomicUsize> {
 }
 
 /// Tries to connect in clear until it is told to stop; how often it was answered.
-fn intrude(mesh: &Mesh, to: SocketAddr, until: &AtomicBool) -> anyhow::Result<(usize, usize)> {
+pub(crate) fn intrude(
+    mesh: &Mesh,
+    to: SocketAddr,
+    until: &AtomicBool,
+) -> anyhow::Result<(usize, usize)> {
     mesh.namespace("outside")?.run(|| {
         let (mut tries, mut answers) = (0, 0);
         while !until.load(Ordering::Relaxed) {
@@ -164,7 +184,7 @@ fn restored(mesh: &Mesh, machine: &str) -> anyhow::Result<f64> {
 }
 
 /// Flushes nftables in a place again and again while somebody tries to get in. Nobody is answered.
-fn flush_under_attack(
+pub(crate) fn flush_under_attack(
     mesh: &Mesh,
     place: &str,
     machine: &str,
@@ -226,7 +246,7 @@ fn flushed_rules_let_nothing_through_and_are_back_at_once() -> anyhow::Result<()
     joined(&mesh, &listener).map(drop)
 }
 
-fn store(user: &str, more: &str) -> String {
+pub(crate) fn store(user: &str, more: &str) -> String {
     format!(
         "apiVersion: hauberk.dev/v1alpha1
 kind: Workload
@@ -258,8 +278,25 @@ fn a_flushed_host_lets_nothing_through_and_heals() -> anyhow::Result<()> {
     unheard(&mesh, || flush_under_attack(&mesh, "machine-b", "machine-b", target))
 }
 
+/// As when a firewall is restarted, which flushes twice or more: in the middle of healing, too.
+fn rules_that_are_flushed_while_they_are_restored_are_back_at_once() -> anyhow::Result<()> {
+    let (mesh, _) = with_store("")?;
+    for _ in 0..10 {
+        shell(&mesh, "machine-b", "for i in 1 2 3 4 5 6 7 8; do nft flush ruleset; done")?;
+        let flushed = Instant::now();
+        while !mesh.namespace("machine-b")?.run(hauberk_linux::capture::installed)?? {
+            ensure!(flushed.elapsed() < PATIENCE, "the rules do not come back");
+            thread::sleep(Duration::from_millis(1));
+        }
+        println!("back after {:?}", flushed.elapsed());
+    }
+    let log = std::fs::read_to_string(mesh.log("machine-b"))?;
+    ensure!(!log.contains("could not be restored"), "it gave up for a while:\n{log}");
+    Ok(())
+}
+
 /// Whether somebody outside is answered in clear.
-fn is_answered(mesh: &Mesh, to: SocketAddr) -> bool {
+pub(crate) fn is_answered(mesh: &Mesh, to: SocketAddr) -> bool {
     let Ok(mut stream) = mesh.connect("outside", to) else { return false };
     stream.set_read_timeout(Some(Duration::from_secs(2))).ok();
     matches!(stream.read(&mut [0]), Ok(1))
@@ -464,6 +501,61 @@ fn rules_of_a_workload_that_went_while_no_agent_ran_are_removed() -> anyhow::Res
     Ok(())
 }
 
+/// Nor is there a table any more that says whose the rules are. In a namespace, and on a host; what another node's agent
+/// has put in place stays.
+fn routing_of_a_workload_that_went_while_no_agent_ran_is_released() -> anyhow::Result<()> {
+    let (mut mesh, _) = with_store("")?;
+    let before = mesh.wait_revision(0)?;
+    for machine in ["machine-a", "machine-b"] {
+        mesh.stop(machine);
+    }
+    for place in ["web", "ledger", "machine-b"] {
+        shell(&mesh, place, "nft flush ruleset")?;
+    }
+    // Nor does the agent remember anything.
+    for machine in ["machine-a", "machine-b"] {
+        std::fs::remove_file(mesh.data(machine).join("state.bin"))?;
+    }
+    let left = workload("shop", "checkout", "machine-a", CHECKOUT, "8080")
+        + &workload("payments", "ledger", "machine-b", hauberk_tests::mesh::LEDGER, PORTS);
+    mesh.write_manifest("workloads.yaml", &left)?;
+    mesh.remove_manifest("store.yaml")?;
+    mesh.start_agent("machine-a", &[])?;
+    is_free(&mesh, "web")?;
+    // It ends only once it is through with what it found.
+    mesh.stop("machine-a");
+    for place in ["ledger", "machine-b"] {
+        let left = mesh.namespace(place)?.run(hauberk_linux::capture::anything_installed)??;
+        ensure!(left, "machine-a has released {place}, which is machine-b's");
+    }
+    mesh.start_agent("machine-b", &[])?;
+    mesh.wait("the new revision", PATIENCE, |mesh| {
+        let revision = mesh.status()?.revision;
+        ensure!(revision > before, "{revision}");
+        Ok(())
+    })?;
+    is_free(&mesh, "machine-b")?;
+    let ledger = mesh.namespace("ledger")?.run(hauberk_linux::capture::installed)??;
+    ensure!(ledger, "the ledger is free, too");
+    Ok(())
+}
+
+/// As with `ip netns attach`, or Docker's folder. The lab has such names.
+fn a_host_that_has_a_name_among_namespaces_is_no_stray() -> anyhow::Result<()> {
+    let (mut mesh, _) = with_store("")?;
+    mesh.stop("machine-b");
+    mesh.start_agent("machine-b", &[])?;
+    // It says so after it has looked for strays.
+    mesh.wait("the agent", PATIENCE, |mesh| {
+        mesh.get("machine-b", SocketAddr::from(([127, 0, 0, 1], 9465)), "/readyz").map(drop)
+    })?;
+    mesh.stop("machine-b");
+    let log = std::fs::read_to_string(mesh.log("machine-b"))?;
+    ensure!(!log.contains("captured for a workload that is gone"), "{log}");
+    ensure!(!log.contains("were altered"), "{log}");
+    Ok(())
+}
+
 fn a_workload_in_another_namespace_leaves_the_first_one_free() -> anyhow::Result<()> {
     let mut mesh = Mesh::start()?;
     mesh.add("elsewhere", 31)?;
@@ -505,6 +597,40 @@ fn a_socket_bound_to_an_interface_is_refused_with_a_record() -> anyhow::Result<(
     ensure!(outside.accept().is_err(), "it went out as it is");
     let record = mesh.record("machine-a", |record| is(record, "reason", "uncaptured"))?;
     ensure!(record["src"]["workload"] == "web", "{record}");
+    Ok(())
+}
+
+/// The kernel tells one listener only, and here it is another program.
+fn an_agent_that_is_not_told_of_bound_sockets_says_so() -> anyhow::Result<()> {
+    let mut mesh = Mesh::start()?;
+    mesh.stop("machine-a");
+    let taken = mesh.namespace("web")?.run(hauberk_linux::capture::Reports::start)??;
+    mesh.start_agent("machine-a", &[])?;
+    let unreported = |mesh: &Mesh| -> anyhow::Result<(f64, String)> {
+        let metric = mesh.metric("machine-a", "hauberk_capture_unreported_workloads", &[])?;
+        Ok((metric, String::from_utf8_lossy(&mesh.ask(&["check"])?.stdout).into_owned()))
+    };
+    let finding = "connections of shop/web on machine-a that cannot be captured are not recorded: \
+                   listening for connections that cannot be captured failed: Operation not permitted";
+    mesh.wait("the word on it", PATIENCE, |mesh| {
+        let (metric, check) = unreported(mesh)?;
+        ensure!((metric - 1.0).abs() < 0.5 && check.contains(finding), "{metric}\n{check}");
+        Ok(())
+    })?;
+    let status: serde_json::Value =
+        serde_json::from_slice(&mesh.ask(&["status", "-o", "json"])?.stdout)?;
+    let workloads = status["workloads"].as_array().context("no workloads")?;
+    let web = workloads.iter().find(|one| one["workload"] == "shop/web").context("no web")?;
+    ensure!(web["unreported"].as_str().is_some_and(|why| why.contains("not permitted")), "{web}");
+    drop(taken);
+    mesh.wait("the end of it", PATIENCE, |mesh| {
+        let (metric, check) = unreported(mesh)?;
+        ensure!(metric < 0.5 && !check.contains("not recorded"), "{metric}\n{check}");
+        Ok(())
+    })?;
+    let log = std::fs::read_to_string(mesh.log("machine-a"))?;
+    let told = log.matches("the kernel does not report them").count();
+    ensure!(told == 1, "told {told} times:\n{log}");
     Ok(())
 }
 

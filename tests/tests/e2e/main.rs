@@ -17,6 +17,7 @@ mod connect;
 mod control_plane;
 mod demo;
 mod handover;
+mod host_connections;
 mod hosts;
 mod identity;
 mod learn;
@@ -28,6 +29,7 @@ mod published;
 mod relay;
 mod restart;
 mod sessions;
+mod systemd;
 mod tls;
 
 use std::ffi::OsString;
@@ -71,6 +73,7 @@ fn main() -> std::process::ExitCode {
         local_edges::trials(),
         hosts::trials(),
         connect::trials(),
+        host_connections::trials(),
         control_plane::trials(),
         clock::trials(),
         manifests::trials(),
@@ -79,6 +82,7 @@ fn main() -> std::process::ExitCode {
         demo::trials(),
         programs::trials(),
         published::trials(),
+        systemd::trials(),
     ]
     .concat_trials();
     libtest_mimic::run(&arguments, trials).exit_code()

@@ -5,6 +5,7 @@ use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
@@ -279,7 +280,10 @@ impl Cgroup {
             .map(Path::new)
             .find(|root| root.join("cgroup.procs").exists())
             .context("there is no cgroup2 file system")?;
-        let name = format!("hauberk-e2e-{}-{name}", std::process::id());
+        // Other tests of this process have such a one, too.
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("hauberk-e2e-{}-{number}-{name}", std::process::id());
         let folder = root.join(&name);
         fs::create_dir_all(&folder)
             .with_context(|| format!("make {}; this test needs real root", folder.display()))?;
