@@ -15,7 +15,10 @@ use arc_swap::ArcSwap;
 use hauberk_core::policy::resolve::MeshWorkload;
 use hauberk_linux::{NetnsWorker, socket};
 use hauberk_telemetry::{RecordSink, metrics::AgentMetrics};
-use hauberk_tls::{TrustSlot, turns::Handshakes};
+use hauberk_tls::{
+    TrustSlot,
+    limiter::{FairRoom, HandshakeLimiter},
+};
 use nix::libc;
 use tokio::{net::TcpStream, sync::watch};
 use tokio_util::sync::CancellationToken;
@@ -24,6 +27,7 @@ use crate::{
     config::LocalEdges,
     edges::Edges,
     identity::LocalIdentity,
+    inbound::{MAX_IDLE, MAX_IDLE_OF_IDENTITY},
     order::{ConnectOrder, Departures, Turn},
     policy::Snapshot,
     pool::Pool,
@@ -49,7 +53,10 @@ pub(crate) struct Context {
     pub(crate) edges: Arc<Edges>,
     /// Records that are sent under one key, if that is less than TLS allows.
     pub(crate) records_per_key: u64,
-    pub(crate) handshakes: Arc<Handshakes>,
+    /// Incoming handshakes of all places.
+    pub(crate) handshakes: Arc<HandshakeLimiter>,
+    /// Incoming sessions that wait for their next stream.
+    pub(crate) idle: Arc<FairRoom>,
     /// In which order streams dial their applications.
     pub(crate) order: Arc<ConnectOrder>,
     /// Which backends of services get this node's connections.
@@ -90,7 +97,8 @@ impl Context {
             records,
             edges: Arc::new(Edges::new(SystemTime::now().into())),
             records_per_key,
-            handshakes: Arc::default(),
+            handshakes: HandshakeLimiter::new(),
+            idle: FairRoom::new(MAX_IDLE, MAX_IDLE_OF_IDENTITY),
             order: Arc::default(),
             balancer: Arc::default(),
             neighbours: match local_edges {
@@ -120,6 +128,11 @@ impl Context {
         let mut snapshots = self.snapshots.clone();
         snapshots.mark_unchanged();
         snapshots
+    }
+
+    /// What is enforced now.
+    pub(crate) fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshots.borrow().clone()
     }
 
     /// Subscribes first, so that no change slips in between a decision and its watching; then waits

@@ -17,7 +17,7 @@ use hauberk_telemetry::{
     metrics::{Direction, Outcome as Handshake},
     record::Path,
 };
-use hauberk_tls::HandshakeFailure;
+use hauberk_tls::limiter::{Caller, RateLimited};
 use rustls::ServerConfig;
 use tokio::net::TcpStream;
 
@@ -38,9 +38,12 @@ use crate::{
 /// one, so that this side's end only meets those that forgot theirs.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// Idle sessions of all callers together, so that they leave files for everything else. Above it a session
-/// carries the stream it was made for and is closed.
-const MAX_IDLE: usize = 8_192;
+/// Idle sessions of all callers together, so that they leave files for everything else. Above it, the one is closed
+/// that has been idle for longest of the identity with most, at the node with most.
+pub(crate) const MAX_IDLE: usize = 8_192;
+
+/// Those of one identity of one node. An honest agent keeps half as many for one of its workloads and one of ours.
+pub(crate) const MAX_IDLE_OF_IDENTITY: usize = 512;
 
 /// How often an idle session is held against what is current.
 const IDLE_LOOK: Duration = Duration::from_secs(5);
@@ -69,10 +72,13 @@ pub(crate) async fn serve_mesh(
             return;
         }
     };
+    let caller = caller_of(context, &session, from);
+    context.handshakes.remember(session.token(), &caller, hauberk_tls::now());
     let mut last = None;
     loop {
         // In boxes of their own: an open stream has no room for the wait for it, nor the other way round.
-        let next = Box::pin(next_stream(context, locals, &mut session, last.as_ref())).await;
+        let next = next_stream(context, locals, &mut session, &caller, last.as_ref());
+        let next = Box::pin(next).await;
         let open = match next {
             Next::Stream(open) => open,
             Next::Leave => {
@@ -101,6 +107,14 @@ pub(crate) async fn serve_mesh(
         let Some((again, asked)) = over else { return };
         (session, last) = (again, asked);
     }
+}
+
+/// Whose room a session takes.
+fn caller_of(context: &Context, session: &Session, from: SocketAddr) -> Arc<Caller> {
+    let (snapshot, id) = (context.snapshot(), session.peer().id());
+    // A certificate that is used elsewhere than at home takes none of the room of its node.
+    let node = snapshot.node_of(id, from.ip()).cloned();
+    Arc::new(Caller::proven(id.clone(), node, from.ip()))
 }
 
 /// The caller's agent broke the protocol between streams.
@@ -132,12 +146,11 @@ async fn next_stream(
     context: &Context,
     locals: &Locals,
     session: &mut Session,
+    caller: &Arc<Caller>,
     last: Option<&Asked>,
 ) -> Next {
     let _counted = context.metrics.session_idle(Direction::Inbound);
-    if context.metrics.idle_sessions(Direction::Inbound) > MAX_IDLE {
-        return Next::Leave;
-    }
+    let mut slot = context.idle.enter(caller.clone());
     let mut snapshots = context.subscribe();
     let own = session.server_name().and_then(|name| locals.names.find(name));
     let idle = tokio::time::sleep(IDLE_TIMEOUT);
@@ -158,6 +171,7 @@ async fn next_stream(
             event = std::future::poll_fn(|cx| session.poll_event(cx)) => event,
             () = context.stopping.cancelled() => return Next::Leave,
             () = &mut idle => return Next::Leave,
+            () = slot.displaced() => return Next::Leave,
             () = tokio::time::sleep(look) => continue,
             changed = snapshots.changed() => {
                 let snapshot = snapshots.borrow_and_update().clone();
@@ -289,37 +303,48 @@ async fn handshake(
     stream: TcpStream,
     from: SocketAddr,
 ) -> Result<Box<Session>, SessionError> {
-    let waiting = Instant::now();
-    // Held through the handshake only.
-    let turn = context.handshakes.turn(from.ip(), HANDSHAKE_TIMEOUT).await;
-    context.metrics.observe_handshake_wait(waiting.elapsed());
-    let Ok(_turn) = turn else {
-        return Err(SessionError::Refused(HandshakeFailure {
-            reason: Reason::RateLimited,
-            by_peer: false,
-            detail: format!("too many handshakes of {} wait already", from.ip()),
-        }));
+    let (started, mut waited) = (Instant::now(), Duration::ZERO);
+    let shaking = shake(context, locals, tls, stream, from, &mut waited);
+    let session = match tokio::time::timeout(HANDSHAKE_TIMEOUT, shaking).await {
+        Ok(Ok(session)) => session,
+        // It did not come to anything, and says nothing about how long one takes.
+        Ok(Err(displaced)) => return Err(displaced.into()),
+        Err(_) => Err(SessionError::TimedOut),
     };
-    let started = Instant::now();
-    let accepting = session::accept(
-        stream,
-        tls,
-        context.trust.load(),
-        context.records_per_key,
-        |name| async move {
-            locals.wait_for_certificate(name.as_deref()).await;
-            locals.names.find(&name?)?.load()
-        },
-    );
-    let session = tokio::time::timeout(HANDSHAKE_TIMEOUT, accepting)
-        .await
-        .unwrap_or(Err(SessionError::TimedOut));
+    context.metrics.observe_handshake_wait(waited);
     context.metrics.observe_handshake(
         Side::Destination,
         Handshake::from(&session),
-        started.elapsed(),
+        started.elapsed().saturating_sub(waited),
     );
     session
+}
+
+/// Shakes hands, unless the connection has to give way to others before that is over.
+async fn shake(
+    context: &Context,
+    locals: &Locals,
+    tls: Arc<ServerConfig>,
+    mut stream: TcpStream,
+    from: SocketAddr,
+    waited: &mut Duration,
+) -> Result<Result<Box<Session>, SessionError>, RateLimited> {
+    let mut admission = context.handshakes.enter(from.ip());
+    let greeting = match admission.unless_displaced(session::greeting(&mut stream)).await? {
+        Ok(greeting) => greeting,
+        Err(error) => return Ok(Err(error)),
+    };
+    admission.heard(greeting.token.as_ref(), hauberk_tls::now());
+    let turns = admission.turns(waited);
+    let accepting = async {
+        let name = greeting.server_name.as_deref();
+        locals.wait_for_certificate(name).await;
+        let own = name.and_then(|name| locals.names.find(name)?.load());
+        let trust = context.trust.load();
+        let records_per_key = context.records_per_key;
+        session::accept(stream, greeting, tls, own, trust, records_per_key, turns).await
+    };
+    admission.unless_displaced(accepting).await
 }
 
 /// The caller's real address as its agent tells it, if the directory has that address for this

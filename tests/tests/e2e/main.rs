@@ -15,6 +15,7 @@ mod clock;
 mod command;
 mod control_plane;
 mod demo;
+mod floods;
 mod handover;
 mod hosts;
 mod identity;
@@ -59,6 +60,7 @@ fn main() -> std::process::ExitCode {
         relay::trials(),
         policy::trials(),
         attacks::trials(),
+        floods::trials(),
         capture::trials(),
         identity::trials(),
         restart::trials(),
