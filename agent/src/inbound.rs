@@ -1,23 +1,17 @@
 //! One incoming connection: over the mesh, where it is proven and decided, or in clear, where it is
 //! refused.
 
-use std::{
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+mod handshake;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use hauberk_core::{
     policy::{Denial, Reason},
     session::{Event, Open, Refusal, RefusalCause},
 };
 use hauberk_linux::{owner, socket::reset_on_close};
-use hauberk_telemetry::{
-    Side,
-    metrics::{Direction, Outcome as Handshake},
-    record::Path,
-};
-use hauberk_tls::limiter::{Caller, RateLimited};
+use hauberk_telemetry::{Side, metrics::Direction, record::Path};
+use hauberk_tls::limiter::{Caller, Share};
 use rustls::ServerConfig;
 use tokio::net::TcpStream;
 
@@ -31,8 +25,9 @@ use crate::{
     policy::{Found, Snapshot},
     relay::{Application, Relay},
     report::Report,
-    session::{self, HANDSHAKE_TIMEOUT, ProofRefused, Session, SessionError},
+    session::{ProofRefused, Session, SessionError},
 };
+use handshake::handshake;
 
 /// A session on which no stream comes for this long is closed. Longer than the caller's agent keeps
 /// one, so that this side's end only meets those that forgot theirs.
@@ -42,8 +37,8 @@ pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 /// that has been idle for longest of the identity with most, at the node with most.
 pub(crate) const MAX_IDLE: usize = 8_192;
 
-/// Those of one identity of one node. An honest agent keeps half as many for one of its workloads and one of ours.
-pub(crate) const MAX_IDLE_OF_IDENTITY: usize = 512;
+/// Those of one identity of one node. An honest agent keeps 256 for one of its workloads and one of ours.
+pub(crate) const MAX_IDLE_OF_IDENTITY: usize = 1_024;
 
 /// How often an idle session is held against what is current.
 const IDLE_LOOK: Duration = Duration::from_secs(5);
@@ -56,8 +51,9 @@ pub(crate) async fn serve_mesh(
     stream: TcpStream,
     from: SocketAddr,
 ) {
-    let mut session = match Box::pin(handshake(context, locals, tls, stream, from)).await {
-        Ok(session) => session,
+    let shaken = Box::pin(handshake(context, locals, tls, stream, from)).await;
+    let (mut session, caller) = match shaken {
+        Ok(shaken) => shaken,
         Err(error) => {
             let (reason, detail) = match &error {
                 SessionError::Refused(failure) => (failure.reason, failure.detail.clone()),
@@ -72,8 +68,6 @@ pub(crate) async fn serve_mesh(
             return;
         }
     };
-    let caller = caller_of(context, &session, from);
-    context.handshakes.remember(session.token(), &caller, hauberk_tls::now());
     let mut last = None;
     loop {
         // In boxes of their own: an open stream has no room for the wait for it, nor the other way round.
@@ -100,21 +94,13 @@ pub(crate) async fn serve_mesh(
                 return;
             }
         };
-        let over = match Box::pin(admit(context, locals, session, from, open)).await {
+        let over = match Box::pin(admit(context, locals, session, &caller, from, open)).await {
             Admitted::Stream(stream) => Box::pin(stream.carry()).await,
             Admitted::Not(session) => session.map(|session| (session, None)),
         };
         let Some((again, asked)) = over else { return };
         (session, last) = (again, asked);
     }
-}
-
-/// Whose room a session takes.
-fn caller_of(context: &Context, session: &Session, from: SocketAddr) -> Arc<Caller> {
-    let (snapshot, id) = (context.snapshot(), session.peer().id());
-    // A certificate that is used elsewhere than at home takes none of the room of its node.
-    let node = snapshot.node_of(id, from.ip()).cloned();
-    Arc::new(Caller::proven(id.clone(), node, from.ip()))
 }
 
 /// The caller's agent broke the protocol between streams.
@@ -213,12 +199,13 @@ pub(crate) struct Stream<'a> {
     report: Report<'a>,
     relay: Box<Relay>,
     forward: Forward<'a>,
+    _share: Share,
 }
 
 impl Stream<'_> {
     /// To its end. The session and what was asked on it, if another stream may come on it.
     pub(crate) async fn carry(self: Box<Self>) -> Option<(Box<Session>, Option<Asked>)> {
-        let Self { mut report, relay, mut forward } = *self;
+        let Self { mut report, relay, mut forward, _share } = *self;
         match forward.run(relay, &mut report).await {
             Outcome::Over(session) => Some((session?, Some(forward.permit.asked()))),
             // Only a destination takes no streams, and that is us.
@@ -232,6 +219,7 @@ async fn admit<'a>(
     context: &'a Arc<Context>,
     locals: &Locals,
     mut session: Box<Session>,
+    caller: &Arc<Caller>,
     from: SocketAddr,
     open: Box<Open>,
 ) -> Admitted<'a> {
@@ -245,8 +233,8 @@ async fn admit<'a>(
     let claimed = canonical(open.source_address);
     let client = caller_address(&snapshot, &session, claimed, from);
     report.addresses(client, wanted);
-    let caller = snapshot.by_identity(session.peer().id(), Some(client.ip()));
-    report.source(session.peer().id(), caller);
+    let workload = snapshot.by_identity(session.peer().id(), Some(client.ip()));
+    report.source(session.peer().id(), workload);
 
     let local = match find_local(&snapshot, locals, &session, wanted, from) {
         Ok(local) => local,
@@ -259,6 +247,11 @@ async fn admit<'a>(
     let permit = match checked {
         Ok(permit) => permit,
         Err(denial) => return refuse(session, turn, &denial, &mut report).await,
+    };
+    let Some(share) = locals.streams.take(caller) else {
+        let mend = format!("{caller} has too many connections open here; let it close some");
+        let denial = without_policy(Reason::RateLimited, mend);
+        return refuse(session, turn, &denial, &mut report).await;
     };
     let counters = report.permitted(&permit);
     let dialled = local.place.dial_as(client, wanted, &mut turn).await;
@@ -293,58 +286,7 @@ async fn admit<'a>(
     relay.hold_answer();
     report.opened(Path::Mtls);
     let forward = Forward::new(context, local, permit, snapshots);
-    Admitted::Stream(Box::new(Stream { report, relay, forward }))
-}
-
-async fn handshake(
-    context: &Context,
-    locals: &Locals,
-    tls: Arc<ServerConfig>,
-    stream: TcpStream,
-    from: SocketAddr,
-) -> Result<Box<Session>, SessionError> {
-    let (started, mut waited) = (Instant::now(), Duration::ZERO);
-    let shaking = shake(context, locals, tls, stream, from, &mut waited);
-    let session = match tokio::time::timeout(HANDSHAKE_TIMEOUT, shaking).await {
-        Ok(Ok(session)) => session,
-        // It did not come to anything, and says nothing about how long one takes.
-        Ok(Err(displaced)) => return Err(displaced.into()),
-        Err(_) => Err(SessionError::TimedOut),
-    };
-    context.metrics.observe_handshake_wait(waited);
-    context.metrics.observe_handshake(
-        Side::Destination,
-        Handshake::from(&session),
-        started.elapsed().saturating_sub(waited),
-    );
-    session
-}
-
-/// Shakes hands, unless the connection has to give way to others before that is over.
-async fn shake(
-    context: &Context,
-    locals: &Locals,
-    tls: Arc<ServerConfig>,
-    mut stream: TcpStream,
-    from: SocketAddr,
-    waited: &mut Duration,
-) -> Result<Result<Box<Session>, SessionError>, RateLimited> {
-    let mut admission = context.handshakes.enter(from.ip());
-    let greeting = match admission.unless_displaced(session::greeting(&mut stream)).await? {
-        Ok(greeting) => greeting,
-        Err(error) => return Ok(Err(error)),
-    };
-    admission.heard(greeting.token.as_ref(), hauberk_tls::now());
-    let turns = admission.turns(waited);
-    let accepting = async {
-        let name = greeting.server_name.as_deref();
-        locals.wait_for_certificate(name).await;
-        let own = name.and_then(|name| locals.names.find(name)?.load());
-        let trust = context.trust.load();
-        let records_per_key = context.records_per_key;
-        session::accept(stream, greeting, tls, own, trust, records_per_key, turns).await
-    };
-    admission.unless_displaced(accepting).await
+    Admitted::Stream(Box::new(Stream { report, relay, forward, _share: share }))
 }
 
 /// The caller's real address as its agent tells it, if the directory has that address for this

@@ -13,6 +13,7 @@
 
 mod known;
 mod room;
+mod shares;
 mod turns;
 
 use std::{
@@ -30,6 +31,7 @@ use hauberk_core::{
 use self::{known::KnownCallers, turns::Turns};
 pub use self::{
     room::{FairRoom, Slot},
+    shares::{Share, Shares},
     turns::{CallerTurns, Turn},
 };
 use crate::channel::CallerToken;

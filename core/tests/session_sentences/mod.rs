@@ -458,10 +458,17 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
         ],
     ),
     (
-        "| idle sessions of all callers at a destination, of one identity of one node | 8,192 and 512; above it, the oldest of whoever has most is closed |",
+        "| idle sessions of all callers at a destination, of one identity of one node | 8,192 and 1,024; above it, the oldest of whoever has most is closed |",
         &[
             Proof::Source("agent", "MAX_IDLE: usize = 8_192;"),
             Proof::Test("the_idle_sessions_of_one_identity_take_no_room_of_anothers"),
+        ],
+    ),
+    (
+        "| streams of all callers to one workload or host, of one identity of one node | 24,576, two thirds of it; a stream more is refused with `rate_limited` |",
+        &[
+            Proof::Source("agent", "MAX_STREAMS: usize = 24_576;"),
+            Proof::Test("whoever_takes_all_it_gets_leaves_some_for_others"),
         ],
     ),
     (
