@@ -40,7 +40,7 @@ use crate::channel::CallerToken;
 /// no time at all, however fast a flood displaces the oldest.
 const SILENT: usize = 4_096;
 
-/// Unfinished handshakes, some 20 kB each. A flood of 5,000 a second, which is more than a core answers, leaves a
+/// Unfinished handshakes, some 20 kB each. A flood of 5,000 a second, which is more than a processor answers, leaves a
 /// caller of the same address 0.4 s for its round trip.
 const UNFINISHED: usize = 2_048;
 

@@ -199,7 +199,6 @@ fn failing_handshakes_without_end_from_an_agents_own_address_keep_out_nobody() -
     connections_come_through(&mesh, to)?;
     hellos.wait_for(&mesh, before.0 + 1)?;
     strangers.wait_for(&mesh, before.1 + 1)?;
-    println!("{} hellos", hellos.tries.load(Ordering::Relaxed) - before.0);
     hellos.stop()?;
     strangers.stop()?;
     end(session)

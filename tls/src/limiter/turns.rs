@@ -14,8 +14,13 @@ use tokio::sync::oneshot;
 
 use super::{Caller, Origin};
 
-/// Steps at once. Each is some 200 µs of work on one of a few threads.
-const AT_ONCE: usize = 16;
+/// Steps at once, where there are fewer processors. Each is some 300 µs of work.
+const AT_LEAST: usize = 2;
+
+/// Steps at once. With more of them than processors, everything else would wait behind them.
+fn at_once() -> usize {
+    std::thread::available_parallelism().map_or(AT_LEAST, usize::from).max(AT_LEAST)
+}
 
 /// Who works, and who waits for it.
 #[derive(Debug)]
@@ -71,6 +76,9 @@ impl CallerTurns<'_> {
         // The sender does not go without a turn.
         let turn = given.await.unwrap_or(Turn(None));
         drop(waiting);
+        // Behind everything else that waits for a thread: under a flood it is accepting connections that must not
+        // wait, or the kernel's queue is full, in which all callers are one.
+        tokio::task::yield_now().await;
         *self.waited += started.elapsed();
         turn
     }
@@ -84,7 +92,7 @@ enum Asked {
 impl Turns {
     pub(super) fn new() -> Arc<Self> {
         let waiting = RoundRobin::default();
-        Arc::new(Self(Mutex::new(State { free: AT_ONCE, next: 0, waiting })))
+        Arc::new(Self(Mutex::new(State { free: at_once(), next: 0, waiting })))
     }
 
     /// The turns of this caller. What it has to wait for them is added to `waited`.
@@ -217,7 +225,7 @@ mod tests {
     async fn all_taken(turns: &Arc<Turns>) -> Vec<Turn> {
         let caller = Arc::new(Caller::at("10.0.0.1".parse().unwrap()));
         let (mut held, mut waited) = (Vec::new(), Duration::ZERO);
-        for _ in 0..AT_ONCE {
+        for _ in 0..at_once() {
             held.push(turns.of(caller.clone(), &mut waited).turn().await);
         }
         assert_eq!(waited, Duration::ZERO);
@@ -256,7 +264,7 @@ mod tests {
         }
         drop(held);
         let state = turns.lock();
-        assert!(state.free == AT_ONCE && state.waiting.all.is_empty());
+        assert!(state.free == at_once() && state.waiting.all.is_empty());
         names
     }
 
@@ -289,6 +297,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn whoever_had_to_wait_goes_behind_what_is_ready() {
+        let turns = Turns::new();
+        let mut held = all_taken(&turns).await;
+        let (told, mut order) = tokio::sync::mpsc::unbounded_channel();
+        let (waiting, tells) = (turns.clone(), told.clone());
+        tokio::spawn(async move {
+            let mut waited = Duration::ZERO;
+            let _turn = waiting.of(of("a", "web"), &mut waited).turn().await;
+            tells.send("a handshake").unwrap();
+        });
+        tokio::task::yield_now().await;
+        held.pop();
+        tokio::spawn(async move { told.send("something else").unwrap() });
+        assert_eq!(order.recv().await, Some("something else"));
+        assert_eq!(order.recv().await, Some("a handshake"));
+    }
+
+    #[tokio::test]
     async fn who_waits_no_more_takes_no_turn() {
         let turns = Turns::new();
         let mut held = all_taken(&turns).await;
@@ -301,7 +327,7 @@ mod tests {
         }
         assert!(turns.lock().waiting.all.is_empty());
         held.clear();
-        assert_eq!(turns.lock().free, AT_ONCE);
+        assert_eq!(turns.lock().free, at_once());
     }
 
     #[tokio::test]
@@ -316,8 +342,8 @@ mod tests {
         assert!(first.await.is_pending());
         // It is given one, and never looks.
         held.clear();
-        assert_eq!(turns.lock().free, AT_ONCE - 1);
+        assert_eq!(turns.lock().free, at_once() - 1);
         drop(asked);
-        assert_eq!(turns.lock().free, AT_ONCE);
+        assert_eq!(turns.lock().free, at_once());
     }
 }
