@@ -74,7 +74,7 @@ pub(crate) fn flood(
 }
 
 /// All connections of the agent come through, each on a session of its own, as all stay open.
-fn connections_come_through(mesh: &Mesh, to: SocketAddr) -> anyhow::Result<()> {
+fn connections_come_through(mesh: &Mesh, to: SocketAddr, within: Duration) -> anyhow::Result<()> {
     let started = Instant::now();
     let clients: Vec<TcpStream> = (1..=CONNECTIONS)
         .map(|number| {
@@ -83,7 +83,7 @@ fn connections_come_through(mesh: &Mesh, to: SocketAddr) -> anyhow::Result<()> {
         })
         .collect::<anyhow::Result<_>>()?;
     let took = started.elapsed();
-    ensure!(took < BEFORE_THE_FLOOD_ENDS, "they took {took:?}: they waited for the flood");
+    ensure!(took < within, "they took {took:?}: they waited for the flood");
     clients.into_iter().try_for_each(end)
 }
 
@@ -103,7 +103,7 @@ fn silent_connections_from_an_agents_own_address_keep_out_nobody() -> anyhow::Re
     let mesh = Mesh::start()?;
     let to = echoing(&mesh, 8080)?;
     let flood = flood(&mesh, "checkout", mesh.ledger(15_008), 5_000, &[0x16, 0x03, 0x01, 0x02])?;
-    connections_come_through(&mesh, to)?;
+    connections_come_through(&mesh, to, BEFORE_THE_FLOOD_ENDS)?;
     drop(flood);
     some_had_to_give_way(&mesh, "before its handshake began")
 }
@@ -112,7 +112,7 @@ fn unfinished_handshakes_from_an_agents_own_address_keep_out_nobody() -> anyhow:
     let mesh = Mesh::start()?;
     let to = echoing(&mesh, 8080)?;
     let flood = unfinished(&mesh, "checkout")?;
-    connections_come_through(&mesh, to)?;
+    connections_come_through(&mesh, to, BEFORE_THE_FLOOD_ENDS)?;
     drop(flood);
     some_had_to_give_way(&mesh, "in its handshake")
 }
@@ -150,7 +150,7 @@ impl Attack {
     }
 
     fn wait_for(&self, mesh: &Mesh, tries: u32) -> anyhow::Result<()> {
-        mesh.wait("the attack", Duration::from_secs(20), |_| {
+        mesh.wait("the attack", Duration::from_secs(60), |_| {
             let done = self.tries.load(Ordering::Relaxed);
             ensure!(done >= tries, "{done} tries of {tries}");
             Ok(())
@@ -173,8 +173,9 @@ fn failing_handshakes_without_end_from_an_agents_own_address_keep_out_nobody() -
     let hello = client_hello()?;
     let mut held = VecDeque::new();
     let hellos = Attack::start(&mesh, move |mut stream| {
-        // It may have had to give way already.
-        drop(stream.write_all(&hello));
+        // It may have had to give way already. Not sooner than it is answered: a flood that is faster than connections
+        // are accepted fills the kernel's queue, where all callers are one.
+        drop(stream.write_all(&hello).and_then(|()| stream.read(&mut [0])));
         held.push_back(stream);
         if held.len() > 3_000 {
             held.pop_front();
@@ -193,10 +194,10 @@ fn failing_handshakes_without_end_from_an_agents_own_address_keep_out_nobody() -
         }
         Ok(())
     })?;
-    hellos.wait_for(&mesh, 2_500)?;
+    hellos.wait_for(&mesh, 2_100)?;
     strangers.wait_for(&mesh, 20)?;
     let before = (hellos.tries.load(Ordering::Relaxed), strangers.tries.load(Ordering::Relaxed));
-    connections_come_through(&mesh, to)?;
+    connections_come_through(&mesh, to, Duration::from_secs(30))?;
     hellos.wait_for(&mesh, before.0 + 1)?;
     strangers.wait_for(&mesh, before.1 + 1)?;
     hellos.stop()?;
