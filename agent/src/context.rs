@@ -15,14 +15,23 @@ use arc_swap::ArcSwap;
 use hauberk_core::policy::resolve::MeshWorkload;
 use hauberk_linux::{NetnsWorker, socket};
 use hauberk_telemetry::{RecordSink, metrics::AgentMetrics};
-use hauberk_tls::{TrustSlot, turns::Handshakes};
+use hauberk_tls::{
+    TrustSlot,
+    limiter::{FairRoom, HandshakeLimiter},
+};
 use nix::libc;
 use tokio::{net::TcpStream, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::LocalEdges, edges::Edges, identity::LocalIdentity, policy::Snapshot, pool::Pool,
-    published::PublishedPorts, services::Balancer,
+    config::LocalEdges,
+    edges::Edges,
+    identity::LocalIdentity,
+    inbound::{MAX_IDLE, MAX_IDLE_OF_IDENTITY},
+    policy::Snapshot,
+    pool::Pool,
+    published::PublishedPorts,
+    services::Balancer,
 };
 
 /// A connection that comes before the agent can decide waits this long, rather than being refused.
@@ -44,7 +53,10 @@ pub(crate) struct Context {
     pub(crate) edges: Arc<Edges>,
     /// Records that are sent under one key, if that is less than TLS allows.
     pub(crate) records_per_key: u64,
-    pub(crate) handshakes: Arc<Handshakes>,
+    /// Incoming handshakes of all places.
+    pub(crate) handshakes: Arc<HandshakeLimiter>,
+    /// Incoming sessions that wait for their next stream.
+    pub(crate) idle: Arc<FairRoom>,
     /// Which backends of services get this node's connections.
     pub(crate) balancer: Arc<Balancer>,
     /// The captured workloads of this node by their keys, for `verified-local`; none under `mtls`.
@@ -83,7 +95,8 @@ impl Context {
             records,
             edges: Arc::new(Edges::new(SystemTime::now().into())),
             records_per_key,
-            handshakes: Arc::default(),
+            handshakes: HandshakeLimiter::new(),
+            idle: FairRoom::new(MAX_IDLE, MAX_IDLE_OF_IDENTITY),
             balancer: Arc::default(),
             neighbours: match local_edges {
                 LocalEdges::Mtls => None,
@@ -112,6 +125,11 @@ impl Context {
         let mut snapshots = self.snapshots.clone();
         snapshots.mark_unchanged();
         snapshots
+    }
+
+    /// What is enforced now.
+    pub(crate) fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshots.borrow().clone()
     }
 
     /// Subscribes first, so that no change slips in between a decision and its watching; then waits

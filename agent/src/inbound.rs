@@ -1,23 +1,17 @@
 //! One incoming connection: over the mesh, where it is proven and decided, or in clear, where it is
 //! refused.
 
-use std::{
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+mod handshake;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use hauberk_core::{
     policy::{Denial, Reason},
     session::{Event, Open, Refusal, RefusalCause},
 };
 use hauberk_linux::{owner, socket::reset_on_close};
-use hauberk_telemetry::{
-    Side,
-    metrics::{Direction, Outcome as Handshake},
-    record::Path,
-};
-use hauberk_tls::HandshakeFailure;
+use hauberk_telemetry::{Side, metrics::Direction, record::Path};
+use hauberk_tls::limiter::{Caller, Share};
 use rustls::ServerConfig;
 use tokio::net::TcpStream;
 
@@ -30,16 +24,20 @@ use crate::{
     policy::{Found, Snapshot},
     relay::{Application, Relay},
     report::Report,
-    session::{self, HANDSHAKE_TIMEOUT, ProofRefused, Session, SessionError},
+    session::{ProofRefused, Session, SessionError},
 };
+use handshake::handshake;
 
 /// A session on which no stream comes for this long is closed. Longer than the caller's agent keeps
 /// one, so that this side's end only meets those that forgot theirs.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// Idle sessions of all callers together, so that they leave files for everything else. Above it a session
-/// carries the stream it was made for and is closed.
-const MAX_IDLE: usize = 8_192;
+/// Idle sessions of all callers together, so that they leave files for everything else. Above it, the one is closed
+/// that has been idle for longest of the identity with most, at the node with most.
+pub(crate) const MAX_IDLE: usize = 8_192;
+
+/// Those of one identity of one node. An honest agent keeps 256 for one of its workloads and one of ours.
+pub(crate) const MAX_IDLE_OF_IDENTITY: usize = 1_024;
 
 /// How often an idle session is held against what is current.
 const IDLE_LOOK: Duration = Duration::from_secs(5);
@@ -52,8 +50,9 @@ pub(crate) async fn serve_mesh(
     stream: TcpStream,
     from: SocketAddr,
 ) {
-    let mut session = match Box::pin(handshake(context, locals, tls, stream, from)).await {
-        Ok(session) => session,
+    let shaken = Box::pin(handshake(context, locals, tls, stream, from)).await;
+    let (mut session, caller) = match shaken {
+        Ok(shaken) => shaken,
         Err(error) => {
             let (reason, detail) = match &error {
                 SessionError::Refused(failure) => (failure.reason, failure.detail.clone()),
@@ -71,7 +70,8 @@ pub(crate) async fn serve_mesh(
     let mut last = None;
     loop {
         // In boxes of their own: an open stream has no room for the wait for it, nor the other way round.
-        let next = Box::pin(next_stream(context, locals, &mut session, last.as_ref())).await;
+        let next = next_stream(context, locals, &mut session, &caller, last.as_ref());
+        let next = Box::pin(next).await;
         let open = match next {
             Next::Stream(open) => open,
             Next::Leave => {
@@ -93,7 +93,7 @@ pub(crate) async fn serve_mesh(
                 return;
             }
         };
-        let over = match Box::pin(admit(context, locals, session, from, open)).await {
+        let over = match Box::pin(admit(context, locals, session, &caller, from, open)).await {
             Admitted::Stream(stream) => Box::pin(stream.carry()).await,
             Admitted::Not(session) => session.map(|session| (session, None)),
         };
@@ -131,12 +131,11 @@ async fn next_stream(
     context: &Context,
     locals: &Locals,
     session: &mut Session,
+    caller: &Arc<Caller>,
     last: Option<&Asked>,
 ) -> Next {
     let _counted = context.metrics.session_idle(Direction::Inbound);
-    if context.metrics.idle_sessions(Direction::Inbound) > MAX_IDLE {
-        return Next::Leave;
-    }
+    let mut slot = context.idle.enter(caller.clone());
     let mut snapshots = context.subscribe();
     let own = session.server_name().and_then(|name| locals.names.find(name));
     let idle = tokio::time::sleep(IDLE_TIMEOUT);
@@ -157,6 +156,7 @@ async fn next_stream(
             event = std::future::poll_fn(|cx| session.poll_event(cx)) => event,
             () = context.stopping.cancelled() => return Next::Leave,
             () = &mut idle => return Next::Leave,
+            () = slot.displaced() => return Next::Leave,
             () = tokio::time::sleep(look) => continue,
             changed = snapshots.changed() => {
                 let snapshot = snapshots.borrow_and_update().clone();
@@ -198,12 +198,13 @@ pub(crate) struct Stream<'a> {
     report: Report<'a>,
     relay: Box<Relay>,
     forward: Forward<'a>,
+    _share: Share,
 }
 
 impl Stream<'_> {
     /// To its end. The session and what was asked on it, if another stream may come on it.
     pub(crate) async fn carry(self: Box<Self>) -> Option<(Box<Session>, Option<Asked>)> {
-        let Self { mut report, relay, mut forward } = *self;
+        let Self { mut report, relay, mut forward, _share } = *self;
         match forward.run(relay, &mut report).await {
             Outcome::Over(session) => Some((session?, Some(forward.permit.asked()))),
             // Only a destination takes no streams, and that is us.
@@ -217,6 +218,7 @@ async fn admit<'a>(
     context: &'a Arc<Context>,
     locals: &Locals,
     mut session: Box<Session>,
+    caller: &Arc<Caller>,
     from: SocketAddr,
     open: Box<Open>,
 ) -> Admitted<'a> {
@@ -229,8 +231,8 @@ async fn admit<'a>(
     let claimed = canonical(open.source_address);
     let client = caller_address(&snapshot, &session, claimed, from);
     report.addresses(client, wanted);
-    let caller = snapshot.by_identity(session.peer().id(), Some(client.ip()));
-    report.source(session.peer().id(), caller);
+    let workload = snapshot.by_identity(session.peer().id(), Some(client.ip()));
+    report.source(session.peer().id(), workload);
 
     let local = match find_local(&snapshot, locals, &session, wanted, from) {
         Ok(local) => local,
@@ -243,6 +245,11 @@ async fn admit<'a>(
     let permit = match checked {
         Ok(permit) => permit,
         Err(denial) => return refuse(session, &denial, &mut report).await,
+    };
+    let Some(share) = locals.streams.take(caller) else {
+        let mend = format!("{caller} has too many connections open here; let it close some");
+        let denial = without_policy(Reason::RateLimited, mend);
+        return refuse(session, &denial, &mut report).await;
     };
     let counters = report.permitted(&permit);
     let dialled = local.place.dial_as(client, wanted).await;
@@ -269,47 +276,7 @@ async fn admit<'a>(
     let relay = Relay::new(Application::connected(application), session, counters);
     report.opened(Path::Mtls);
     let forward = Forward::new(context, local, permit, snapshots);
-    Admitted::Stream(Box::new(Stream { report, relay, forward }))
-}
-
-async fn handshake(
-    context: &Context,
-    locals: &Locals,
-    tls: Arc<ServerConfig>,
-    stream: TcpStream,
-    from: SocketAddr,
-) -> Result<Box<Session>, SessionError> {
-    let waiting = Instant::now();
-    // Held through the handshake only.
-    let turn = context.handshakes.turn(from.ip(), HANDSHAKE_TIMEOUT).await;
-    context.metrics.observe_handshake_wait(waiting.elapsed());
-    let Ok(_turn) = turn else {
-        return Err(SessionError::Refused(HandshakeFailure {
-            reason: Reason::RateLimited,
-            by_peer: false,
-            detail: format!("too many handshakes of {} wait already", from.ip()),
-        }));
-    };
-    let started = Instant::now();
-    let accepting = session::accept(
-        stream,
-        tls,
-        context.trust.load(),
-        context.records_per_key,
-        |name| async move {
-            locals.wait_for_certificate(name.as_deref()).await;
-            locals.names.find(&name?)?.load()
-        },
-    );
-    let session = tokio::time::timeout(HANDSHAKE_TIMEOUT, accepting)
-        .await
-        .unwrap_or(Err(SessionError::TimedOut));
-    context.metrics.observe_handshake(
-        Side::Destination,
-        Handshake::from(&session),
-        started.elapsed(),
-    );
-    session
+    Admitted::Stream(Box::new(Stream { report, relay, forward, _share: share }))
 }
 
 /// The caller's real address as its agent tells it, if the directory has that address for this

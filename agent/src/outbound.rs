@@ -11,6 +11,7 @@ use hauberk_telemetry::{
     Side,
     metrics::{Direction, Outcome as Handshake, SessionKind},
 };
+use hauberk_tls::with_caller_token;
 use rustls_pki_types::ServerName;
 use tokio::{net::TcpStream, sync::watch};
 
@@ -323,10 +324,14 @@ async fn connect(
     let stream = local.place.dial(edge.agent).await?;
     let name = ServerName::try_from(edge.destination.server_name())
         .map_err(|error| SessionError::Io(std::io::Error::other(error)))?;
+    let config = match local.pool.token(edge) {
+        Some(token) => with_caller_token(&local.identity.client_tls, token),
+        None => local.identity.client_tls.clone(),
+    };
     let started = Instant::now();
     let handshake = session::connect(
         stream,
-        local.identity.client_tls.clone(),
+        config,
         name,
         local.identity.slot.load(),
         context.trust.load(),
@@ -336,6 +341,9 @@ async fn connect(
         .await
         .unwrap_or(Err(SessionError::TimedOut));
     context.metrics.observe_handshake(Side::Source, Handshake::from(&session), started.elapsed());
+    if let Ok(session) = &session {
+        local.pool.put_token(edge, session.token());
+    }
     session
 }
 

@@ -14,7 +14,7 @@ use std::{
 
 use hauberk_core::identity::SpiffeId;
 use hauberk_telemetry::metrics::{AgentMetrics, Direction, IdleSession};
-use hauberk_tls::{CredentialSlot, TrustSlot};
+use hauberk_tls::{CredentialSlot, TrustSlot, channel::CallerToken};
 
 use crate::session::Session;
 
@@ -33,6 +33,12 @@ const WARM_PAUSE: Duration = Duration::from_secs(10);
 
 /// A session is not used for new streams after this long, so that load spreads anew.
 const MAX_AGE: Duration = Duration::from_secs(600);
+
+/// How long after a session was made its token is told to the destination, which keeps it for as long.
+const TOKEN_LIFETIME: Duration = Duration::from_secs(3_600);
+
+/// Tokens of one workload: as many as it has edges in use.
+const MAX_TOKENS: usize = 1_024;
 
 /// To whom a session leads.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -53,6 +59,8 @@ pub(crate) struct Pool {
 #[derive(Default)]
 struct State {
     edges: HashMap<Edge, OfEdge>,
+    /// Those of the newest sessions, and when these were made.
+    tokens: HashMap<Edge, (CallerToken, Instant)>,
     /// The workload has changed or is gone: nothing is kept any more.
     retired: bool,
 }
@@ -126,6 +134,21 @@ impl Pool {
         Taken { session, warm }
     }
 
+    /// What makes the destination's agent know who calls before the handshake is over, if there was a session before.
+    pub(crate) fn token(&self, edge: &Edge) -> Option<CallerToken> {
+        let state = self.lock();
+        let (token, made) = state.tokens.get(edge)?;
+        (made.elapsed() < TOKEN_LIFETIME).then_some(*token)
+    }
+
+    /// Keeps the token of a new session for the next one.
+    pub(crate) fn put_token(&self, edge: &Edge, token: CallerToken) {
+        let mut state = self.lock();
+        if state.tokens.len() < MAX_TOKENS || state.tokens.contains_key(edge) {
+            state.tokens.insert(edge.clone(), (token, Instant::now()));
+        }
+    }
+
     /// Takes a session back after a stream to this port. Closes it if it is not fit for another
     /// stream, or there are enough.
     pub(crate) fn put(&self, edge: &Edge, session: Box<Session>, port: u16) {
@@ -182,7 +205,9 @@ impl Pool {
     pub(crate) fn sweep(&self, allows: impl Fn(&Edge, u16) -> bool) {
         let (own, trust, now) = (self.own.load(), self.trust.load(), hauberk_tls::now());
         let mut old = Vec::new();
-        self.lock().edges.retain(|edge, of_edge| {
+        let mut state = self.lock();
+        state.tokens.retain(|_, (_, made)| made.elapsed() < TOKEN_LIFETIME);
+        state.edges.retain(|edge, of_edge| {
             for idle in std::mem::take(&mut of_edge.idle) {
                 let stays = idle.since.elapsed() < MAX_IDLE
                     && idle.session.made().elapsed() < MAX_AGE
@@ -198,6 +223,7 @@ impl Pool {
             let pausing = of_edge.warm_after.is_some_and(|after| Instant::now() < after);
             !of_edge.idle.is_empty() || of_edge.warming || pausing
         });
+        drop(state);
         old.into_iter().for_each(Session::close_idle);
     }
 

@@ -31,15 +31,17 @@ use hauberk_linux::socket::{self, reset_on_close};
 use hauberk_telemetry::record::TlsInfo;
 use hauberk_tls::{
     Credential, HandshakeFailure, TrustBundle,
-    channel::{Channel, MAX_PLAINTEXT, Opened},
-    failure_of, prove, reason_of, verify_proof,
+    channel::{CallerToken, Channel, MAX_PLAINTEXT, Opened},
+    failure_of,
+    limiter::RateLimited,
+    prove, reason_of, verify_proof,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
 
-pub(crate) use handshake::{HANDSHAKE_TIMEOUT, accept, connect};
+pub(crate) use handshake::{HANDSHAKE_TIMEOUT, accept, connect, greeting};
 pub(crate) use scratch::{RECORD, SLOTS, Scratch, with_scratch};
 
 /// How long the answer to an open frame may take: the destination dials its application in this
@@ -84,6 +86,7 @@ pub(crate) struct Session {
 struct Facts {
     peer: VerifiedSvid,
     binding: [u8; 32],
+    token: CallerToken,
     is_source: bool,
     tls: Arc<TlsInfo>,
     /// The name the caller asked for; at the destination only.
@@ -147,6 +150,13 @@ impl From<rustls::Error> for SessionError {
     }
 }
 
+impl From<RateLimited> for SessionError {
+    fn from(error: RateLimited) -> Self {
+        let (reason, detail) = (Reason::RateLimited, error.to_string());
+        Self::Refused(HandshakeFailure { reason, by_peer: false, detail })
+    }
+}
+
 impl From<FrameError> for SessionError {
     fn from(error: FrameError) -> Self {
         Self::Protocol(error)
@@ -176,6 +186,11 @@ impl Session {
     /// The name that the caller's agent asked for.
     pub(crate) fn server_name(&self) -> Option<&str> {
         self.facts.server_name.as_deref()
+    }
+
+    /// What tells the destination of a later session who called in this one.
+    pub(crate) fn token(&self) -> CallerToken {
+        self.facts.token
     }
 
     /// Whether the peer was shown this certificate in the handshake.

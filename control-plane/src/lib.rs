@@ -9,6 +9,7 @@ mod attest;
 mod ca;
 mod custody;
 mod fleet;
+mod handshake;
 mod issuance;
 mod kubernetes;
 mod policy;

@@ -3,6 +3,7 @@
 use std::{
     future::Future,
     io,
+    net::IpAddr,
     os::unix::fs::PermissionsExt,
     path::Path,
     pin::Pin,
@@ -12,20 +13,24 @@ use std::{
 };
 
 use hauberk_tls::{
-    TrustSlot, lapsed_client_of, peer_of,
-    turns::{Handshakes, Turn},
+    TrustSlot, lapsed_client_of,
+    limiter::{Caller, FairRoom, HandshakeLimiter, Slot},
+    peer_of,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    net::{TcpListener, UnixListener, UnixStream},
     sync::mpsc,
     time::Sleep,
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
-use crate::attest::{Connection, Peer};
+use crate::{
+    attest::{Connection, Peer},
+    handshake::{Shaken, shake},
+};
 
 /// A handshake that takes longer is given up: a silent peer must not hold anything.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,24 +39,54 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// one call.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Connections without a good certificate at once. Above it, the oldest one of the address with most has to go.
+const STRANGERS: usize = 1_024;
+
+/// Connections with a good certificate at once, and those of one node at one address: an agent has a few.
+const CONNECTIONS: usize = 65_536;
+const CONNECTIONS_OF_NODE: usize = 64;
+
 /// A connection of an agent, with who it is.
 pub(crate) struct AgentStream {
-    stream: TlsStream<TcpStream>,
+    stream: Shaken,
     connection: Connection,
-    stranger: Option<Stranger>,
+    stay: Stay,
 }
 
-/// Whoever has not shown a good certificate keeps its turn, and not for long.
-struct Stranger {
-    until: Pin<Box<Sleep>>,
-    _turn: Turn,
+/// For how long a connection may stay.
+struct Stay {
+    slot: Slot,
+    /// Of whoever has not shown a good certificate.
+    until: Option<Pin<Box<Sleep>>>,
 }
 
-impl Stranger {
+impl Stay {
     fn poll(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        match self.until.as_mut().poll(cx) {
-            Poll::Ready(()) => Err(io::ErrorKind::TimedOut.into()),
-            Poll::Pending => Ok(()),
+        let is_over = self.until.as_mut().is_some_and(|until| until.as_mut().poll(cx).is_ready());
+        if is_over || self.slot.poll_displaced(cx).is_ready() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(())
+    }
+}
+
+/// Room for connections after their handshake.
+struct Rooms {
+    nodes: Arc<FairRoom>,
+    strangers: Arc<FairRoom>,
+}
+
+impl Rooms {
+    fn enter(&self, peer: &Peer, address: IpAddr) -> Stay {
+        match peer {
+            Peer::Proven(svid) => {
+                let caller = Caller::proven(svid.id().clone(), None, address);
+                Stay { slot: self.nodes.enter(Arc::new(caller)), until: None }
+            }
+            Peer::Lapsed(_) | Peer::Nobody => Stay {
+                slot: self.strangers.enter(Arc::new(Caller::at(address))),
+                until: Some(Box::pin(tokio::time::sleep(JOIN_TIMEOUT))),
+            },
         }
     }
 }
@@ -74,7 +109,11 @@ pub(crate) fn tls_connections(
 ) -> ReceiverStream<io::Result<AgentStream>> {
     let (sender, receiver) = mpsc::channel(16);
     tokio::spawn(async move {
-        let handshakes: Arc<Handshakes> = Arc::default();
+        let limiter = HandshakeLimiter::new();
+        let rooms = Arc::new(Rooms {
+            nodes: FairRoom::new(CONNECTIONS, CONNECTIONS_OF_NODE),
+            strangers: FairRoom::new(STRANGERS, STRANGERS),
+        });
         loop {
             let (stream, address) = match listener.accept().await {
                 Ok(accepted) => accepted,
@@ -88,48 +127,34 @@ pub(crate) fn tls_connections(
                 return;
             }
             let (sender, acceptor, trust) = (sender.clone(), acceptor.clone(), trust.clone());
-            let handshakes = handshakes.clone();
+            let (limiter, rooms) = (limiter.clone(), rooms.clone());
             tokio::spawn(async move {
-                let turn = match handshakes.turn(address.ip(), HANDSHAKE_TIMEOUT).await {
-                    Ok(turn) => turn,
+                let shaken = shake(&limiter, &acceptor, stream, address, HANDSHAKE_TIMEOUT).await;
+                let stream = match shaken {
+                    Ok(stream) => stream,
                     Err(error) => {
-                        tracing::warn!(addr = %address, %error, "a TLS handshake was not begun");
+                        tracing::warn!(addr = %address, %error, "a TLS handshake failed");
                         return;
                     }
                 };
-                let handshake = async {
-                    stream.set_nodelay(true)?;
-                    acceptor.accept(stream).await
-                };
-                match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await {
-                    Ok(Ok(stream)) => {
-                        let tls = stream.get_ref().1;
-                        let (trust, now) = (trust.load(), hauberk_tls::now());
-                        let peer = match peer_of(tls, &trust, false, now) {
-                            Ok(svid) => Peer::Proven(svid),
-                            Err(_) => lapsed_client_of(tls, &trust, grace, now)
-                                .map_or(Peer::Nobody, Peer::Lapsed),
-                        };
-                        let stranger = match peer {
-                            Peer::Proven(_) => None,
-                            Peer::Lapsed(_) | Peer::Nobody => Some(Stranger {
-                                until: Box::pin(tokio::time::sleep(JOIN_TIMEOUT)),
-                                _turn: turn,
-                            }),
-                        };
-                        let connection = Connection { peer, address };
-                        // The server may be stopping.
-                        drop(sender.send(Ok(AgentStream { stream, connection, stranger })).await);
-                    }
-                    Ok(Err(error)) => {
-                        tracing::warn!(addr = %address, %error, "a TLS handshake failed");
-                    }
-                    Err(_) => tracing::warn!(addr = %address, "a TLS handshake took too long"),
-                }
+                let peer = who_is(&stream, &trust, grace);
+                let stay = rooms.enter(&peer, address.ip());
+                let connection = Connection { peer, address };
+                // The server may be stopping.
+                drop(sender.send(Ok(AgentStream { stream, connection, stay })).await);
             });
         }
     });
     ReceiverStream::new(receiver)
+}
+
+fn who_is(stream: &Shaken, trust: &TrustSlot, grace: Duration) -> Peer {
+    let tls = stream.get_ref().1;
+    let (trust, now) = (trust.load(), hauberk_tls::now());
+    match peer_of(tls, &trust, false, now) {
+        Ok(svid) => Peer::Proven(svid),
+        Err(_) => lapsed_client_of(tls, &trust, grace, now).map_or(Peer::Nobody, Peer::Lapsed),
+    }
 }
 
 impl AsyncRead for AgentStream {
@@ -138,9 +163,7 @@ impl AsyncRead for AgentStream {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if let Some(stranger) = &mut self.stranger {
-            stranger.poll(cx)?;
-        }
+        self.stay.poll(cx)?;
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }

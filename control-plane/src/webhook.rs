@@ -6,7 +6,6 @@
 
 use std::{
     convert::Infallible,
-    io,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -17,7 +16,11 @@ use hauberk_kubernetes::{
     Client, Cluster, ManifestObject, Registration, Review, register, registration,
 };
 use hauberk_telemetry::{ControlPlaneMetrics, metrics};
-use hauberk_tls::{NamedSlot, named_server_config, sha256, signing_request, turns::Handshakes};
+use hauberk_tls::{
+    NamedSlot,
+    limiter::{Caller, FairRoom, HandshakeLimiter},
+    named_server_config, sha256, signing_request,
+};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::{
     Method, Request, Response, StatusCode,
@@ -29,7 +32,7 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     sync::{Semaphore, watch},
 };
 use tokio_rustls::TlsAcceptor;
@@ -38,6 +41,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     api::Shared,
     ca::{Authority, Signer},
+    handshake::shake,
     kubernetes::pem,
     policy::warnings,
 };
@@ -55,8 +59,11 @@ const CERTIFICATE_RENEWAL: Duration = Duration::from_secs(1200);
 /// One question a connection, and who takes longer is none that waits: API servers give up after 2 s.
 const CONNECTION_LIFETIME: Duration = Duration::from_secs(5);
 
-/// Who waits longer for a turn gets none.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// A handshake that takes longer is given up, as the API server gives it up.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Connections at once after their handshake. Above it, the oldest one of the address with most has to go.
+const CONNECTIONS: usize = 1_024;
 
 /// Pause after a failed accept, so that being out of descriptors does not spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
@@ -241,7 +248,7 @@ impl Desk {
         tls: TlsAcceptor,
         stopping: CancellationToken,
     ) {
-        let handshakes: Arc<Handshakes> = Arc::default();
+        let (limiter, open) = (HandshakeLimiter::new(), FairRoom::new(CONNECTIONS, CONNECTIONS));
         loop {
             let accepted = tokio::select! {
                 () = stopping.cancelled() => return,
@@ -255,28 +262,35 @@ impl Desk {
                     continue;
                 }
             };
-            let (desk, tls, handshakes) = (self.clone(), tls.clone(), handshakes.clone());
+            let (desk, tls) = (self.clone(), tls.clone());
+            let (limiter, open) = (limiter.clone(), open.clone());
             tokio::spawn(async move {
-                // Who floods the port is alone in waiting: the API server has another address.
-                let Ok(turn) = handshakes.turn(address.ip(), PATIENCE).await else { return };
-                let served = tokio::time::timeout(CONNECTION_LIFETIME, desk.shake(stream, tls));
-                match served.await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => {
+                let stream = match shake(&limiter, &tls, stream, address, HANDSHAKE_TIMEOUT).await {
+                    Ok(stream) => stream,
+                    Err(error) => {
                         tracing::debug!(addr = %address, %error, "a connection to the webhook failed");
+                        return;
                     }
-                    Err(_) => {
-                        tracing::debug!(addr = %address, "a connection to the webhook took too long");
+                };
+                // Who floods the port is alone in giving way: the API server has another address.
+                let mut slot = open.enter(Arc::new(Caller::at(address.ip())));
+                let served = tokio::time::timeout(CONNECTION_LIFETIME, desk.converse(stream));
+                tokio::select! {
+                    () = slot.displaced() => {
+                        tracing::debug!(addr = %address, "a connection to the webhook gave way to newer ones");
                     }
+                    served = served => match served {
+                        Ok(Ok(())) => {}
+                        Ok(Err(error)) => {
+                            tracing::debug!(addr = %address, %error, "a connection to the webhook failed");
+                        }
+                        Err(_) => {
+                            tracing::debug!(addr = %address, "a connection to the webhook took too long");
+                        }
+                    },
                 }
-                drop(turn);
             });
         }
-    }
-
-    async fn shake(self: Arc<Self>, stream: TcpStream, tls: TlsAcceptor) -> io::Result<()> {
-        let stream = tls.accept(stream).await?;
-        self.converse(stream).await.map_err(io::Error::other)
     }
 
     /// One question and its answer.

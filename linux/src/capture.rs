@@ -11,12 +11,12 @@
 //! nothing leaves as the application wrote it, whatever was forgotten meanwhile ([ADR 14]).
 //!
 //! A connection is not answered before the agent has decided about it and reached its destination: its first packet
-//! is held ([`Hold`]), so that `connect` tells an application the truth ([ADR 15]).
+//! is held ([`Hold`]), so that `connect` tells an application the truth ([ADR 16]).
 //!
 //! Connections that are older than the rules go on as they are; the kernel keeps a list of them.
 //!
 //! [ADR 14]: ../../../docs/adr/0014-capture-without-connection-tracking.md
-//! [ADR 15]: ../../../docs/adr/0015-connect-tells-the-truth.md
+//! [ADR 16]: ../../../docs/adr/0016-connect-tells-the-truth.md
 
 mod drift;
 mod expression;

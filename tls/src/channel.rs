@@ -16,7 +16,9 @@ use rustls::{
     kernel::KernelConnection, server::ServerConnectionData,
 };
 
-pub use handshake::{Established, FinishError, Handshake, HelloName, Progress, hello_name};
+pub use handshake::{
+    CallerToken, Established, FinishError, Handshake, Hello, Progress, read_hello,
+};
 use record::{ContentType, Protection};
 pub use record::{MAX_PLAINTEXT, RECORD_HEADER, RECORD_OVERHEAD};
 

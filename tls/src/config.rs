@@ -16,6 +16,7 @@ use rustls::{
 
 use crate::{
     CredentialSlot, NamedSlot, TrustSlot,
+    channel::CallerToken,
     verify::{ClientVerifier, ServerTrust, ServerVerifier},
 };
 
@@ -124,6 +125,14 @@ pub fn mesh_client_config(
     let mut config = client_config(slot, trust, alpn)?;
     config.enable_secret_extraction = true;
     Ok(config)
+}
+
+/// The same with the token of an earlier connection to the same destination in its hello.
+#[must_use]
+pub fn with_caller_token(config: &ClientConfig, token: CallerToken) -> Arc<ClientConfig> {
+    let mut config = config.clone();
+    config.alpn_protocols.push(token.to_protocol());
+    Arc::new(config)
 }
 
 /// A client without a credential that takes only a control plane under the root with this SHA-256.

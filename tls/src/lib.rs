@@ -1,7 +1,7 @@
 //! The lock: rustls with SPIFFE rules. Keys and signing requests, credentials that can be swapped
 //! while connections use them, verifiers that hand out proof, the only TLS configurations in Hauberk
 //! (TLS 1.3, mutual within the mesh, no resumption), the connections between agents after their
-//! handshake, and the turns of handshakes that wait.
+//! handshake, and which of many incoming handshakes go on.
 //!
 //! No sockets and no policy here.
 
@@ -11,14 +11,14 @@ mod credential;
 mod failure;
 pub mod files;
 mod keys;
+pub mod limiter;
 mod reauthenticate;
 mod trust;
-pub mod turns;
 mod verify;
 
 pub use config::{
     client_config, join_client_config, mesh_client_config, mesh_server_config, named_server_config,
-    provider, shared_server_config,
+    provider, shared_server_config, with_caller_token,
 };
 pub use credential::{ByServerName, Credential, CredentialError, CredentialSlot, NamedSlot};
 pub use failure::{HandshakeFailure, failure_of, reason_of};

@@ -16,11 +16,11 @@ use hauberk_core::{
 use hauberk_tls::{
     ByServerName, Credential, CredentialSlot, PrivateKey, TrustBundle, TrustSlot,
     channel::{
-        Channel, Established, Handshake, HelloName, MAX_PLAINTEXT, Opened, Progress, RECORD_HEADER,
-        RECORD_OVERHEAD, hello_name,
+        Channel, Established, Handshake, Hello, MAX_PLAINTEXT, Opened, Progress, RECORD_HEADER,
+        RECORD_OVERHEAD, read_hello,
     },
     failure_of, mesh_client_config, mesh_server_config, prove, shared_server_config, verify_chain,
-    verify_proof,
+    verify_proof, with_caller_token,
 };
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer,
@@ -82,7 +82,10 @@ impl World {
 
     /// Both ends of a connection.
     fn connect(&self) -> (Established, Established) {
-        let mut client = self.client();
+        self.connect_as(self.client())
+    }
+
+    fn connect_as(&self, mut client: Handshake) -> (Established, Established) {
         let mut server = Handshake::server(self.server.clone()).unwrap();
         let (mut to_server, mut to_client) = (Vec::new(), Vec::new());
         assert_eq!(client.advance(&[], &mut to_server).unwrap(), Progress::NeedsBytes);
@@ -615,12 +618,35 @@ fn the_name_is_read_before_the_handshake() {
     world.client().advance(&[], &mut hello).unwrap();
     let mut out = Vec::new();
     let name = LEDGER.parse::<SpiffeId>().unwrap().server_name();
-    assert_eq!(hello_name(&hello, &mut out).unwrap(), HelloName::Read(Some(name)));
+    let read = Hello::Read { server_name: Some(name), token: None };
+    assert_eq!(read_hello(&hello, &mut out).unwrap(), read);
     for length in [0, 1, 5, hello.len() - 1] {
-        assert_eq!(hello_name(&hello[..length], &mut out).unwrap(), HelloName::Incomplete);
+        assert_eq!(read_hello(&hello[..length], &mut out).unwrap(), Hello::Incomplete);
     }
     assert!(out.is_empty());
-    hello_name(b"GET / HTTP/1.1\r\n\r\n", &mut out).expect_err("HTTP is no ClientHello");
+    read_hello(b"GET / HTTP/1.1\r\n\r\n", &mut out).expect_err("HTTP is no ClientHello");
+}
+
+#[test]
+fn the_hello_of_a_later_connection_has_the_token_of_the_one_before() {
+    let world = World::new();
+    let (client, server) = world.connect();
+    assert_eq!(client.token, server.token);
+    let later = || {
+        let config = with_caller_token(&world.client, client.token);
+        Handshake::client(config, ledger_name()).unwrap()
+    };
+    let mut hello = Vec::new();
+    later().advance(&[], &mut hello).unwrap();
+    let Hello::Read { token, .. } = read_hello(&hello, &mut Vec::new()).unwrap() else {
+        panic!("the hello is not whole");
+    };
+    assert_eq!(token, Some(server.token));
+    // It is no protocol that is spoken, and each connection has a token of its own.
+    let (client, server) = world.connect_as(later());
+    assert_eq!(server.alpn.as_deref(), Some(ALPN));
+    assert_eq!(client.token, server.token);
+    assert_ne!(Some(client.token), token);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! The kernel gives the agent the first packet of each and tells the application nothing
 //! ([`hauberk_linux::capture::Hold`]): its `connect` waits. [`Waiting::connect`] lets it succeed, and whoever drops a
 //! [`Waiting`] refuses it. So `connect` tells an application the truth, and a client that waits for one connection before
-//! it opens the next has them accepted in that order (ADR 15).
+//! it opens the next has them accepted in that order (ADR 16).
 
 use std::{
     collections::{HashMap, hash_map::Entry},

@@ -35,8 +35,9 @@ use crate::{
 pub(super) const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
 /// Connections of one listener at once; over it the kernel's queue holds them back. Each listener has
-/// its own, so that a flood of incoming ones leaves the outgoing ones alone.
-pub(super) const MAX_CONNECTIONS: usize = 32_768;
+/// its own, so that a flood of incoming ones leaves the outgoing ones alone. More than there are unfinished handshakes, idle
+/// sessions and streams, which callers share.
+pub(super) const MAX_CONNECTIONS: usize = 40_960;
 
 /// The ports that the agent chooses from: below those that the kernel gives to outgoing connections, so that none of
 /// these is in the way.

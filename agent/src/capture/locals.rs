@@ -3,15 +3,26 @@
 use std::{collections::HashMap, sync::Arc};
 
 use arc_swap::ArcSwap;
-use hauberk_tls::ByServerName;
+use hauberk_tls::{ByServerName, limiter::Shares};
 
 use crate::{authorize, context::Local, policy::Snapshot};
 
+/// Incoming streams of one listener at once.
+const MAX_STREAMS: usize = 24_576;
+
 /// Who lives behind a listener, by key, and their certificates, by the name that callers ask for.
-#[derive(Default)]
 pub(crate) struct Locals {
     by_key: ArcSwap<HashMap<String, Arc<Local>>>,
     pub(crate) names: Arc<ByServerName>,
+    /// What callers have open.
+    pub(crate) streams: Arc<Shares>,
+}
+
+impl Default for Locals {
+    fn default() -> Self {
+        let streams = Shares::new(MAX_STREAMS);
+        Self { by_key: ArcSwap::default(), names: Arc::default(), streams }
+    }
 }
 
 impl Locals {

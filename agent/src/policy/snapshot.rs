@@ -7,7 +7,7 @@ use std::{
 };
 
 use hauberk_core::{
-    identity::SpiffeId,
+    identity::{ResourceName, SpiffeId},
     policy::{Backends, DecisionTable, resolve::MeshWorkload},
 };
 use hauberk_proto::{
@@ -209,6 +209,16 @@ impl Snapshot {
             first.into_iter().chain(named).find(|w| w.addresses.contains(&address))
         });
         exact.or(first)
+    }
+
+    /// The node on which this identity has this address, if it has.
+    pub(crate) fn node_of(&self, id: &SpiffeId, address: IpAddr) -> Option<&ResourceName> {
+        let address = address.to_canonical();
+        let is_it = |workload: &&Arc<MeshWorkload>| {
+            workload.identity == *id && workload.addresses.contains(&address)
+        };
+        // Most that have no such address are found out without a look at every workload.
+        self.owns_address(id, address).then(|| self.workloads.iter().find(is_it))?.map(|w| &w.node)
     }
 
     /// Whether the directory has this address for this identity.

@@ -12,7 +12,8 @@ use hauberk_core::{
 use hauberk_telemetry::record::TlsInfo;
 use hauberk_tls::{
     Credential, HandshakeFailure, PeerError, TrustBundle,
-    channel::{Established, FinishError, Handshake, HelloName, Progress, hello_name},
+    channel::{CallerToken, Established, FinishError, Handshake, Hello, Progress, read_hello},
+    limiter::CallerTurns,
 };
 use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::ServerName;
@@ -43,48 +44,73 @@ pub(crate) async fn connect(
     let mut handshake = Handshake::client(config, name)?;
     let mut out = Vec::with_capacity(BUFFER);
     let mut input = Vec::with_capacity(BUFFER);
-    drive(&mut handshake, &mut socket, &mut input, &mut out).await?;
+    drive(&mut handshake, &mut socket, &mut input, &mut out, None).await?;
     let mut established = handshake.finish(&trust, hauberk_tls::now()).map_err(refused)?;
     established.channel.lower_key_limit(records_per_key);
     Session::new(socket, established, Role::Source, None, own, trust, out)
 }
 
-/// The side that is connected to. `ready` is given the name that the caller asks for, may wait for its
-/// certificate, and returns it.
-pub(crate) async fn accept<F: Future<Output = Option<Arc<Credential>>>>(
-    mut socket: TcpStream,
-    config: Arc<ServerConfig>,
-    trust: Arc<TrustBundle>,
-    records_per_key: u64,
-    ready: impl FnOnce(Option<String>) -> F,
-) -> Result<Box<Session>, SessionError> {
-    let mut out = Vec::new();
-    let mut input = Vec::with_capacity(BUFFER);
-    let name = loop {
-        match hello_name(&input, &mut out) {
-            Ok(HelloName::Read(name)) => break name,
-            Ok(HelloName::Incomplete) => {}
-            Err(error) => return Err(fail(&mut socket, &out, error).await),
-        }
-        read(&mut socket, &mut input).await?;
-    };
-    // Where it is renewed before the handshake is over, the peer is shown the newer one once more.
-    let own = ready(name.clone()).await;
-    let mut handshake = Handshake::server(config)?;
-    drive(&mut handshake, &mut socket, &mut input, &mut out).await?;
-    let mut established = handshake.finish(&trust, hauberk_tls::now()).map_err(refused)?;
-    established.channel.lower_key_limit(records_per_key);
-    Session::new(socket, established, Role::Destination, name, own, trust, out)
+/// What a caller has said first.
+pub(crate) struct Greeting {
+    bytes: Vec<u8>,
+    /// Whom it wants.
+    pub(crate) server_name: Option<String>,
+    /// What it knows of an earlier session.
+    pub(crate) token: Option<CallerToken>,
 }
 
+/// Waits for a caller's ClientHello. One that is silent costs no more than its socket.
+pub(crate) async fn greeting(socket: &mut TcpStream) -> Result<Greeting, SessionError> {
+    socket.readable().await?;
+    let (mut bytes, mut alert) = (Vec::new(), Vec::new());
+    loop {
+        read(socket, &mut bytes).await?;
+        match read_hello(&bytes, &mut alert) {
+            Ok(Hello::Read { server_name, token }) => {
+                return Ok(Greeting { bytes, server_name, token });
+            }
+            Ok(Hello::Incomplete) => {}
+            Err(error) => return Err(fail(socket, &alert, error).await),
+        }
+    }
+}
+
+/// The side that is connected to, once it has been greeted. `own` is the certificate that is going to be shown: where
+/// it is renewed before the handshake is over, the peer is shown the newer one once more.
+pub(crate) async fn accept(
+    mut socket: TcpStream,
+    greeting: Greeting,
+    config: Arc<ServerConfig>,
+    own: Option<Arc<Credential>>,
+    trust: Arc<TrustBundle>,
+    records_per_key: u64,
+    mut turns: CallerTurns<'_>,
+) -> Result<Box<Session>, SessionError> {
+    let Greeting { bytes: mut input, server_name, .. } = greeting;
+    let mut out = Vec::new();
+    let mut handshake = Handshake::server(config)?;
+    drive(&mut handshake, &mut socket, &mut input, &mut out, Some(&mut turns)).await?;
+    let mut established = handshake.finish(&trust, hauberk_tls::now()).map_err(refused)?;
+    established.channel.lower_key_limit(records_per_key);
+    Session::new(socket, established, Role::Destination, server_name, own, trust, out)
+}
+
+/// To the end of the handshake. Whoever serves many callers does each step in a turn.
 async fn drive(
     handshake: &mut Handshake,
     socket: &mut TcpStream,
     input: &mut Vec<u8>,
     out: &mut Vec<u8>,
+    mut turns: Option<&mut CallerTurns<'_>>,
 ) -> Result<(), SessionError> {
     loop {
-        match handshake.advance(input, out) {
+        let turn = match &mut turns {
+            Some(turns) => Some(turns.turn().await),
+            None => None,
+        };
+        let step = handshake.advance(input, out);
+        drop(turn);
+        match step {
             Ok(Progress::Done) => return Ok(()),
             Ok(Progress::NeedsBytes) => {}
             Err(error) => return Err(fail(socket, out, error).await),
@@ -162,6 +188,7 @@ impl Session {
             facts: Box::new(Facts {
                 peer: established.peer,
                 binding: established.binding,
+                token: established.token,
                 is_source: role == Role::Source,
                 tls: Arc::new(tls),
                 server_name,

@@ -85,6 +85,22 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
         &[Proof::Test("both_ends_know_each_other_and_share_a_value_that_no_other_connection_has")],
     ),
     (
+        "The *caller token* is 16 bytes that only the two ends of this connection know: derived in the same way with the channel binding as the input and the info `caller token`.",
+        &[Proof::Test("the_hello_of_a_later_connection_has_the_token_of_the_one_before")],
+    ),
+    (
+        "A source MAY have the token of its newest connection to a destination in the ClientHello of the next one, as an ALPN protocol: the text `hauberk/1 caller ` and the token.",
+        &[Proof::Test("a_source_tells_who_it_was_in_its_next_hello")],
+    ),
+    (
+        "It says whose room a handshake takes while many are unfinished ([ADR 15](../docs/adr/0015-handshakes-give-way.md)).",
+        &[Proof::Test("a_caller_that_is_known_keeps_its_place_in_a_flood")],
+    ),
+    (
+        "A destination that does not know it takes it for none.",
+        &[Proof::Test("a_known_caller_has_room_of_its_own_at_the_address_of_a_flood")],
+    ),
+    (
         "frame = type (1 byte) ‖ length (3 bytes, big endian) ‖ body (length bytes)",
         &[Proof::Here(a_header_is_a_type_and_a_length)],
     ),
@@ -353,6 +369,10 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
     ("| What | Limit |", &[Proof::Explains]),
     ("| ClientHello | 8 KiB |", &[Proof::Source("tls", "const MAX_HELLO: usize = 8 * 1024;")]),
     (
+        "The caller token: whoever saw it on the wire can repeat it, so nothing is decided by it.",
+        &[Proof::Test("a_known_caller_has_room_of_its_own_at_the_address_of_a_flood")],
+    ),
+    (
         "| handshake, each direction | 64 KiB, 10 s |",
         &[
             Proof::Test("a_handshake_that_never_ends_is_cut_off"),
@@ -367,6 +387,36 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
     (
         "| end of a stream after Reset or Refuse, at both sides | 1 s, then the session is given up |",
         &[Proof::Source("agent", "const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);")],
+    ),
+    (
+        "| connections without a whole ClientHello, unfinished handshakes | 4,096 and 2,048; above it, the oldest of whoever has most is closed |",
+        &[
+            Proof::Source("tls", "SILENT: usize = 4_096;"),
+            Proof::Source("tls", "UNFINISHED: usize = 2_048;"),
+            Proof::Test("silent_connections_displace_only_their_own_oldest"),
+        ],
+    ),
+    (
+        "| idle sessions of all callers at a destination, of one identity of one node | 8,192 and 1,024; above it, the oldest of whoever has most is closed |",
+        &[
+            Proof::Source("agent", "MAX_IDLE: usize = 8_192;"),
+            Proof::Test("the_idle_sessions_of_one_identity_take_no_room_of_anothers"),
+        ],
+    ),
+    (
+        "| streams of all callers to one workload or host, of one identity of one node | 24,576, two thirds of it; a stream more is refused with `rate_limited` |",
+        &[
+            Proof::Source("agent", "MAX_STREAMS: usize = 24_576;"),
+            Proof::Test("whoever_takes_all_it_gets_leaves_some_for_others"),
+        ],
+    ),
+    (
+        "| caller tokens at a destination, of one identity of one node | 16,384 and 256, for 1 h |",
+        &[
+            Proof::Source("tls", "CAPACITY: usize = 16_384;"),
+            Proof::Test("one_caller_has_a_share_of_them_the_newest"),
+            Proof::Test("a_token_is_known_for_its_time"),
+        ],
     ),
     (
         "| idle session | closed after 60 s by the source, 90 s by the destination |",

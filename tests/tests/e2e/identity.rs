@@ -70,7 +70,7 @@ impl Forged {
     }
 
     /// A client that shows it, and takes whatever certificate the server shows.
-    fn client_config(
+    pub(crate) fn client_config(
         forged: Option<Self>,
         protocols: &[&[u8]],
     ) -> anyhow::Result<rustls::ClientConfig> {

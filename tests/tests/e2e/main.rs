@@ -16,6 +16,7 @@ mod command;
 mod connect;
 mod control_plane;
 mod demo;
+mod floods;
 mod handover;
 mod host_connections;
 mod hosts;
@@ -63,6 +64,7 @@ fn main() -> std::process::ExitCode {
         relay::trials(),
         policy::trials(),
         attacks::trials(),
+        floods::trials(),
         capture::trials(),
         identity::trials(),
         restart::trials(),

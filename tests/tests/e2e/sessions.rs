@@ -23,10 +23,10 @@ use hauberk_core::{
 use hauberk_tests::mesh::{CHECKOUT, LEDGER, Mesh, PATIENCE, is, ledger_policy};
 use hauberk_tls::{
     Credential, CredentialSlot, PrivateKey, TrustBundle, TrustSlot,
-    channel::{Channel, Handshake, Progress},
-    mesh_client_config,
+    channel::{CallerToken, Channel, Established, Handshake, Progress},
+    mesh_client_config, with_caller_token,
 };
-use rustls::{ClientConnection, StreamOwned};
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use rustls_pki_types::ServerName;
 use serde_json::Value;
 
@@ -56,7 +56,7 @@ const MACHINE_A: u8 = 2;
 
 /// A server of the ledger that sends back what it gets. In threads of its own, so that a connection
 /// that never comes fails the test instead of holding it up.
-fn echoing(mesh: &Mesh, port: u16) -> anyhow::Result<SocketAddr> {
+pub(crate) fn echoing(mesh: &Mesh, port: u16) -> anyhow::Result<SocketAddr> {
     let listener = mesh.listen("ledger", mesh.ledger(port))?;
     let address = listener.local_addr()?;
     thread::spawn(move || {
@@ -75,7 +75,7 @@ fn echoing(mesh: &Mesh, port: u16) -> anyhow::Result<SocketAddr> {
 }
 
 /// A connection whose first byte has come back.
-fn echoed(mesh: &Mesh, from: &str, to: SocketAddr) -> anyhow::Result<TcpStream> {
+pub(crate) fn echoed(mesh: &Mesh, from: &str, to: SocketAddr) -> anyhow::Result<TcpStream> {
     let mut client = mesh.connect(from, to)?;
     client.write_all(b"x").context("the first byte")?;
     client.read_exact(&mut [0]).context("the echo of the first byte")?;
@@ -83,7 +83,7 @@ fn echoed(mesh: &Mesh, from: &str, to: SocketAddr) -> anyhow::Result<TcpStream> 
 }
 
 /// Ends a connection and waits for the other end's: its session is free for the next one then.
-fn end(mut client: TcpStream) -> anyhow::Result<()> {
+pub(crate) fn end(mut client: TcpStream) -> anyhow::Result<()> {
     client.shutdown(Shutdown::Write)?;
     let rest = client.read(&mut [0]).context("the end of the connection")?;
     ensure!(rest == 0, "bytes came that nobody sent");
@@ -100,7 +100,7 @@ fn connection(mesh: &Mesh, from: &str, to: SocketAddr) -> anyhow::Result<SocketA
 
 /// Leaves at least so many idle sessions behind: by as many connections at once, so that none uses
 /// the session of another.
-fn warm(mesh: &Mesh, from: &str, to: SocketAddr, sessions: u32) -> anyhow::Result<()> {
+pub(crate) fn warm(mesh: &Mesh, from: &str, to: SocketAddr, sessions: u32) -> anyhow::Result<()> {
     at_once(mesh, from, to, sessions)?;
     mesh.wait("the idle sessions", Duration::from_secs(2), |mesh| {
         let idle = idle_sessions(mesh)?;
@@ -526,16 +526,22 @@ fn a_failed_proof_is_a_bad_svid_whether_a_stream_is_open_or_not() -> anyhow::Res
     Ok(())
 }
 
-/// An agent that we did not write, which has nothing to say but that it is who it is.
-struct Prover {
-    stream: TcpStream,
-    channel: Channel,
-    binding: [u8; 32],
+/// Somebody with a certificate of checkout, who makes sessions with the ledger from outside, step by step.
+pub(crate) struct RawCaller {
+    config: Arc<ClientConfig>,
+    trust: TrustBundle,
     credential: Credential,
+    name: ServerName<'static>,
 }
 
-impl Prover {
-    fn connect(mesh: &Mesh) -> anyhow::Result<Self> {
+/// A handshake that has begun: the hello is out.
+pub(crate) struct RawHandshake {
+    stream: TcpStream,
+    handshake: Handshake,
+}
+
+impl RawCaller {
+    pub(crate) fn new(mesh: &Mesh) -> anyhow::Result<Self> {
         let forger = Forger::with_the_key_of(mesh)?;
         let leaf = forger.leaf("spiffe://example.org/ns/shop/sa/checkout", |_| {})?;
         let (chain, key) = leaf.chain_and_key();
@@ -548,21 +554,57 @@ impl Prover {
         ensure!(slot.store(credential.clone()).is_ok(), "the certificate is not checkout's");
         let config = mesh_client_config(slot, TrustSlot::new(trust.clone()), ALPN)?;
         let name = ServerName::try_from(id.server_name())?;
-        let mut handshake = Handshake::client(Arc::new(config), name)?;
+        Ok(Self { config: Arc::new(config), trust, credential, name })
+    }
+
+    pub(crate) fn begin(
+        &self,
+        mesh: &Mesh,
+        token: Option<CallerToken>,
+    ) -> anyhow::Result<RawHandshake> {
+        let config = match token {
+            Some(token) => with_caller_token(&self.config, token),
+            None => self.config.clone(),
+        };
+        let mut handshake = Handshake::client(config, self.name.clone())?;
         let mut stream = mesh.connect("outside", mesh.ledger(15_008))?;
-        let (mut input, mut out) = (Vec::new(), Vec::new());
-        while handshake.advance(&input, &mut out)? == Progress::NeedsBytes {
-            stream.write_all(&out)?;
-            out.clear();
-            let mut buffer = [0; 4096];
+        let mut out = Vec::new();
+        handshake.advance(&[], &mut out)?;
+        stream.write_all(&out)?;
+        Ok(RawHandshake { stream, handshake })
+    }
+}
+
+impl RawHandshake {
+    pub(crate) fn finish(self, caller: &RawCaller) -> anyhow::Result<(TcpStream, Established)> {
+        let Self { mut stream, mut handshake } = self;
+        let (mut buffer, mut out) = ([0; 4096], Vec::new());
+        loop {
             let count = stream.read(&mut buffer)?;
             ensure!(count > 0, "the handshake was not answered");
-            input = buffer[..count].to_vec();
+            if handshake.advance(&buffer[..count], &mut out)? == Progress::Done {
+                break;
+            }
         }
         stream.write_all(&out)?;
-        let established = handshake.finish(&trust, hauberk_tls::now())?;
+        Ok((stream, handshake.finish(&caller.trust, hauberk_tls::now())?))
+    }
+}
+
+/// An agent that we did not write, which has nothing to say but that it is who it is.
+struct Prover {
+    stream: TcpStream,
+    channel: Channel,
+    binding: [u8; 32],
+    credential: Credential,
+}
+
+impl Prover {
+    fn connect(mesh: &Mesh) -> anyhow::Result<Self> {
+        let caller = RawCaller::new(mesh)?;
+        let (stream, established) = caller.begin(mesh, None)?.finish(&caller)?;
         let (channel, binding) = (established.channel, established.binding);
-        Ok(Self { stream, channel, binding, credential })
+        Ok(Self { stream, channel, binding, credential: caller.credential })
     }
 
     fn prove(&mut self, sequence: u32) -> anyhow::Result<()> {

@@ -55,6 +55,8 @@ pub struct Established {
     pub peer: VerifiedSvid,
     /// A value that only the two ends of this very connection know.
     pub binding: [u8; 32],
+    /// What tells the destination of a later connection who called in this one.
+    pub token: CallerToken,
     /// Application bytes that came along with the handshake.
     pub plaintext: Vec<u8>,
     /// The beginning of a record that did.
@@ -187,6 +189,7 @@ impl Handshake {
         Ok(Established {
             channel,
             peer,
+            token: CallerToken::of(&binding)?,
             binding,
             // An exact copy: the room that the handshake needed goes.
             plaintext: self.early.as_slice().to_vec(),
@@ -268,29 +271,81 @@ fn binding(
         keys.extend_from_slice(iv.as_ref());
     }
     let mut value = [0; 32];
-    hkdf::Salt::new(hkdf::HKDF_SHA256, b"hauberk/1")
-        .extract(&keys)
-        .expand(&[b"channel binding"], hkdf::HKDF_SHA256)
-        .and_then(|okm| okm.fill(&mut value))
-        .map_err(|_| Error::General("derive the channel binding".to_owned()))?;
+    derive(&keys, b"channel binding", &mut value)?;
     Ok(value)
 }
 
-/// What the beginning of a connection says about the name it is for.
-#[derive(Debug, PartialEq, Eq)]
-pub enum HelloName {
-    /// The ClientHello is not whole.
-    Incomplete,
-    /// It is; with the server name, if it has one.
-    Read(Option<String>),
+/// Derives at most 32 bytes of a secret.
+fn derive(secret: &[u8], info: &[u8], out: &mut [u8]) -> Result<(), Error> {
+    let mut value = [0; 32];
+    hkdf::Salt::new(hkdf::HKDF_SHA256, b"hauberk/1")
+        .extract(secret)
+        .expand(&[info], hkdf::HKDF_SHA256)
+        .and_then(|okm| okm.fill(&mut value))
+        .map_err(|_| Error::General("derive a value of the connection".to_owned()))?;
+    for (to, from) in out.iter_mut().zip(value) {
+        *to = from;
+    }
+    Ok(())
 }
 
-/// Reads the server name out of a ClientHello, so that a certificate can be waited for before the
-/// handshake begins. After an error `out` holds the alert to send.
+/// What the two ends of a connection know, and nobody else: the source has it in the hello of its next connection to
+/// the same destination, which tells that there was an earlier one, and whose. It proves nothing more, as whoever sees
+/// that hello can repeat it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct CallerToken([u8; 16]);
+
+/// What stands before a token in a ClientHello, where it is an application protocol that nobody speaks.
+const TOKEN_PREFIX: &[u8] = b"hauberk/1 caller ";
+
+impl CallerToken {
+    #[cfg(test)]
+    pub(crate) fn new(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
+    /// That of the connection with this [`binding`](Established::binding).
+    fn of(binding: &[u8; 32]) -> Result<Self, Error> {
+        let mut token = [0; 16];
+        derive(binding, b"caller token", &mut token)?;
+        Ok(Self(token))
+    }
+
+    pub(crate) fn to_protocol(self) -> Vec<u8> {
+        [TOKEN_PREFIX, &self.0].concat()
+    }
+
+    fn from_protocol(protocol: &[u8]) -> Option<Self> {
+        protocol.strip_prefix(TOKEN_PREFIX)?.try_into().ok().map(Self)
+    }
+}
+
+impl std::fmt::Debug for CallerToken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CallerToken(..)")
+    }
+}
+
+/// How far the beginning of a connection can be read.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Hello {
+    /// The ClientHello is not whole.
+    Incomplete,
+    /// It is.
+    Read {
+        /// The name that the connection is for, if it has one.
+        server_name: Option<String>,
+        /// That of an earlier connection, if it has one.
+        token: Option<CallerToken>,
+    },
+}
+
+/// Reads a ClientHello, so that it is known before the handshake begins who may be calling, and a certificate can be
+/// waited for. After an error `out` holds the alert to send.
 ///
 /// # Errors
 /// If the bytes are not the beginning of a TLS handshake.
-pub fn hello_name(bytes: &[u8], out: &mut Vec<u8>) -> Result<HelloName, Error> {
+pub fn read_hello(bytes: &[u8], out: &mut Vec<u8>) -> Result<Hello, Error> {
     if bytes.len() > MAX_HELLO {
         return Err(Error::General(format!("a ClientHello of more than {MAX_HELLO} bytes")));
     }
@@ -301,8 +356,11 @@ pub fn hello_name(bytes: &[u8], out: &mut Vec<u8>) -> Result<HelloName, Error> {
         match acceptor.accept() {
             Ok(None) => {}
             Ok(Some(accepted)) => {
-                let name = accepted.client_hello().server_name().map(str::to_owned);
-                return Ok(HelloName::Read(name));
+                let hello = accepted.client_hello();
+                let server_name = hello.server_name().map(str::to_owned);
+                let mut protocols = hello.alpn().into_iter().flatten();
+                let token = protocols.find_map(CallerToken::from_protocol);
+                return Ok(Hello::Read { server_name, token });
             }
             Err((error, mut alert)) => {
                 // Into memory: cannot fail.
@@ -311,5 +369,5 @@ pub fn hello_name(bytes: &[u8], out: &mut Vec<u8>) -> Result<HelloName, Error> {
             }
         }
     }
-    Ok(HelloName::Incomplete)
+    Ok(Hello::Incomplete)
 }
