@@ -139,7 +139,8 @@ impl Ruleset {
     ///
     /// The table is replaced in one transaction, so no packet meets half of it or none. Connections that are
     /// captured by these rules and were not by those before, and are open, are left alone. Returns all connections
-    /// that are left alone, and those that were opened although they should have been captured: these are cut.
+    /// that are left alone, and those that were opened although they should have been captured: these are cut, unless
+    /// they may pass ([`Unroutable::Pass`]).
     pub fn install(&self, before: &Before<'_>) -> Result<Installed> {
         let (mut older, fresh) = self.older_than(before)?;
         // The table first: the routing leads to loopback what only the table lets go on.
@@ -168,11 +169,19 @@ impl Ruleset {
                 && !spared.contains(&ends)
                 && again.iter().any(|other| other.is_same_as(socket))
         });
-        let ended = end_all(&open);
+        let (mut passed, mut cut) = (Vec::new(), Vec::new());
+        for socket in open {
+            let side = if self.scope.lets_pass(&socket)? { &mut passed } else { &mut cut };
+            side.push(socket);
+        }
+        let passing = older::connections(&passed);
+        older::spare(&passing)?;
+        older.extend(passing);
+        let ended = end_all(&cut);
         routed?;
         fitted?;
         ended?;
-        Ok(Installed { older, cut: open })
+        Ok(Installed { older, cut, passed })
     }
 
     /// The connections that are known to be older than the rules and live, and whose else are to be looked for.
@@ -227,6 +236,8 @@ pub struct Installed {
     pub older: Vec<Connection>,
     /// Those that were opened while rules should have captured them, and did not. They are ended.
     pub cut: Vec<TcpSocket>,
+    /// The same, of those that may pass. They go on, and are among [`older`](Self::older).
+    pub passed: Vec<TcpSocket>,
 }
 
 /// Removes the rules, the policy rules and the routes from the calling thread's namespace, those

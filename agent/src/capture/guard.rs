@@ -188,7 +188,7 @@ impl Watch {
         }
         state.rules = Some(rules);
         let changed = !drift.is_empty();
-        let Installed { older, cut } = match installed {
+        let Installed { older, cut, passed } = match installed {
             Change::Installed(installed) => installed,
             Change::Known(older) => {
                 state.older = older;
@@ -212,8 +212,8 @@ impl Watch {
             state.condition.restored_what = what;
         }
         drop(state);
-        for socket in &cut {
-            uncaptured::cut(&self.context, &self.locals, socket);
+        for socket in cut.iter().chain(&passed) {
+            uncaptured::missed(&self.context, &self.locals, socket);
         }
         Ok(changed)
     }

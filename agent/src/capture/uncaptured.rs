@@ -8,13 +8,13 @@ use hauberk_telemetry::Side;
 
 use super::{Locals, guard::Site, host::host_process};
 use crate::{
-    authorize::without_policy,
+    authorize::{self, without_policy},
     context::{Context, Local, connection_id},
     report::Report,
 };
 
-/// It was opened while the capture rules were missing, and has been ended.
-pub(super) fn cut(context: &Context, locals: &Locals, socket: &TcpSocket) {
+/// It was opened while the capture rules were missing, and has been ended, under Audit let through.
+pub(super) fn missed(context: &Context, locals: &Locals, socket: &TcpSocket) {
     let served =
         locals.all().into_iter().find(|local| local.workload.ports.contains(&socket.local.port()));
     let (side, from, wanted, local) = match served {
@@ -30,7 +30,7 @@ pub(super) fn cut(context: &Context, locals: &Locals, socket: &TcpSocket) {
         wanted,
         local.as_deref(),
         fix,
-        "opened while the capture rules were missing, and cut",
+        "opened while the capture rules were missing",
     );
 }
 
@@ -53,10 +53,6 @@ pub(super) fn unroutable(
             None => only(locals),
         };
         let mode = workload.as_ref().map(|local| local.workload.mode);
-        let detail = match mode {
-            Some(Mode::Audit) => "bound to an interface, let through in clear",
-            Some(Mode::Enforce) | None => "bound to an interface",
-        };
         if mode == Some(Mode::Enforce)
             && let Some(socket) = socket.cloned()
             // Or it would try for minutes.
@@ -66,6 +62,7 @@ pub(super) fn unroutable(
         }
         let fix = "the socket is bound to an interface (SO_BINDTODEVICE), where the agent cannot take it up: let \
                    the program connect without that";
+        let detail = "bound to an interface";
         record(context, Side::Source, *local, *remote, workload.as_deref(), fix, detail);
     }
 }
@@ -88,7 +85,18 @@ fn record(
             }
         }
     }
-    report.denied(&without_policy(Reason::Uncaptured, fix), Some(detail.to_owned()));
+    let denial = without_policy(Reason::Uncaptured, fix);
+    let passed = match local {
+        Some(local) => authorize::pass_audited(&context.snapshot(), &local.workload, denial),
+        None => Err(denial),
+    };
+    match passed {
+        Ok(pass) => {
+            let _counters = report.passed(&pass);
+            report.closed("uncaptured", Some(format!("{detail}, let through in clear")));
+        }
+        Err(denial) => report.denied(&denial, Some(detail.to_owned())),
+    }
 }
 
 /// The workload of a namespace, or the one whose process made this socket.

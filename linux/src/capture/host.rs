@@ -139,14 +139,25 @@ impl HostRules {
                             name: workload.name.clone(),
                             process: workload.process.clone()?,
                             service_ports: workload.service_ports.iter().copied().collect(),
+                            unroutable: workload.unroutable,
                         })
                     })
                     .collect(),
                 declared: self.workloads.iter().map(|workload| workload.name.clone()).collect(),
                 service_ports: served,
+                passing_ports: self.passing_ports(),
             },
             owner: String::new(),
         })
+    }
+
+    /// Those that are no other workload's as well.
+    fn passing_ports(&self) -> BTreeSet<u16> {
+        let of = |what| {
+            let workloads = self.workloads.iter().filter(move |one| one.unroutable == what);
+            workloads.flat_map(|one| one.service_ports.iter().copied()).collect::<BTreeSet<_>>()
+        };
+        of(Unroutable::Pass).difference(&of(Unroutable::Refuse)).copied().collect()
     }
 
     /// Those that the kernel's routing can tell. Of root's sockets it cannot tell what comes in from what goes out.

@@ -60,7 +60,7 @@ impl NamespaceRules {
                 self.leaving(),
             ],
             routing: Routing::Namespace,
-            scope: Scope::Namespace,
+            scope: Scope::Namespace(self.unroutable),
             owner: String::new(),
         })
     }

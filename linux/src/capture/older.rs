@@ -9,7 +9,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use super::{OLDER_V4, OLDER_V6, ProcessMatch, drift, transaction};
+use super::{OLDER_V4, OLDER_V6, ProcessMatch, Unroutable, drift, transaction};
 use crate::{
     error::Result,
     links::{Family, addresses},
@@ -23,13 +23,14 @@ pub(super) struct Process {
     pub(super) name: String,
     pub(super) process: ProcessMatch,
     pub(super) service_ports: BTreeSet<u16>,
+    pub(super) unroutable: Unroutable,
 }
 
 /// Whose connections are captured.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Scope {
     /// All of the namespace.
-    Namespace,
+    Namespace(Unroutable),
     /// Those of these processes, and those of these ports.
     Host {
         /// Of workloads whose processes the kernel can tell. One that is of several belongs to the first of them.
@@ -37,6 +38,8 @@ pub(super) enum Scope {
         /// All workloads, also those whose processes the kernel cannot tell yet.
         declared: BTreeSet<String>,
         service_ports: BTreeSet<u16>,
+        /// Those of them to which connections may pass without the agent.
+        passing_ports: BTreeSet<u16>,
     },
 }
 
@@ -44,7 +47,7 @@ impl Scope {
     /// Whether there is nothing to capture.
     pub(super) fn is_empty(&self) -> bool {
         match self {
-            Self::Namespace => false,
+            Self::Namespace(_) => false,
             Self::Host { processes, service_ports, .. } => {
                 processes.is_empty() && service_ports.is_empty()
             }
@@ -55,12 +58,12 @@ impl Scope {
     /// is older: their cgroup was made anew, or their user has just been made.
     pub(super) fn beyond(&self, before: &Self) -> Self {
         let (before_declared, before_ports) = match before {
-            Self::Namespace => return Self::none(),
+            Self::Namespace(_) => return Self::none(),
             Self::Host { declared, service_ports, .. } => (declared, service_ports),
         };
         match self {
-            Self::Namespace => Self::none(),
-            Self::Host { processes, declared, service_ports } => Self::Host {
+            Self::Namespace(_) => Self::none(),
+            Self::Host { processes, declared, service_ports, passing_ports } => Self::Host {
                 processes: processes
                     .iter()
                     .filter(|process| !before_declared.contains(&process.name))
@@ -68,6 +71,7 @@ impl Scope {
                     .collect(),
                 declared: declared.clone(),
                 service_ports: service_ports.difference(before_ports).copied().collect(),
+                passing_ports: passing_ports.clone(),
             },
         }
     }
@@ -77,13 +81,33 @@ impl Scope {
             processes: Vec::new(),
             declared: BTreeSet::new(),
             service_ports: BTreeSet::new(),
+            passing_ports: BTreeSet::new(),
+        }
+    }
+
+    /// Whether a connection that went around the agent may go on.
+    pub(super) fn lets_pass(&self, socket: &TcpSocket) -> Result<bool> {
+        match self {
+            Self::Namespace(unroutable) => Ok(*unroutable == Unroutable::Pass),
+            Self::Host { processes, service_ports, passing_ports, .. } => {
+                let port = socket.local.port();
+                if service_ports.contains(&port) {
+                    return Ok(passing_ports.contains(&port));
+                }
+                for one in processes {
+                    if one.process.made(socket)? {
+                        return Ok(one.unroutable == Unroutable::Pass);
+                    }
+                }
+                Ok(false)
+            }
         }
     }
 
     /// Whether a connection is one of these.
     fn covers(&self, socket: &TcpSocket, cgroups: &HashSet<u64>) -> bool {
         match self {
-            Self::Namespace => true,
+            Self::Namespace(_) => true,
             Self::Host { processes, service_ports, .. } => {
                 service_ports.contains(&socket.local.port())
                     || socket.cgroup.is_some_and(|cgroup| cgroups.contains(&cgroup))

@@ -31,6 +31,7 @@ crate::trials!(
     what_a_user_opens_while_rules_are_missing_goes_nowhere,
     what_a_cgroup_opens_while_rules_are_missing_is_cut_and_recorded,
     what_is_opened_over_loopback_while_rules_are_missing_is_cut_and_recorded,
+    what_is_opened_under_audit_while_rules_are_missing_goes_on_and_is_recorded,
     sockets_bound_to_an_interface_are_recorded_with_their_workload,
 );
 
@@ -135,6 +136,10 @@ struct Pair {
 
 impl Pair {
     fn start(by: By) -> anyhow::Result<Self> {
+        Self::start_in(by, "Enforce")
+    }
+
+    fn start_in(by: By, mode: &str) -> anyhow::Result<Self> {
         let mesh = Mesh::start()?;
         let before = mesh.wait_revision(0)?;
         let caller_process = by.process("caller", 4444)?;
@@ -149,6 +154,7 @@ spec:
   machine: {machine}
   serviceAccount: {name}
   process: {}
+  mode: {mode}
   ports: [{ports}]
 ",
                 process.selector()
@@ -294,6 +300,36 @@ fn what_is_opened_over_loopback_while_rules_are_missing_is_cut_and_recorded() ->
         // What the agent carries over the same loopback goes on.
         client.write_all(SECRET)?;
         expect(&mut server, SECRET)?;
+    }
+    Ok(())
+}
+
+/// Audit cuts nothing, not even then.
+fn what_is_opened_under_audit_while_rules_are_missing_goes_on_and_is_recorded() -> anyhow::Result<()>
+{
+    let mut pair = Pair::start_in(By::Cgroup, "Audit")?;
+    let to = SocketAddr::new(ipv4(OUTSIDE), 80);
+    let outside = pair.mesh.listen("outside", to)?;
+    let mut client = without_rules(&pair.mesh, "machine-a", || pair.caller.connect(to))?
+        .context("no way out")?;
+    let (mut far, _) = outside.accept()?;
+    far.set_read_timeout(Some(PATIENCE))?;
+    let record = pair.mesh.record("machine-a", |record| is(record, "reason", "uncaptured"))?;
+    ensure!(is(&record, "decision", "would_deny"), "{record}");
+    ensure!(record["src"]["workload"] == "caller", "{record}");
+    let mut local =
+        without_rules(&pair.mesh, "machine-b", || pair.mesh.connect("machine-b", Pair::target()))?
+            .context("no way in")?;
+    let mut served = pair.store.accept(Pair::target())?;
+    let record = pair.mesh.record("machine-b", |record| is(record, "reason", "uncaptured"))?;
+    ensure!(is(&record, "decision", "would_deny"), "{record}");
+    for (one, other) in [(&mut client, &mut far), (&mut local, &mut served)] {
+        for _ in 0..3 {
+            one.write_all(b"there")?;
+            expect(other, b"there")?;
+            other.write_all(b"back")?;
+            expect(one, b"back")?;
+        }
     }
     Ok(())
 }
