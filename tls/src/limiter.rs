@@ -4,7 +4,7 @@
 //! A connection is *silent* until its ClientHello is there: that costs a file and some memory, so silent ones wait
 //! for nothing, and the oldest of whoever has most of them gives way to the next. Then its handshake is *unfinished*:
 //! there is room for fewer of these, shared in the same way. A step of it waits for its [`Turn`], which callers have
-//! one after another ([`turns`]).
+//! one after another (`turns.rs`).
 //!
 //! Who calls is known for sure only when its handshake is over. Until then it is its address, which an agent may
 //! have in common with others (address translation, programs of the same host), unless its hello has a
