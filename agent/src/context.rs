@@ -1,9 +1,10 @@
 //! What the tasks of connections share, and the local workloads they act for.
 
 use std::{
+    cell::RefCell,
     collections::HashMap,
     io,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -213,7 +214,7 @@ impl Local {
 impl Place {
     /// Connects with the agent's mark, so that the capture rules let it pass.
     pub(crate) async fn dial(&self, destination: SocketAddr) -> io::Result<TcpStream> {
-        let socket = self.socket(move || socket::outbound_socket(destination)).await?;
+        let socket = self.call(|| socket::outbound_socket(destination))?;
         connect(socket, destination).await
     }
 
@@ -223,13 +224,12 @@ impl Place {
         source: SocketAddr,
         destination: SocketAddr,
     ) -> io::Result<TcpStream> {
-        let socket = self.socket(move || socket::transparent_socket(source)).await?;
+        let socket = self.call(|| socket::transparent_socket(source))?;
         let directly = async {
             match connect(socket, destination).await {
                 // The caller's port is in use towards this destination, by a connection that is ending.
                 Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
-                    let socket =
-                        self.socket(move || socket::transparent_socket_other_port(source)).await?;
+                    let socket = self.call(|| socket::transparent_socket_other_port(source))?;
                     connect(socket, destination).await
                 }
                 other => other,
@@ -245,7 +245,7 @@ impl Place {
         source: SocketAddr,
         destination: SocketAddr,
     ) -> io::Result<TcpStream> {
-        let socket = self.socket(move || socket::transparent_socket_other_port(source)).await?;
+        let socket = self.call(|| socket::transparent_socket_other_port(source))?;
         self.reach(destination, connect(socket, destination)).await
     }
 
@@ -261,35 +261,11 @@ impl Place {
         }
     }
 
-    async fn socket(
-        &self,
-        make: impl FnOnce() -> io::Result<socket2::Socket> + Send + 'static,
-    ) -> io::Result<socket2::Socket> {
+    /// Does something there: a system call or two, that do not wait.
+    pub(crate) fn call<T>(&self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         match self {
-            Self::Host(_) => make(),
-            Self::Namespace(_) => self.ask(make).await,
-        }
-    }
-
-    /// Asks the kernel something there.
-    pub(crate) async fn ask<T: Send + 'static>(
-        &self,
-        question: impl FnOnce() -> io::Result<T> + Send + 'static,
-    ) -> io::Result<T> {
-        match self {
-            Self::Host(_) => {
-                tokio::task::spawn_blocking(question).await.map_err(io::Error::other)?
-            }
-            Self::Namespace(worker) => {
-                let (sender, receiver) = tokio::sync::oneshot::channel();
-                worker
-                    .submit(move || {
-                        // The connection may have been given up meanwhile.
-                        drop(sender.send(question()));
-                    })
-                    .map_err(io::Error::other)?;
-                receiver.await.map_err(io::Error::other)?
-            }
+            Self::Host(_) => work(),
+            Self::Namespace(worker) => worker.netns().within(work).map_err(io::Error::other)?,
         }
     }
 }
@@ -328,12 +304,25 @@ pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-/// A number for a connection that no other has.
+/// A number for a connection that no other has. Only a name in records, not a secret; all zero says that there was no
+/// randomness.
 pub(crate) fn connection_id() -> [u8; 16] {
-    let mut id = [0; 16];
-    if getrandom::fill(&mut id).is_err() {
-        // Only a name in records, not a secret; all zero says that there was no randomness.
-        id = Ipv6Addr::UNSPECIFIED.octets();
+    thread_local! {
+        /// The kernel is asked for many at once.
+        static STOCK: RefCell<([[u8; 16]; IDS], usize)> = const { RefCell::new(([[0; 16]; IDS], IDS)) };
     }
-    id
+    STOCK.with_borrow_mut(|(ids, used)| {
+        if *used == IDS {
+            *used = 0;
+            if getrandom::fill(ids.as_flattened_mut()).is_err() {
+                *ids = [[0; 16]; IDS];
+            }
+        }
+        let id = ids.get(*used).copied().unwrap_or_default();
+        *used += 1;
+        id
+    })
 }
+
+/// Numbers of connections that a thread has in stock.
+const IDS: usize = 32;

@@ -234,6 +234,7 @@ impl<'a> Forward<'a> {
     /// What may have ended without anything having happened.
     fn look(&mut self, relay: &mut Relay) -> Option<Cut> {
         let now = Instant::now();
+        relay.keep_alive();
         if self.proof_due.is_some_and(|due| due <= now) {
             self.proof_due = None;
             if let Some(credential) = self.local.identity.slot.load()
@@ -341,6 +342,11 @@ async fn interruption(
 
 async fn cut_off(relay: Box<Relay>, cut: &Cut, report: &mut Report<'_>) {
     let cause = match cut {
+        // Nothing was open: its application waits.
+        Cut::Policy(denial) if !report.is_open() => {
+            report.denied(denial, None);
+            ResetCause::PolicyRevoked
+        }
         Cut::Policy(denial) => {
             report.terminated(Reason::PolicyRevoked, format!("{}: {}", denial.reason, denial.mend));
             ResetCause::PolicyRevoked

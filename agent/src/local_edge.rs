@@ -9,7 +9,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use hauberk_core::policy::{Denial, Reason};
-use hauberk_linux::socket::reset_on_close;
+use hauberk_linux::socket::{keep_alive, reset_on_close};
 use hauberk_telemetry::{Side, metrics::SessionKind, record::Path};
 use hauberk_tls::{Credential, TrustBundle, verify_chain};
 use tokio::sync::watch;
@@ -65,7 +65,11 @@ impl LocalEdge<'_> {
         }
         let (of_caller, of_called) = (report.permitted(&permit), there.permitted(&permit));
         let called = match self.destination.place.dial_as(self.from, self.wanted).await {
-            Ok(called) => called,
+            Ok(called) => {
+                // It may be gone already.
+                drop(keep_alive(&called));
+                called
+            }
             Err(error) => {
                 let text = format!("the application: {error}");
                 report.closed("unreachable", Some(text.clone()));

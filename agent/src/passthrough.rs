@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 
 use hauberk_core::policy::Reason;
-use hauberk_linux::socket::reset_on_close;
+use hauberk_linux::socket::{keep_alive, reset_on_close};
 use hauberk_telemetry::record::Path;
 use tokio::net::TcpStream;
 
@@ -57,6 +57,8 @@ pub(crate) async fn inbound(
     let counters = report.passed(&pass);
     match local.place.dial_as_address(from, wanted).await {
         Ok(application) => {
+            // It may be gone already.
+            drop(keep_alive(&application));
             let joined = Joined::new(caller, application, None, Some(counters));
             copy(context, local, &pass, joined, false, report).await;
         }
@@ -77,6 +79,8 @@ async fn copy(
 ) {
     report.opened(Path::Clear);
     let ended = tokio::select! {
+        // What may no longer pass does not, however long it waited for its application or its destination.
+        biased;
         () = context.cut.cancelled() => Ended::Draining,
         () = no_longer(context, local, pass) => Ended::Enforced,
         copied = joined.run() => match copied {

@@ -18,7 +18,7 @@ use std::{
 use hauberk_core::session::{
     Event as Frame, FrameError, HEADER_LENGTH, Reauthenticate, Refusal, ResetCause,
 };
-use hauberk_linux::socket::{linger_on_close, reset_on_close};
+use hauberk_linux::socket::{keep_alive, linger_on_close, reset_on_close};
 use hauberk_telemetry::EdgeCounters;
 use hauberk_tls::channel::{MAX_PLAINTEXT, RECORD_HEADER, RECORD_OVERHEAD};
 use tokio::{
@@ -96,7 +96,8 @@ impl Application {
     /// Lets its `connect` succeed.
     async fn connect(&mut self) -> io::Result<()> {
         match std::mem::replace(self, Self::Gone) {
-            Self::Waiting(waiting) => *self = Self::connected(waiting.connect().await?),
+            // It is reset when it is closed, as its listener is.
+            Self::Waiting(waiting) => *self = Self::Connected(waiting.connect().await?),
             other @ (Self::Connected(_) | Self::Gone) => *self = other,
         }
         Ok(())
@@ -160,6 +161,7 @@ pub(crate) struct Relay {
     unsendable: Option<io::Error>,
     /// Nothing is sent to a peer whose certificate has ended.
     pub(crate) suspended: bool,
+    kept_alive: bool,
     /// Application → peer.
     pub(crate) sent: u64,
     /// Peer → application.
@@ -185,6 +187,7 @@ impl Relay {
             broken: None,
             unsendable: None,
             suspended: false,
+            kept_alive: false,
             sent: 0,
             received: 0,
         })
@@ -196,6 +199,16 @@ impl Relay {
     /// If it has given up.
     pub(crate) async fn connect_application(&mut self) -> io::Result<()> {
         self.application.connect().await
+    }
+
+    /// Has the kernel ask now and then whether the application is still there: most connections do not last so long.
+    pub(crate) fn keep_alive(&mut self) {
+        if !std::mem::replace(&mut self.kept_alive, true)
+            && let Some(stream) = self.application.stream()
+        {
+            // It may be gone already.
+            drop(keep_alive(stream));
+        }
     }
 
     pub(crate) fn into_parts(mut self) -> (Application, Box<Session>) {

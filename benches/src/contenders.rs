@@ -3,7 +3,7 @@
 //! CPU 0.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fs,
     io::{self, BufRead, BufReader},
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -48,6 +48,8 @@ pub(crate) enum Contender {
     Haproxy,
     Stunnel,
     Hauberk,
+    /// An earlier build of it.
+    Before,
     /// Both workloads on one node.
     OneNode,
     /// The same under `verified-local`.
@@ -55,12 +57,13 @@ pub(crate) enum Contender {
 }
 
 impl Contender {
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Raw,
         Self::Plain,
         Self::Haproxy,
         Self::Stunnel,
         Self::Hauberk,
+        Self::Before,
         Self::OneNode,
         Self::VerifiedLocal,
     ];
@@ -77,6 +80,7 @@ impl Contender {
             Self::Haproxy => "haproxy",
             Self::Stunnel => "stunnel",
             Self::Hauberk => "hauberk",
+            Self::Before => "hauberk, before",
             Self::OneNode => "hauberk, one node",
             Self::VerifiedLocal => "hauberk, one node, verified-local",
         }
@@ -90,6 +94,7 @@ impl Contender {
             Self::Haproxy => "haproxy",
             Self::Stunnel => "stunnel",
             Self::Hauberk => "hauberk",
+            Self::Before => "before",
             Self::OneNode => "one-node",
             Self::VerifiedLocal => "verified-local",
         }
@@ -102,11 +107,19 @@ pub(crate) struct Field {
     lab: Lab,
     program: PathBuf,
     _servers: Vec<Running>,
+    before: Option<Before>,
+}
+
+/// An earlier build, in a laboratory of its own.
+struct Before {
+    lab: Lab,
+    _server: Running,
 }
 
 /// A contender that is ready to be loaded.
 pub(crate) struct Ready<'a> {
     field: &'a Field,
+    lab: &'a Lab,
     client: &'static str,
     address: SocketAddr,
     /// The relays, to be measured; their owner if they were started for this.
@@ -115,19 +128,19 @@ pub(crate) struct Ready<'a> {
 }
 
 impl Field {
-    /// With so many rules in Hauberk's policy, certificates that live so long (`60s`), and with these arguments
-    /// to its agents.
+    /// With so many rules in Hauberk's policy, certificates that live so long (`60s`), with these arguments
+    /// to its agents, and an earlier build of it beside.
     pub(crate) fn new(
         rules: usize,
         lifetime: &str,
         agent_arguments: &[&str],
+        before: Option<&Path>,
     ) -> anyhow::Result<Self> {
         let program = std::env::current_exe()?;
-        // Each agent sees one CPU from its start on, and sets itself up for one.
-        let hauberk = ["taskset", "-c", "1"].map(OsString::from).into_iter();
-        let hauberk = hauberk.chain([OsString::from(&program), OsString::from(AS_HAUBERK)]);
         let cubic = Cubic::by_default();
-        let mut lab = Lab::new(hauberk.collect())?;
+        let before =
+            before.map(|path| Before::start(path, &program, rules, lifetime)).transpose()?;
+        let mut lab = Lab::new(on_relays_cpu([program.as_os_str(), OsStr::new(AS_HAUBERK)]))?;
         for (name, number) in [
             ("machine-a", 2),
             ("machine-b", 3),
@@ -152,12 +165,7 @@ impl Field {
         let servers = [("server", MESHED_SERVER), ("plain-server", PLAIN_SERVER)]
             .into_iter()
             .chain(NODE_PAIRS.map(|[_, server]| server))
-            .map(|(namespace, number)| {
-                let mut command = on_cpu(0, &program);
-                let address = SocketAddr::new(ipv4(number), SERVER);
-                command.arg("serve").arg(address.to_string());
-                lab.spawn(namespace, &format!("serve-{namespace}"), &mut command)
-            })
+            .map(|(namespace, number)| serve(&lab, &program, namespace, number))
             .collect::<anyhow::Result<Vec<_>>>()?;
         write_manifests(&lab, rules)?;
         lab.start_control_plane(&["--workload-certificate-lifetime", lifetime])?;
@@ -168,13 +176,15 @@ impl Field {
             lab.start_agent(machine, &["--local-edges", edges])?;
         }
         lab.wait_ready().context("the mesh")?;
-        Ok(Self { lab, program, _servers: servers })
+        Ok(Self { lab, program, _servers: servers, before })
     }
 
     /// Starts a contender, if it does not run all the time, and waits until it carries something.
     pub(crate) fn ready(&self, contender: Contender) -> anyhow::Result<Ready<'_>> {
         let (client, address) = match contender {
-            Contender::Hauberk => ("caller", SocketAddr::new(ipv4(MESHED_SERVER), SERVER)),
+            Contender::Hauberk | Contender::Before => {
+                ("caller", SocketAddr::new(ipv4(MESHED_SERVER), SERVER))
+            }
             Contender::OneNode => of_pair(NODE_PAIRS[0]),
             Contender::VerifiedLocal => of_pair(NODE_PAIRS[1]),
             Contender::Raw => ("plain-caller", SocketAddr::new(ipv4(PLAIN_SERVER), SERVER)),
@@ -185,6 +195,7 @@ impl Field {
         let (running, processes) = match contender {
             Contender::Raw => (Vec::new(), Vec::new()),
             Contender::Hauberk => (Vec::new(), self.agents()?.to_vec()),
+            Contender::Before => (Vec::new(), agents(self.lab_of(contender)?)?.to_vec()),
             Contender::OneNode => (Vec::new(), vec![self.agent(NODES[0].0)?]),
             Contender::VerifiedLocal => (Vec::new(), vec![self.agent(NODES[1].0)?]),
             Contender::Plain | Contender::Haproxy | Contender::Stunnel => {
@@ -193,7 +204,8 @@ impl Field {
                 (running, processes)
             }
         };
-        let ready = Ready { field: self, client, address, processes, _running: running };
+        let lab = self.lab_of(contender)?;
+        let ready = Ready { field: self, lab, client, address, processes, _running: running };
         let carries = |_: &Lab| {
             let measured = ready.load(Kind::Connects, 1, 0.05, &[])?;
             ensure!(measured.count > 0, "no connection succeeds");
@@ -203,6 +215,14 @@ impl Field {
             .wait(contender.name(), Duration::from_secs(10), carries)
             .with_context(|| self.said(contender))?;
         Ok(ready)
+    }
+
+    fn lab_of(&self, contender: Contender) -> anyhow::Result<&Lab> {
+        if contender != Contender::Before {
+            return Ok(&self.lab);
+        }
+        let before = self.before.as_ref().context("--before tells which build that is")?;
+        Ok(&before.lab)
     }
 
     /// What its two halves wrote.
@@ -226,7 +246,11 @@ impl Field {
             ],
             Contender::Haproxy => haproxy(&folder, far)?,
             Contender::Stunnel => stunnel(&folder, far)?,
-            Contender::Raw | Contender::Hauberk | Contender::OneNode | Contender::VerifiedLocal => {
+            Contender::Raw
+            | Contender::Hauberk
+            | Contender::Before
+            | Contender::OneNode
+            | Contender::VerifiedLocal => {
                 bail!("{} is not started", contender.name())
             }
         };
@@ -246,8 +270,7 @@ impl Field {
 
     /// Hauberk's agents, the caller's and the server's.
     pub(crate) fn agents(&self) -> anyhow::Result<[u32; 2]> {
-        let [near, far] = MACHINES.map(|machine| self.agent(machine));
-        Ok([near?, far?])
+        agents(&self.lab)
     }
 
     fn agent(&self, machine: &str) -> anyhow::Result<u32> {
@@ -257,8 +280,9 @@ impl Field {
     /// Throws away what the agents have recorded, as a log rotation does: millions of connections would fill
     /// a disk.
     pub(crate) fn drop_records(&self) -> anyhow::Result<()> {
-        for machine in MACHINES {
-            let records = self.lab.records(machine);
+        let labs = [Some(&self.lab), self.before.as_ref().map(|before| &before.lab)];
+        let records = labs.into_iter().flatten();
+        for records in records.flat_map(|lab| MACHINES.map(|machine| lab.records(machine))) {
             match fs::remove_file(&records) {
                 // The last one was thrown away a moment ago.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -274,6 +298,49 @@ impl Field {
         let congestion = self.lab.namespace("caller")?.run(|| fs::read_to_string(CONGESTION))??;
         Ok(format!("{} policies, congestion control {}", status.policies, congestion.trim()))
     }
+}
+
+impl Before {
+    fn start(path: &Path, program: &Path, rules: usize, lifetime: &str) -> anyhow::Result<Self> {
+        let mut lab = Lab::new(on_relays_cpu([path.as_os_str()]))?;
+        for (name, number) in [
+            ("machine-a", 2),
+            ("machine-b", 3),
+            ("caller", MESHED_CLIENT),
+            ("server", MESHED_SERVER),
+        ] {
+            lab.add(name, number)?;
+        }
+        for name in ["caller", "server"] {
+            lab.namespace(name)?.run(many_ports)??;
+        }
+        let server = serve(&lab, program, "server", MESHED_SERVER)?;
+        write_manifests(&lab, rules)?;
+        lab.start_control_plane(&["--workload-certificate-lifetime", lifetime])?;
+        for machine in MACHINES {
+            lab.start_agent(machine, &[])?;
+        }
+        lab.wait_ready().context("the mesh of the build before")?;
+        Ok(Self { lab, _server: server })
+    }
+}
+
+/// Each agent sees one CPU from its start on, and sets itself up for one.
+fn on_relays_cpu<const N: usize>(command: [&OsStr; N]) -> Vec<OsString> {
+    let taskset = ["taskset", "-c", "1"].map(OsStr::new);
+    taskset.into_iter().chain(command).map(OsStr::to_owned).collect()
+}
+
+fn serve(lab: &Lab, program: &Path, namespace: &str, number: u8) -> anyhow::Result<Running> {
+    let mut command = on_cpu(0, program);
+    command.arg("serve").arg(SocketAddr::new(ipv4(number), SERVER).to_string());
+    lab.spawn(namespace, &format!("serve-{namespace}"), &mut command)
+}
+
+/// The caller's agent and the server's.
+fn agents(lab: &Lab) -> anyhow::Result<[u32; 2]> {
+    let [near, far] = MACHINES.map(|machine| lab.process(machine).context("no agent"));
+    Ok([near?, far?])
 }
 
 /// Where a pair of workloads of one node is loaded from, and where its server is.
@@ -310,7 +377,7 @@ impl Ready<'_> {
 
     /// Runs a load to its end, and reads its result.
     fn finish<T: DeserializeOwned>(&self, mut command: Command) -> anyhow::Result<T> {
-        let namespace = self.field.lab.namespace(self.client)?;
+        let namespace = self.lab.namespace(self.client)?;
         let output = namespace.run(|| command.output())?.context("start the load")?;
         if !output.status.success() {
             bail!("load: {}", String::from_utf8_lossy(&output.stderr));
@@ -380,7 +447,7 @@ impl Ready<'_> {
 
     fn holding<T>(&self, command: &mut Command, work: impl FnOnce() -> T) -> anyhow::Result<T> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let namespace = self.field.lab.namespace(self.client)?;
+        let namespace = self.lab.namespace(self.client)?;
         let mut child = namespace.run(|| command.spawn())?.context("start the load")?;
         let mut line = String::new();
         let mut stdout = BufReader::new(child.stdout.take().context("no output")?);

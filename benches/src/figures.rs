@@ -85,6 +85,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
     processes::raise_file_limit()?;
     let wanted: Vec<Contender> = Contender::ALL
         .into_iter()
+        .filter(|contender| *contender != Contender::Before || args.before.is_some())
         .filter(|contender| {
             args.contenders.is_empty() || args.contenders.iter().any(|w| w == contender.word())
         })
@@ -93,12 +94,17 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
     for word in &args.contenders {
         ensure!(known.contains(&word.as_str()), "{word} is not one of {}", known.join(", "));
     }
+    ensure!(
+        args.before.is_some() || !args.contenders.iter().any(|w| w == Contender::Before.word()),
+        "the contender before needs --before, the path of an earlier build of hauberk"
+    );
     for part in &args.figures {
         let known = PARTS.iter().any(|word| word.contains(part.as_str()));
         ensure!(known, "{part} is in none of {}", PARTS.join(", "));
     }
     let started = Instant::now();
-    let field = Field::new(args.rules, &args.certificate_lifetime, &[])?;
+    let before = args.before.as_deref();
+    let field = Field::new(args.rules, &args.certificate_lifetime, &[], before)?;
     eprintln!("the field is ready: {}, {} rules", field.status()?, args.rules);
     let mut results = Results::default();
     for round in 0..args.rounds() {
@@ -158,7 +164,7 @@ impl Turn<'_> {
         }
         if !self.args.quick
             && self.wants("crowd")
-            && matches!(self.contender, Contender::Plain | Contender::Hauberk)
+            && matches!(self.contender, Contender::Plain | Contender::Hauberk | Contender::Before)
         {
             self.crowd(seconds)?;
         }

@@ -78,7 +78,10 @@ pub(crate) struct RunArgs {
     /// Seconds of each measurement.
     #[arg(long, default_value_t = 3.0)]
     seconds: f64,
-    /// Only these contenders: raw, plain, haproxy, stunnel, hauberk, one-node, verified-local.
+    /// An earlier build of the `hauberk` command, to be measured as a contender of its own, `before`.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) before: Option<PathBuf>,
+    /// Only these contenders: raw, plain, haproxy, stunnel, hauberk, before, one-node, verified-local.
     #[arg(long, value_delimiter = ',')]
     contenders: Vec<String>,
     /// Only figures of these: memory, throughput, round trips, new connections, fairness, crowd.

@@ -87,7 +87,7 @@ fn table(args: &RunArgs, contenders: &[Contender], field: &str, results: &Result
     let others: Vec<Contender> = contenders
         .iter()
         .copied()
-        .filter(|other| matches!(other, Contender::Plain | Contender::Haproxy))
+        .filter(|other| matches!(other, Contender::Plain | Contender::Haproxy | Contender::Before))
         .collect();
     for contender in contenders {
         // Into a string: cannot fail.

@@ -152,7 +152,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     lab::become_root()?;
     lab::listen_for_interrupts()?;
     processes::raise_file_limit()?;
-    let field = Field::new(args.rules, "60s", AGENT_ARGUMENTS)?;
+    let field = Field::new(args.rules, "60s", AGENT_ARGUMENTS, None)?;
     eprintln!("the field is ready: {}, {} rules", field.status()?, args.rules);
     let agents = field.agents()?;
     let start = states(agents)?;

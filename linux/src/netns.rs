@@ -1,10 +1,12 @@
 //! Network namespaces: open, create, and run code inside one.
 //!
-//! `setns` acts on a single thread, so nothing here ever changes the namespace of the calling
-//! thread: a fresh OS thread enters, works and ends. A [`Netns`] holds the namespace's file open,
-//! which keeps its inode from being given to another namespace.
+//! `setns` acts on a single thread. Work that may take long is done by a fresh OS thread, which enters, works and
+//! ends; the calling thread goes there and back only for a system call or two ([`Netns::within`]), where handing them to
+//! another thread costs more than they do. A [`Netns`] holds the namespace's file open, which keeps its inode from being
+//! given to another namespace.
 
 use std::{
+    cell::OnceCell,
     fs::File,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd},
@@ -81,6 +83,22 @@ impl Netns {
         })?
     }
 
+    /// Does `work` inside the namespace, on the calling thread, which is back where it was when this returns: for a
+    /// system call or two. If it cannot get back, the process ends: nothing may go on in another's network.
+    ///
+    /// # Errors
+    /// If it cannot enter; then nothing was done.
+    pub fn within<T>(&self, work: impl FnOnce() -> T) -> Result<T> {
+        let back = Back(HOME.with(|home| match home.get() {
+            Some(home) => Ok(home.clone()),
+            None => Self::current().map(|current| home.get_or_init(|| current).clone()),
+        })?);
+        self.enter()?;
+        let result = work();
+        drop(back);
+        Ok(result)
+    }
+
     /// A path to the namespace that another process of the same user can open, for as long as
     /// this value lives.
     pub fn proc_path(&self) -> PathBuf {
@@ -108,6 +126,22 @@ impl Netns {
     fn enter(&self) -> Result<()> {
         setns(&self.file, CloneFlags::CLONE_NEWNET)
             .context(format!("entering the network namespace {}", self.inode))
+    }
+}
+
+thread_local! {
+    /// Where this thread is, but for moments.
+    static HOME: OnceCell<Netns> = const { OnceCell::new() };
+}
+
+/// Takes the calling thread back when it is dropped, also by a panic.
+struct Back(Netns);
+
+impl Drop for Back {
+    fn drop(&mut self) {
+        if self.0.enter().is_err() {
+            std::process::abort();
+        }
     }
 }
 

@@ -15,7 +15,8 @@ use nix::{
 /// `SOCK_DIAG_BY_FAMILY` of `linux/sock_diag.h`.
 const BY_FAMILY: u16 = 20;
 
-/// `TCP_LISTEN` of `include/net/tcp_states.h`.
+/// `TCP_SYN_SENT` and `TCP_LISTEN` of `include/net/tcp_states.h`.
+const OPENING: u8 = 2;
 const LISTENING: u8 = 10;
 
 /// Bytes of a netlink header, and of the request behind it.
@@ -32,7 +33,35 @@ const REMOTE_PORT: usize = 6;
 /// # Errors
 /// If the kernel cannot be asked, or says something else.
 pub fn has_tcp_socket(local: SocketAddr, remote: SocketAddr) -> io::Result<bool> {
-    let Some(request) = request(local, remote) else { return Ok(false) };
+    Ok(state(local, remote)?.is_some())
+}
+
+/// What became of a wish for a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// It waits for an answer.
+    Open,
+    /// It has got one.
+    Answered,
+    /// No socket has it.
+    Gone,
+}
+
+/// What became of a TCP socket's wish for a connection between these two ends.
+///
+/// # Errors
+/// If the kernel cannot be asked, or says something else.
+pub fn wish(local: SocketAddr, remote: SocketAddr) -> io::Result<Wish> {
+    Ok(match state(local, remote)? {
+        Some(OPENING) => Wish::Open,
+        Some(_) => Wish::Answered,
+        None => Wish::Gone,
+    })
+}
+
+/// The state of the connection between these two ends, if a socket here has them.
+fn state(local: SocketAddr, remote: SocketAddr) -> io::Result<Option<u8>> {
+    let Some(request) = request(local, remote) else { return Ok(None) };
     let netlink = socket(
         AddressFamily::Netlink,
         SockType::Datagram,
@@ -79,7 +108,7 @@ fn request(local: SocketAddr, remote: SocketAddr) -> Option<Vec<u8>> {
     Some(message)
 }
 
-fn read(answer: &[u8], local: SocketAddr, remote: SocketAddr) -> io::Result<bool> {
+fn read(answer: &[u8], local: SocketAddr, remote: SocketAddr) -> io::Result<Option<u8>> {
     let damaged = || io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer is too short");
     let number = |at: usize| answer.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes);
     let kind = number(4).ok_or_else(damaged)?;
@@ -87,7 +116,7 @@ fn read(answer: &[u8], local: SocketAddr, remote: SocketAddr) -> io::Result<bool
     if i32::from(kind) == libc::NLMSG_ERROR {
         let code = body.first_chunk().copied().map(i32::from_ne_bytes).ok_or_else(damaged)?;
         return match code.saturating_neg() {
-            libc::ENOENT => Ok(false),
+            libc::ENOENT => Ok(None),
             code => Err(io::Error::from_raw_os_error(code)),
         };
     }
@@ -97,9 +126,10 @@ fn read(answer: &[u8], local: SocketAddr, remote: SocketAddr) -> io::Result<bool
     let port = |at: usize| body.get(at..at + 2)?.try_into().ok().map(u16::from_be_bytes);
     let state = *body.get(STATE).ok_or_else(damaged)?;
     // Without such a connection the kernel gives a listener that would take it.
-    Ok(state != LISTENING
+    let is_it = state != LISTENING
         && port(LOCAL_PORT) == Some(local.port())
-        && port(REMOTE_PORT) == Some(remote.port()))
+        && port(REMOTE_PORT) == Some(remote.port());
+    Ok(is_it.then_some(state))
 }
 
 #[cfg(test)]
@@ -123,6 +153,9 @@ mod tests {
             other.set_port(client.port() ^ 1);
             assert!(!has_tcp_socket(other, server).unwrap(), "a connection that is not there");
             assert!(!has_tcp_socket(server, other).unwrap(), "a listener is no connection");
+            assert_eq!(wish(client, server).unwrap(), Wish::Answered);
+            let nobody = SocketAddr::new(server.ip(), 1);
+            assert_eq!(wish(client, nobody).unwrap(), Wish::Gone);
             // One that says goodbye is there still.
             drop(stream);
             assert!(has_tcp_socket(client, server).unwrap());

@@ -56,7 +56,8 @@ impl Peer {
 }
 
 /// Listens on `address` for captured connections: what it accepts has as its own address the one that was wanted.
-/// Options that accepted sockets inherit are set here once: the mark, no delay, keepalive.
+/// Options that accepted sockets inherit are set here once: the mark, no delay, keepalive, and for applications
+/// [`reset_on_close`].
 ///
 /// A connection that was dialled to the listener itself has the listener's own address and
 /// port; the caller must refuse it, or it would connect to itself.
@@ -65,6 +66,11 @@ pub fn listen_captured(address: SocketAddr, peer: Peer) -> io::Result<TcpListene
     set_transparent(&socket, address)?;
     socket.set_mark(peer.mark())?;
     tune(&socket)?;
+    keep_alive(&socket)?;
+    match peer {
+        Peer::Application => reset_on_close(&socket)?,
+        Peer::Network => {}
+    }
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -76,6 +82,7 @@ pub fn outbound_socket(destination: SocketAddr) -> io::Result<Socket> {
     let socket = stream_socket(destination)?;
     socket.set_mark(MARK)?;
     tune(&socket)?;
+    keep_alive(&socket)?;
     Ok(socket)
 }
 
@@ -90,7 +97,8 @@ pub fn published_socket(destination: SocketAddr) -> io::Result<Socket> {
 }
 
 /// A socket for dialling the local application as if from `source`, the client's real address
-/// and port; with [`MARK_TRANSPARENT`], so the answers find their way back to it.
+/// and port; with [`MARK_TRANSPARENT`], so the answers find their way back to it. It is not kept alive
+/// ([`keep_alive`]).
 ///
 /// Where the port is taken, another one of the same address is used. Connecting can still fail
 /// with `EADDRNOTAVAIL` when the same source already has a connection to the same destination:
@@ -170,11 +178,9 @@ fn listening_socket(address: SocketAddr) -> io::Result<Socket> {
 }
 
 fn stream_socket(address: SocketAddr) -> io::Result<Socket> {
-    // socket2 sets close-on-exec itself.
-    let socket =
-        Socket::new(Domain::for_address(canonical(address)), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_nonblocking(true)?;
-    Ok(socket)
+    // socket2 sets close-on-exec itself; not to block takes no call of its own.
+    let kind = Type::STREAM.nonblocking();
+    Socket::new(Domain::for_address(canonical(address)), kind, Some(Protocol::TCP))
 }
 
 fn unbound_transparent_socket(source: SocketAddr) -> io::Result<Socket> {
@@ -187,26 +193,25 @@ fn unbound_transparent_socket(source: SocketAddr) -> io::Result<Socket> {
 
 fn set_transparent(socket: &Socket, address: SocketAddr) -> io::Result<()> {
     match address {
-        SocketAddr::V4(_) => {
-            socket.set_ip_transparent_v4(true)?;
-            socket.set_freebind_v4(true)
-        }
-        SocketAddr::V6(_) => {
-            socket.set_ip_transparent_v6(true)?;
-            socket.set_freebind_v6(true)
-        }
+        SocketAddr::V4(_) => socket.set_ip_transparent_v4(true),
+        SocketAddr::V6(_) => socket.set_ip_transparent_v6(true),
     }
 }
 
-/// Keepalive, no delay, and urgent data in line.
-///
-/// No `TCP_USER_TIMEOUT`: it also ends connections whose reader only pauses, which a network without us
-/// in between would let live for ever. See [`unacknowledged_for`].
+/// No delay, and urgent data in line.
 fn tune(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     // An urgent byte is delivered in its place among the others, instead of being lost.
-    socket.set_out_of_band_inline(true)?;
-    socket.set_tcp_keepalive(
+    socket.set_out_of_band_inline(true)
+}
+
+/// Has the kernel ask now and then whether the peer is still there. Sockets that [`listen_captured`] accepts, and those
+/// for other agents, do so already; one for a local application only needs it if the connection lasts.
+///
+/// No `TCP_USER_TIMEOUT`: it also ends connections whose reader only pauses, which a network without us
+/// in between would let live for ever. See [`unacknowledged_for`].
+pub fn keep_alive(socket: &impl AsFd) -> io::Result<()> {
+    SockRef::from(socket).set_tcp_keepalive(
         &TcpKeepalive::new()
             .with_time(KEEPALIVE_IDLE)
             .with_interval(KEEPALIVE_INTERVAL)

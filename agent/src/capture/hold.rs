@@ -6,7 +6,7 @@
 //! it opens the next has them accepted in that order (ADR 16).
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::HashMap,
     future::Future,
     io,
     net::SocketAddr,
@@ -18,12 +18,12 @@ use std::{
 use anyhow::Context as _;
 use hauberk_linux::{
     capture::{self, Opening},
-    owner,
+    owner::{self, Wish},
 };
 use tokio::{
     io::Interest,
     net::{TcpListener, TcpStream, UnixDatagram},
-    sync::{Semaphore, oneshot},
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
 };
 use tokio_util::task::AbortOnDropHandle;
 
@@ -37,11 +37,14 @@ use crate::{
 /// after 1 s, and 2 s later.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
 
-/// A first packet is sent again after 1 s (RFC 6298), not earlier.
-const SENT_AGAIN: Duration = Duration::from_millis(900);
+/// How long a connection that has arrived may wait to be accepted.
+const ACCEPT_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How long such packets may wait to be taken.
-const REMEMBERED: Duration = Duration::from_secs(30);
+/// Places that a workload's table keeps when it is nearly empty.
+const SPARE: usize = 4_096;
+
+/// How long what is over is kept in mind: a first packet that was sent again waits no longer to be taken.
+const REMEMBERED: Duration = Duration::from_secs(2);
 
 /// How long it is waited until it is asked whether the application is still there, doubled each time.
 const FIRST_LOOK: Duration = Duration::from_millis(20);
@@ -74,16 +77,15 @@ enum State {
     /// Nobody has answered it.
     Undecided(Opening),
     /// It is on its way to the listener.
-    LetGo { sequence: u32, held_since: Instant, to: oneshot::Sender<TcpStream> },
+    LetGo { opening: Opening, to: oneshot::Sender<TcpStream> },
     /// It is over, or carried. Its first packet may have been sent again meanwhile, and be waiting to be taken.
-    Over { sequence: u32, since: Instant },
+    Over { sequence: u32, since: Instant, refused: bool },
 }
 
 /// A connection that an application wants. It is refused when this is dropped.
 pub(crate) struct Waiting {
     held: Arc<Held>,
     ends: Ends,
-    since: Instant,
     /// It has arrived: what is known of its ends by now is of another.
     arrived: bool,
 }
@@ -191,17 +193,20 @@ async fn take<S>(
             () = context.stopping.cancelled() => return,
             ready = socket.readable() => ready,
         };
-        let mut taken = Ok(Vec::new());
+        let mut taken = Ok((Vec::new(), true));
         if ready.is_ok() {
-            // That nothing is left is what makes the runtime wait again.
             let emptied: io::Result<()> = socket.try_io(Interest::READABLE, || {
                 taken = held.kernel.take();
-                Err(io::ErrorKind::WouldBlock.into())
+                match &taken {
+                    Ok((_, false)) => Ok(()),
+                    // That nothing is left is what makes the runtime wait again.
+                    Ok((_, true)) | Err(_) => Err(io::ErrorKind::WouldBlock.into()),
+                }
             });
             drop(emptied);
         }
-        let openings = match ready.and(taken) {
-            Ok(openings) => openings,
+        let (openings, none_left) = match ready.and(taken) {
+            Ok(taken) => taken,
             Err(error) => {
                 tracing::warn!(%error, "connections of a workload could not be taken");
                 tokio::time::sleep(ACCEPT_RETRY).await;
@@ -209,9 +214,7 @@ async fn take<S>(
             }
         };
         for opening in openings {
-            // Over it, the application's kernel asks again.
-            let Ok(place) = places.clone().try_acquire_owned() else { continue };
-            let Some(waiting) = Held::begin(&held, opening) else { continue };
+            let Some((waiting, place)) = Held::begin(&held, &places, opening) else { continue };
             let Some(serving) = serve(context.clone(), waiting) else { continue };
             // In a box of its own: a future that is moved into a task is in it twice.
             let (serving, open) = (Box::pin(serving), context.opened());
@@ -220,12 +223,15 @@ async fn take<S>(
                 drop((open, place));
             });
         }
+        if !none_left {
+            tokio::task::yield_now().await;
+        }
     }
 }
 
 /// A connection that was let go, at the agent's listener.
 fn arrived(held: &Weak<Held>, stream: TcpStream, ends: Ends) {
-    let wanted_by = held.upgrade().and_then(|held| held.arrived(&ends));
+    let wanted_by = held.upgrade().and_then(|held| held.arrived(ends));
     let unclaimed = match wanted_by {
         Some(to) => to.send(stream).err(),
         // It was given up, or dialled to the agent's own port.
@@ -238,60 +244,66 @@ fn arrived(held: &Weak<Held>, stream: TcpStream, ends: Ends) {
 }
 
 impl Held {
-    /// Nothing if it is known already, and its application's kernel only asks again.
-    fn begin(held: &Arc<Self>, opening: Opening) -> Option<Box<Waiting>> {
+    /// Nothing if it is known already, and its application's kernel only asks again; or if there is no room for it, when
+    /// it will ask again.
+    fn begin(
+        held: &Arc<Self>,
+        places: &Arc<Semaphore>,
+        opening: Opening,
+    ) -> Option<(Box<Waiting>, OwnedSemaphorePermit)> {
         let ends = (opening.from, opening.wanted);
-        let again = match held.lock().entry(ends) {
-            Entry::Vacant(vacant) => {
-                vacant.insert(State::Undecided(opening));
-                return Some(Waiting::new(held, ends));
+        let mut states = held.lock();
+        match states.get_mut(&ends) {
+            // Another attempt between the same ends, perhaps: only the newest can still succeed.
+            Some(State::Undecided(before)) => {
+                *before = opening;
+                return None;
             }
-            Entry::Occupied(mut occupied) => match occupied.get_mut() {
-                // Another attempt between the same ends, perhaps: only the newest can still succeed.
-                State::Undecided(before) => {
-                    *before = opening;
-                    None
+            Some(State::LetGo { opening: before, .. }) => {
+                *before = opening.clone();
+                drop(states);
+                held.let_go(&opening);
+                return None;
+            }
+            Some(State::Over { sequence, refused, .. }) if *sequence == opening.sequence => {
+                let refused = *refused;
+                drop(states);
+                if refused {
+                    held.refuse(&opening);
                 }
-                State::LetGo { .. } => Some(opening),
-                State::Over { sequence, .. } if *sequence == opening.sequence => None,
-                State::Over { .. } => {
-                    occupied.insert(State::Undecided(opening));
-                    return Some(Waiting::new(held, ends));
-                }
-            },
-        };
-        if let Some(opening) = again {
-            held.let_go(&opening);
+                return None;
+            }
+            Some(State::Over { .. }) | None => {}
         }
-        None
+        let place = places.clone().try_acquire_owned().ok()?;
+        states.insert(ends, State::Undecided(opening));
+        let waiting = Waiting { held: held.clone(), ends, arrived: false };
+        Some((Box::new(waiting), place))
     }
 
     /// Who wants the connection that was let go and has arrived.
-    fn arrived(&self, ends: &Ends) -> Option<oneshot::Sender<TcpStream>> {
+    fn arrived(&self, ends: Ends) -> Option<oneshot::Sender<TcpStream>> {
         let mut states = self.lock();
-        match states.remove(ends)? {
-            State::LetGo { sequence, held_since, to } => {
-                self.remember(&mut states, *ends, sequence, held_since);
+        match states.remove(&ends)? {
+            State::LetGo { opening, to } => {
+                self.remember(&mut states, ends, opening.sequence, false);
                 Some(to)
             }
             other @ (State::Undecided(_) | State::Over { .. }) => {
-                states.insert(*ends, other);
+                states.insert(ends, other);
                 None
             }
         }
     }
 
-    /// Keeps in mind that it is over, where its first packet may have been sent again.
+    /// Keeps in mind that it is over: a first packet that was sent again is no other connection.
     fn remember(
         &self,
         states: &mut HashMap<Ends, State>,
         ends: Ends,
         sequence: u32,
-        held_since: Instant,
+        refused: bool,
     ) {
-        if held_since.elapsed() < SENT_AGAIN {
-            return;
-        }
         let now = Instant::now();
         let mut swept = self.swept.lock().unwrap_or_else(PoisonError::into_inner);
         if now.duration_since(*swept) > REMEMBERED {
@@ -300,9 +312,18 @@ impl Held {
                 State::Over { since, .. } => now.duration_since(*since) < REMEMBERED,
                 State::Undecided(_) | State::LetGo { .. } => true,
             });
+            if states.capacity() > SPARE && states.len() < states.capacity() / 4 {
+                states.shrink_to(states.len() * 2);
+            }
         }
-        // Another attempt between the same ends may have begun.
-        states.entry(ends).or_insert(State::Over { sequence, since: now });
+        states.insert(ends, State::Over { sequence, since: now, refused });
+    }
+
+    fn refuse(&self, opening: &Opening) {
+        if let Err(error) = self.kernel.refuse(opening) {
+            // The application's kernel asks again.
+            tracing::debug!(%error, "a connection could not be refused");
+        }
     }
 
     fn let_go(&self, opening: &Opening) {
@@ -312,11 +333,10 @@ impl Held {
         }
     }
 
-    /// Whether the application still wants it.
-    async fn is_wanted(&self, (from, wanted): Ends) -> bool {
-        let asked = self.place.ask(move || owner::has_tcp_socket(from, wanted)).await;
+    /// Whether the application still waits for it.
+    fn wish(&self, (from, wanted): Ends) -> Wish {
         // If that cannot be told, it is waited for.
-        asked.unwrap_or(true)
+        self.place.call(|| owner::wish(from, wanted)).unwrap_or(Wish::Open)
     }
 
     /// Plain data: a panic elsewhere leaves nothing half-changed in it.
@@ -330,10 +350,6 @@ impl Held {
 }
 
 impl Waiting {
-    fn new(held: &Arc<Held>, ends: Ends) -> Box<Self> {
-        Box::new(Self { held: held.clone(), ends, since: Instant::now(), arrived: false })
-    }
-
     /// The application's end.
     pub(crate) fn from(&self) -> SocketAddr {
         self.ends.0
@@ -353,13 +369,23 @@ impl Waiting {
         let opening = self.let_go(to).ok_or_else(given_up)?;
         self.held.let_go(&opening);
         let arrival = async {
-            let mut pause = FIRST_LOOK;
+            let (mut pause, mut answered) = (FIRST_LOOK, None);
             loop {
                 match tokio::time::timeout(pause, &mut receiver).await {
                     Ok(arrived) => return arrived.ok(),
-                    Err(_) if !self.held.is_wanted(self.ends).await => return None,
-                    Err(_) => pause *= 2,
+                    Err(_) => match self.held.wish(self.ends) {
+                        Wish::Open => answered = None,
+                        // It may have arrived, and wait to be accepted; or it has joined something else.
+                        Wish::Answered => {
+                            let since = *answered.get_or_insert_with(Instant::now);
+                            if since.elapsed() >= ACCEPT_PATIENCE {
+                                return None;
+                            }
+                        }
+                        Wish::Gone => return None,
+                    },
                 }
+                pause = (pause * 2).min(ACCEPT_PATIENCE);
             }
         };
         let stream = tokio::time::timeout(ANSWER_PATIENCE, arrival).await.ok().flatten();
@@ -370,17 +396,15 @@ impl Waiting {
     /// Its first packet, which is the newest one.
     fn let_go(&self, to: oneshot::Sender<TcpStream>) -> Option<Opening> {
         let mut states = self.held.lock();
-        let state = states.get_mut(&self.ends)?;
-        match state {
+        match states.remove(&self.ends)? {
             State::Undecided(opening) => {
-                let sequence = opening.sequence;
-                let let_go = State::LetGo { sequence, held_since: self.since, to };
-                match std::mem::replace(state, let_go) {
-                    State::Undecided(opening) => Some(opening),
-                    State::LetGo { .. } | State::Over { .. } => None,
-                }
+                states.insert(self.ends, State::LetGo { opening: opening.clone(), to });
+                Some(opening)
             }
-            State::LetGo { .. } | State::Over { .. } => None,
+            other @ (State::LetGo { .. } | State::Over { .. }) => {
+                states.insert(self.ends, other);
+                None
+            }
         }
     }
 }
@@ -397,16 +421,11 @@ impl Drop for Waiting {
         }
         let mut states = self.held.lock();
         match states.remove(&self.ends) {
-            Some(State::Undecided(opening)) => {
-                self.held.remember(&mut states, self.ends, opening.sequence, self.since);
+            // One that was let go and did not arrive is not wanted any more, or gets this for an answer.
+            Some(State::Undecided(opening) | State::LetGo { opening, .. }) => {
+                self.held.remember(&mut states, self.ends, opening.sequence, true);
                 drop(states);
-                if let Err(error) = self.held.kernel.refuse(&opening) {
-                    tracing::debug!(%error, "a connection could not be refused");
-                }
-            }
-            // The application has given it up.
-            Some(State::LetGo { sequence, held_since, .. }) => {
-                self.held.remember(&mut states, self.ends, sequence, held_since);
+                self.held.refuse(&opening);
             }
             Some(over @ State::Over { .. }) => drop(states.insert(self.ends, over)),
             None => {}

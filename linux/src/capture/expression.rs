@@ -175,6 +175,17 @@ pub(super) fn to_this_host(is: Is) -> Vec<Expression> {
     vec![load, compare(is, &RTN_LOCAL.to_ne_bytes())]
 }
 
+/// IPv6, with other headers before that of TCP.
+pub(super) fn extended() -> Vec<Expression> {
+    const NEXT_HEADER: u32 = 6;
+    vec![
+        meta(META_NFPROTO),
+        compare(Is::Equal, &[IPV6]),
+        payload(REG, PAYLOAD_NETWORK_HEADER, NEXT_HEADER, 1),
+        compare(Is::Not, &[IPPROTO_TCP]),
+    ]
+}
+
 /// The packet belongs to a socket here that may have any address: one of the agent's.
 pub(super) fn to_transparent_socket() -> Vec<Expression> {
     let mut attributes = Vec::new();

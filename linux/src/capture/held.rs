@@ -11,6 +11,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
+use nix::libc;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::{
@@ -18,14 +19,18 @@ use super::{
     released,
 };
 
-/// Bytes of a first packet that are kept: it may have data (TCP Fast Open), of one segment at most.
-const LONGEST: u32 = 4096;
+/// Bytes of a first packet that are kept: its headers. Data in it (TCP Fast Open) is sent again by its sender.
+const LONGEST: u32 = 128;
 
 /// `IPPROTO_RAW`: packets are sent with their IP header as they are.
 const RAW: i32 = 255;
 
-/// Where a TCP header has its sequence number and its checksum, and its number in an IP header.
+/// Where an IPv6 header has the length of what follows it.
+const V6_LENGTH: usize = 4;
+
+/// Where a TCP header has its sequence number, its own length and its checksum, and its number in an IP header.
 const SEQUENCE: usize = 4;
+const OFFSET: usize = 12;
 const CHECKSUM: usize = 16;
 const TCP: u16 = 6;
 
@@ -89,12 +94,12 @@ impl Hold {
         self.log.socket()
     }
 
-    /// Takes all first packets that wait, without waiting for more. One that its sender has sent again is among them
-    /// again.
+    /// Takes first packets that wait, without waiting for more, and not all at once if they are many. Returns whether none
+    /// is left, too. One that its sender has sent again is among them again.
     ///
     /// # Errors
     /// If the kernel refuses it.
-    pub fn take(&self) -> io::Result<Vec<Opening>> {
+    pub fn take(&self) -> io::Result<(Vec<Opening>, bool)> {
         self.log.take(Opening::read)
     }
 
@@ -118,7 +123,12 @@ impl Hold {
 impl Opening {
     fn read(packet: &[u8]) -> Option<Self> {
         let (from, wanted, header) = log::ends(packet)?;
-        let mut packet: Box<[u8]> = packet.into();
+        let length = usize::from(*packet.get(header + OFFSET)? >> 4) * 4;
+        let mut packet: Box<[u8]> = packet.get(..header + length)?.into();
+        if wanted.is_ipv6() {
+            let place = packet.get_mut(V6_LENGTH..V6_LENGTH + 2)?;
+            place.copy_from_slice(&u16::try_from(length).ok()?.to_be_bytes());
+        }
         // Over loopback the kernel leaves it out.
         let sum = checksum(from, wanted, packet.get(header..)?)?;
         let place = packet.get_mut(header + CHECKSUM..header + CHECKSUM + 2)?;
@@ -144,7 +154,12 @@ impl Raw {
             socket.set_mark(mark)?;
             Ok::<_, io::Error>(socket)
         };
-        Ok(Self { v4: socket(Domain::IPV4)?, v6: socket(Domain::IPV6).ok() })
+        let v6 = match socket(Domain::IPV6) {
+            Ok(socket) => Some(socket),
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => None,
+            Err(error) => return Err(error),
+        };
+        Ok(Self { v4: socket(Domain::IPV4)?, v6 })
     }
 
     fn send(&self, opening: &Opening) -> io::Result<()> {

@@ -17,8 +17,8 @@ use super::{
     },
     older::{Process, Scope},
     parts::{
-        agents_own_untracked, carried, families_to_listener, given_back_to_listener, held, leaving,
-        mesh_from_loopback, not_own, older_chain, older_sets, unroutable,
+        agents_own_untracked, carried, families_to_listener, given_back, given_back_to_listener,
+        held, leaving, mesh_from_loopback, not_own, older_chain, older_sets, unroutable,
     },
     published,
     ruleset::{Chain, Hook, Ruleset, Set, SetContent},
@@ -233,6 +233,7 @@ impl HostRules {
         chain
             .rule([masked_mark(Is::Equal, captured(0), CAPTURED_BITS), discard()])
             .rule([mark(MARK_TRANSPARENT), discard()])
+            .rule([given_back(), discard()])
     }
 
     /// Nobody but the agent reaches the agents of other hosts: it would take the room of all workloads here.

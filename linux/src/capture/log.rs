@@ -36,6 +36,10 @@ const MESSAGE: u32 = 512;
 /// kernel after a second.
 const QUEUE: usize = 8 * 1024 * 1024;
 
+/// Datagrams that are taken at once, and the longest: a page, or the packet and its attributes.
+const AT_ONCE: usize = 128;
+const DATAGRAM: usize = 8 * 1024;
+
 /// One group's packets.
 #[derive(Debug)]
 pub(super) struct Log(OwnedFd);
@@ -70,21 +74,28 @@ impl Log {
         self.0.as_fd()
     }
 
-    /// Takes all packets that wait, without waiting for more.
+    /// Takes packets that wait, without waiting for more: not all at once, since they may come faster than they are
+    /// taken. Returns whether none is left, too.
     ///
     /// # Errors
     /// If the kernel refuses it.
-    pub(super) fn take<T>(&self, read: impl Fn(&[u8]) -> Option<T>) -> io::Result<Vec<T>> {
+    pub(super) fn take<T>(&self, read: impl Fn(&[u8]) -> Option<T>) -> io::Result<(Vec<T>, bool)> {
         let mut found = Vec::new();
-        drain(&self.0, |datagram| {
-            found.extend(
-                messages(datagram)
-                    .filter_map(|message| utils::find_attr(message.get(20..)?, PAYLOAD))
-                    .filter_map(&read),
-            );
-            true
-        })?;
-        Ok(found)
+        let mut buffer = [0; DATAGRAM];
+        for _ in 0..AT_ONCE {
+            match recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+                Ok(length) => found.extend(
+                    messages(buffer.get(..length).unwrap_or_default())
+                        .filter_map(|message| utils::find_attr(message.get(20..)?, PAYLOAD))
+                        .filter_map(&read),
+                ),
+                Err(Errno::EAGAIN) => return Ok((found, true)),
+                // Some found no room: they are sent again.
+                Err(Errno::ENOBUFS) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok((found, false))
     }
 }
 
@@ -134,10 +145,14 @@ fn configure(to: &OwnedFd, group: u16, attributes: &[u8]) -> io::Result<()> {
     }
 }
 
+/// `IPPROTO_TCP`.
+const TCP: u8 = 6;
+
 /// `NLMSG_ERROR`, which is also the answer that says that there was none.
 const ERROR: u16 = 2;
 
-/// The two ends of the connection that a packet belongs to, its sender's first, and where its TCP header begins.
+/// The two ends of the connection that a packet belongs to, its sender's first, and where its TCP header begins. Nothing
+/// if that does not follow the IP header.
 pub(super) fn ends(packet: &[u8]) -> Option<(SocketAddr, SocketAddr, usize)> {
     let (source, destination, header): (IpAddr, IpAddr, usize) = match packet.first()? >> 4 {
         4 => {
@@ -145,8 +160,7 @@ pub(super) fn ends(packet: &[u8]) -> Option<(SocketAddr, SocketAddr, usize)> {
             let header = usize::from(packet.first()? & 0xf) * 4;
             (address(12)?.into(), address(16)?.into(), header)
         }
-        // The first packet of a connection has no extension headers.
-        6 => {
+        6 if packet.get(6) == Some(&TCP) => {
             let address = |at: usize| Some(Ipv6Addr::from(*packet.get(at..)?.first_chunk::<16>()?));
             (address(8)?.into(), address(24)?.into(), 40)
         }

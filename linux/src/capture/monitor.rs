@@ -36,6 +36,9 @@ const CHAIN_TYPE: u16 = 7;
 /// Bytes of a packet that are reported: the headers.
 const REPORTED: u32 = 128;
 
+/// Reports that are taken at once.
+const REPORTS: usize = 4_096;
+
 /// Listens in the namespace of the thread that made it. Any thread may read it.
 #[derive(Debug)]
 pub struct Monitor {
@@ -97,7 +100,16 @@ impl Reports {
     /// # Errors
     /// If the kernel refuses it.
     pub fn take(&self) -> io::Result<Vec<(SocketAddr, SocketAddr)>> {
-        self.0.take(|packet| log::ends(packet).map(|(from, to, _)| (from, to)))
+        let mut all = Vec::new();
+        loop {
+            let (found, none_left) =
+                self.0.take(|packet| log::ends(packet).map(|(from, to, _)| (from, to)))?;
+            all.extend(found);
+            // Whoever makes very many of them is told of for some.
+            if none_left || all.len() > REPORTS {
+                return Ok(all);
+            }
+        }
     }
 }
 

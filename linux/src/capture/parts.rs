@@ -4,9 +4,10 @@ use super::{
     MARK, MARK_PUBLISHED, MARK_TRANSPARENT, MARK_UNCAPTURED, OLDER_V4, OLDER_V6, OWN_MARKS,
     RELEASED_BITS, REPORT_GROUP, UNDECIDED, Unroutable,
     expression::{
-        Expression, Is, destination_port, discard, forget_outgoing, goto, let_through, mark,
-        masked_mark, opening, outgoing_in, pass, report_to, reset, set_mark, tcp, to_listener,
-        to_listener_of_mark, to_loopback, to_this_host, to_transparent_socket, untracked,
+        Expression, Is, destination_port, discard, extended, forget_outgoing, goto, let_through,
+        mark, masked_mark, opening, outgoing_in, pass, report_to, reset, set_mark, tcp,
+        to_listener, to_listener_of_mark, to_loopback, to_this_host, to_transparent_socket,
+        untracked,
     },
     published, released,
     ruleset::{Chain, Hook, Set, SetContent},
@@ -35,7 +36,7 @@ pub(super) fn agents_own_untracked() -> Vec<Vec<Vec<Expression>>> {
 }
 
 /// A first packet that was held.
-fn given_back() -> Vec<Expression> {
+pub(super) fn given_back() -> Vec<Expression> {
     masked_mark(Is::Equal, released(0), RELEASED_BITS)
 }
 
@@ -51,8 +52,9 @@ pub(super) fn given_back_to_listener(chain: Chain) -> Chain {
 }
 
 /// The first packets of connections for the agent's listener are held: the agent is told of each, and it goes no
-/// further. Where there is no listener, nobody would answer it, and the rules after these refuse it.
+/// further. One with extension headers, which the agent does not read, is refused. Where there is no listener, nobody would answer it, and the rules after these refuse it.
 pub(super) fn held(chain: Chain, port: u16, which: impl Fn() -> Vec<Expression>) -> Chain {
+    let chain = chain.rule([which(), opening(Is::Equal), extended(), reset()]);
     Family::ALL.into_iter().fold(chain, |chain, family| {
         chain.rule([
             which(),

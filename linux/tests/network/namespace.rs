@@ -6,7 +6,7 @@ use std::{
 
 use hauberk_linux::{
     capture::{self, Before, NamespaceRules, Unroutable},
-    socket::outbound_socket,
+    socket::{linger_on_close, outbound_socket},
 };
 
 use crate::support::*;
@@ -213,7 +213,11 @@ fn rules_are_replaced_without_a_window() {
         });
         let drain = scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                accept_within(&agent, std::time::Duration::from_millis(20));
+                let accepted = accept_within(&agent, std::time::Duration::from_millis(20));
+                // Closed in order: a reset would be taken for a refusal.
+                if let Some((stream, _)) = accepted {
+                    linger_on_close(&stream).unwrap();
+                }
             }
         });
         for _ in 0..200 {

@@ -133,7 +133,7 @@ impl Releasing {
         let stopped = stop.clone();
         let task = thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
-                for opening in hold.take().unwrap() {
+                for opening in hold.take().unwrap().0 {
                     hold.release(&opening).unwrap();
                 }
                 thread::sleep(Duration::from_millis(1));
