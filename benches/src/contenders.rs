@@ -167,7 +167,7 @@ impl Field {
             .chain(NODE_PAIRS.map(|[_, server]| server))
             .map(|(namespace, number)| serve(&lab, &program, namespace, number))
             .collect::<anyhow::Result<Vec<_>>>()?;
-        write_manifests(&lab, rules)?;
+        write_manifests(&lab, rules, &NODES)?;
         lab.start_control_plane(&["--workload-certificate-lifetime", lifetime])?;
         for machine in MACHINES {
             lab.start_agent(machine, agent_arguments)?;
@@ -315,7 +315,7 @@ impl Before {
             lab.namespace(name)?.run(many_ports)??;
         }
         let server = serve(&lab, program, "server", MESHED_SERVER)?;
-        write_manifests(&lab, rules)?;
+        write_manifests(&lab, rules, &[])?;
         lab.start_control_plane(&["--workload-certificate-lifetime", lifetime])?;
         for machine in MACHINES {
             lab.start_agent(machine, &[])?;
@@ -498,10 +498,11 @@ fn on_cpu(cpu: usize, program: &Path) -> Command {
     command
 }
 
-fn write_manifests(lab: &Lab, rules: usize) -> anyhow::Result<()> {
+/// With these of the [`NODES`] besides the two machines.
+fn write_manifests(lab: &Lab, rules: usize, nodes: &[(&str, u8, &str)]) -> anyhow::Result<()> {
     let mut text = String::new();
-    let nodes = NODES.map(|(machine, number, _)| (machine, number));
-    for (machine, number) in [("machine-a", 2), ("machine-b", 3)].into_iter().chain(nodes) {
+    let machines = nodes.iter().map(|(machine, number, _)| (*machine, *number));
+    for (machine, number) in [("machine-a", 2), ("machine-b", 3)].into_iter().chain(machines) {
         text += &format!(
             "---\napiVersion: hauberk.dev/v1alpha1\nkind: Machine\nmetadata: {{name: {machine}}}\n\
              spec: {{addresses: ['{}']}}\n",
@@ -512,7 +513,7 @@ fn write_manifests(lab: &Lab, rules: usize) -> anyhow::Result<()> {
         ("caller", "machine-a", MESHED_CLIENT, "caller"),
         ("server", "machine-b", MESHED_SERVER, "server"),
     ];
-    for ((machine, ..), [caller, server]) in NODES.into_iter().zip(NODE_PAIRS) {
+    for ((machine, ..), [caller, server]) in nodes.iter().copied().zip(NODE_PAIRS) {
         workloads.push((caller.0, machine, caller.1, "caller"));
         workloads.push((server.0, machine, server.1, "server"));
     }

@@ -191,10 +191,10 @@ fn connections_that_wait_are_refused_when_the_agent_stops() -> anyhow::Result<()
     let client = thread::spawn(move || {
         checkout.run(|| TcpStream::connect_timeout(&to, Duration::from_secs(60)))
     });
-    mesh.wait("the stream", PATIENCE, |mesh| {
-        let reused = ["session=\"reused\""];
-        let opened = mesh.metric("machine-a", "hauberk_streams_opened_total", &reused)?;
-        ensure!(opened >= 1.0, "it is not opened");
+    mesh.wait("the connection", PATIENCE, |mesh| {
+        let outbound = ["direction=\"outbound\""];
+        let taken = mesh.metric("machine-a", "hauberk_captured_connections_total", &outbound)?;
+        ensure!(taken >= 2.0, "it is not taken");
         Ok(())
     })?;
     mesh.stop("machine-a");
