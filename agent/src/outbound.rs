@@ -1,6 +1,6 @@
 //! One outgoing connection of a local workload: where it wants to go, whether it may, and who is there.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Instant};
 
 use hauberk_core::{
     policy::{Backends, Denial, Reason, resolve::MeshWorkload},
@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// Sessions that are tried for one connection: each one before the last had a destination that went
-/// away before it saw the stream.
+/// away before it saw the stream, or let its handshake go.
 const ATTEMPTS: usize = 3;
 
 /// What is to become of a captured connection.
@@ -222,6 +222,9 @@ async fn carry(
             Some(session) => Ok(session),
             None => Box::pin(connect(context, local, &way.edge)).await,
         };
+        if attempt < ATTEMPTS && obtained.as_ref().err().is_some_and(gave_way) {
+            continue;
+        }
         let relay = match way.open(context, obtained, reused, report) {
             Ok(relay) => relay,
             Err(NotOpened) => return,
@@ -345,6 +348,18 @@ async fn connect(
         local.pool.put_token(edge, session.token());
     }
     session
+}
+
+/// Whether the destination's agent let the handshake go without a word, as it does when too many are under way
+/// (ADR 15): the next one is the newest again. The application waits meanwhile.
+fn gave_way(error: &SessionError) -> bool {
+    match error {
+        SessionError::Closed => true,
+        SessionError::Io(error) => {
+            matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof)
+        }
+        SessionError::Refused(_) | SessionError::TimedOut | SessionError::Protocol(_) => false,
+    }
 }
 
 /// No session, or no stream on it.

@@ -39,6 +39,9 @@ crate::trials!(
     a_control_plane_at_rest_does_not_read_its_manifests_over_and_over,
     why_status_denied_and_check_tell_the_same,
     an_audited_workload_lets_through_and_tells_what_it_would_deny,
+    an_audited_policy_lets_the_mesh_through_and_nothing_in_clear,
+    own_addresses_are_reached_without_the_mesh_as_why_says,
+    status_counts_as_open_what_carries_something,
 );
 
 /// A captured application's view of a denial: `connect` fails, as if nobody listened.
@@ -551,5 +554,65 @@ fn an_audited_workload_lets_through_and_tells_what_it_would_deny() -> anyhow::Re
         let record = mesh.record("machine-b", |record| is(record, "reason", reason))?;
         ensure!(is(&record, "decision", "would_deny"), "{record}");
     }
+    Ok(())
+}
+
+fn an_audited_policy_lets_the_mesh_through_and_nothing_in_clear() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let before = mesh.wait_revision(0)?;
+    let policy = ledger_policy("").replace("spec:\n", "spec:\n  mode: Audit\n");
+    mesh.write_manifest("ledger.yaml", &policy)?;
+    mesh.wait_revision(before)?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let mut ends = open(&mesh, &listener, "web")?;
+    still_carries(&mut ends)?;
+    drop(ends);
+    let record = mesh.record("machine-b", |record| is(record, "reason", "no_matching_rule"))?;
+    ensure!(is(&record, "decision", "would_deny"), "{record}");
+    expect_reset(mesh.connect("outside", mesh.ledger(8080)))?;
+    let record = mesh.record("machine-b", |record| is(record, "reason", "plaintext"))?;
+    ensure!(is(&record, "decision", "deny"), "{record}");
+    listener.set_nonblocking(true)?;
+    ensure!(listener.accept().is_err(), "the application saw who came in clear");
+    Ok(())
+}
+
+fn own_addresses_are_reached_without_the_mesh_as_why_says() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let mut ends = open(&mesh, &listener, "ledger")?;
+    still_carries(&mut ends)?;
+    drop(ends);
+    let why = mesh.ask(&["why", "payments/ledger", "payments/ledger:8080"])?;
+    let text = String::from_utf8_lossy(&why.stdout).into_owned();
+    ensure!(text.contains("a workload reaches its own addresses without the mesh"), "{text}");
+    // The next one has a record, so that this one would have it by now.
+    still_carries(&mut open(&mesh, &listener, "checkout")?)?;
+    mesh.record("machine-b", |record| is(record, "decision", "allow"))?;
+    let own = |record: &serde_json::Value| record["src"]["workload"] == "ledger";
+    ensure!(!mesh.all_records("machine-b")?.iter().any(own), "there is a record");
+    Ok(())
+}
+
+fn status_counts_as_open_what_carries_something() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let counts = |wanted: u64| {
+        mesh.wait("the count", PATIENCE, |mesh| {
+            let status = mesh.ask(&["status", "-o", "json"])?;
+            let status: serde_json::Value = serde_json::from_slice(&status.stdout)?;
+            let nodes = status["nodes"].as_array().context("no nodes")?;
+            ensure!(nodes.iter().all(|node| node["open_connections"] == wanted), "{status}");
+            Ok(())
+        })
+    };
+    let mut ends = open(&mesh, &listener, "checkout")?;
+    counts(1)?;
+    still_carries(&mut ends)?;
+    drop(ends);
+    // The session that carried it waits for the next one.
+    counts(0)?;
+    let idle = mesh.metric("machine-a", "hauberk_idle_sessions", &["outbound"])?;
+    ensure!(idle >= 1.0, "{idle} sessions wait");
     Ok(())
 }
