@@ -182,7 +182,7 @@ fn denials(cluster: &Cluster) -> anyhow::Result<usize> {
 fn unreachable_in_the_log(cluster: &Cluster, pod: &str, url: &str) -> anyhow::Result<()> {
     match cluster.exec("shop", pod, &["timeout", "20", "wget", "-q", "-O", "-", url]) {
         Ok(text) => bail!("{pod} came through a port that is shut: {text}"),
-        Err(error) => ensure!(format!("{error:#}").contains("reset by peer"), "{error:#}"),
+        Err(error) => ensure!(format!("{error:#}").contains("Connection refused"), "{error:#}"),
     }
     let record = agents::record(cluster, "node-a", |record| {
         record["src"]["workload"] == pod && record["side"] == "source"

@@ -300,7 +300,7 @@ impl<'a> Outage<'a> {
         ensure!(text == "the ledger\n", "{text}");
         match in_pod(cluster, "node-a", &self.other, &wget) {
             Ok(text) => bail!("somebody else was let in: {text}"),
-            Err(error) => ensure!(format!("{error:#}").contains("reset by peer"), "{error:#}"),
+            Err(error) => ensure!(format!("{error:#}").contains("Connection refused"), "{error:#}"),
         }
         self.live.echo().context("the connection that was open before")?;
         for node in ["node-a", "node-b"] {

@@ -253,7 +253,7 @@ spec:
     // It is one of the mesh.
     match run(&format!("timeout 5 wget -q -O - {url}")) {
         Ok(text) => bail!("it talks to a server without the mesh: {text}"),
-        Err(error) => ensure!(format!("{error:#}").contains("reset by peer"), "{error:#}"),
+        Err(error) => ensure!(format!("{error:#}").contains("Connection refused"), "{error:#}"),
     }
     // It stays ready and alive, however often it is asked.
     for probe in ["readiness", "liveness"] {
