@@ -4,9 +4,12 @@
 use std::{
     fs,
     future::Future,
-    net::{SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -48,8 +51,12 @@ impl Place {
     pub(crate) fn new(manifests: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         fs::create_dir(folder.path().join("manifests")).unwrap();
-        // A port that is free: tokens name it, so it cannot be left to the system.
-        let listen = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        // A port that is free: tokens name it, so it cannot be left to the system. At an address of this place's own, or
+        // somebody's outgoing connection may have the port by then.
+        static PLACES: AtomicU8 = AtomicU8::new(1);
+        let [.., high, low] = std::process::id().to_be_bytes();
+        let own = Ipv4Addr::new(127, high | 0x80, low, PLACES.fetch_add(1, Ordering::Relaxed));
+        let listen = TcpListener::bind((own, 0)).unwrap().local_addr().unwrap();
         let place = Self { folder, listen };
         place.put(manifests);
         place
