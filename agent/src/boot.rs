@@ -99,6 +99,6 @@ fn close_namespace(path: &Path, mode: Mode, node: &str) -> anyhow::Result<()> {
 }
 
 fn install(rules: &Ruleset) -> anyhow::Result<()> {
-    rules.install(&Before::Unknown)?;
+    rules.install(&Before::Unknown)?.whole()?;
     Ok(())
 }

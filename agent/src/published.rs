@@ -28,11 +28,16 @@ use crate::context::connect;
 /// How long a port that could not be reached is told of, unless it is reached before.
 const TOLD: Duration = Duration::from_secs(600);
 
+/// Between two looks that refused connections cause.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// What is known of them.
 #[derive(Default)]
 pub(crate) struct PublishedPorts {
     /// Another program translates addresses on this host.
     is_translated: AtomicBool,
+    /// When that was last asked because of a port that could not be reached.
+    asked: Mutex<Option<Instant>>,
     /// Why a port could not be reached, and when that was.
     unreached: Mutex<BTreeMap<u16, (Instant, String)>>,
 }
@@ -46,6 +51,16 @@ impl PublishedPorts {
         });
         self.is_translated.store(found, Ordering::Relaxed);
         found
+    }
+
+    /// The same, but not for each connection to an application that is down.
+    fn look_again(&self) -> bool {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        if asked.is_some_and(|asked| asked.elapsed() < LOOK) {
+            return self.is_translated.load(Ordering::Relaxed);
+        }
+        *asked = Some(Instant::now());
+        self.look()
     }
 
     /// Connects to a port of this host: to where it is published from, or else as `directly` does.
@@ -66,16 +81,18 @@ impl PublishedPorts {
             Err(error) => Err(error),
         };
         match reached {
-            Err(error) if is_refused(&error) && (known || self.look()) => {
+            Err(error) if is_refused(&error) && (known || self.look_again()) => {
                 // Somebody may have begun to translate a moment ago.
-                let followed = if known { None } else { Box::pin(follow(destination)).await? };
+                let followed = if known { Ok(None) } else { Box::pin(follow(destination)).await };
+                let followed = followed.map_err(|error| self.note(destination, error))?;
                 followed.ok_or_else(|| self.note(destination, nobody_answers(destination, &error)))
             }
             Err(error) if known => Err(self.note(destination, error)),
-            reached => {
+            Ok(stream) if known => {
                 self.lock().remove(&destination.port());
-                reached
+                Ok(stream)
             }
+            reached => reached,
         }
     }
 

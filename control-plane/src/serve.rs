@@ -174,10 +174,13 @@ impl AsyncWrite for AgentStream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        // A peer that reads nothing keeps a server writing, which then reads nothing.
+        self.stay.poll(cx)?;
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stay.poll(cx)?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 

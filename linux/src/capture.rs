@@ -44,7 +44,7 @@ pub use ruleset::Ruleset;
 use std::{collections::HashSet, net::IpAddr};
 
 use crate::{
-    error::Result,
+    error::{Error, Result},
     links::addresses,
     sockets::{self, TcpSocket, tcp_sockets},
 };
@@ -141,6 +141,9 @@ impl Ruleset {
     /// captured by these rules and were not by those before, and are open, are left alone. Returns all connections
     /// that are left alone, and those that were opened although they should have been captured: these are cut, unless
     /// they may pass ([`Unroutable::Pass`]).
+    ///
+    /// # Errors
+    /// If the kernel refuses the table, or cannot be asked. What else failed is in [`Installed::incomplete`].
     pub fn install(&self, before: &Before<'_>) -> Result<Installed> {
         let (mut older, fresh) = self.older_than(before)?;
         // The table first: the routing leads to loopback what only the table lets go on.
@@ -178,10 +181,9 @@ impl Ruleset {
         older::spare(&passing)?;
         older.extend(passing);
         let ended = end_all(&cut);
-        routed?;
-        fitted?;
-        ended?;
-        Ok(Installed { older, cut, passed })
+        // Whoever was cut is to be told of all the same.
+        let incomplete = routed.and(fitted).and(ended).err();
+        Ok(Installed { older, cut, passed, incomplete })
     }
 
     /// The connections that are known to be older than the rules and live, and whose else are to be looked for.
@@ -230,7 +232,7 @@ impl Ruleset {
 }
 
 /// What was found when rules were put in place.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Installed {
     /// The connections that are older than the rules, and are left alone.
     pub older: Vec<Connection>,
@@ -238,6 +240,21 @@ pub struct Installed {
     pub cut: Vec<TcpSocket>,
     /// The same, of those that may pass. They go on, and are among [`older`](Self::older).
     pub passed: Vec<TcpSocket>,
+    /// What is in place only in part: the table is there, and the routing is not, or a connection could not be ended.
+    pub incomplete: Option<Error>,
+}
+
+impl Installed {
+    /// All of it.
+    ///
+    /// # Errors
+    /// If something is in place only in part.
+    pub fn whole(self) -> Result<Self> {
+        match self.incomplete {
+            None => Ok(self),
+            Some(error) => Err(error),
+        }
+    }
 }
 
 /// Removes the rules, the policy rules and the routes from the calling thread's namespace, those
@@ -281,7 +298,7 @@ pub fn installed() -> Result<bool> {
 /// Whether another program translates addresses in the calling thread's namespace: ports of it may be published from
 /// elsewhere.
 pub fn is_translated() -> Result<bool> {
-    Ok(Surroundings::look()?.is_translated)
+    published::is_translated()
 }
 
 /// Whether what the calling thread's namespace has of ours was put there by this agent: the table says so, or, if

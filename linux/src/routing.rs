@@ -147,7 +147,7 @@ pub fn rules(family: Family) -> Result<Vec<Rule>> {
 }
 
 /// Gives each entry of one of the kernel's lists to `each`; none if the kernel does not have what the list is of.
-fn list<R: NetlinkRequest>(
+pub(crate) fn list<R: NetlinkRequest>(
     request: &R,
     operation: impl Fn() -> String,
     each: impl FnMut(R::ReplyType<'_>),

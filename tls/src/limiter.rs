@@ -19,7 +19,10 @@ mod turns;
 use std::{
     fmt,
     net::{IpAddr, Ipv6Addr},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -123,6 +126,8 @@ pub struct HandshakeLimiter {
     unfinished: Arc<FairRoom>,
     turns: Arc<Turns>,
     known: KnownCallers,
+    /// Of the next connection: the oldest is the one that came first, however late it speaks.
+    next: AtomicU64,
 }
 
 impl HandshakeLimiter {
@@ -134,13 +139,15 @@ impl HandshakeLimiter {
             unfinished: FairRoom::new(UNFINISHED, UNFINISHED),
             turns: Turns::new(),
             known: KnownCallers::new(),
+            next: AtomicU64::new(0),
         })
     }
 
     /// Takes in a connection whose ClientHello is not there yet.
     pub fn enter(self: &Arc<Self>, address: IpAddr) -> Admission {
-        let slot = self.silent.enter(Arc::new(Caller::at(address)));
-        Admission { limiter: self.clone(), slot, has_spoken: false }
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let slot = self.silent.enter_as(Arc::new(Caller::at(address)), number);
+        Admission { limiter: self.clone(), number, slot, has_spoken: false }
     }
 
     /// Remembers who has proven itself on a connection with this token, for its later ones.
@@ -153,6 +160,7 @@ impl HandshakeLimiter {
 #[derive(Debug)]
 pub struct Admission {
     limiter: Arc<HandshakeLimiter>,
+    number: u64,
     slot: Slot,
     has_spoken: bool,
 }
@@ -162,14 +170,14 @@ impl Admission {
     pub fn heard(&mut self, token: Option<&CallerToken>, now: Timestamp) {
         let caller = token.and_then(|token| self.limiter.known.find(token, now));
         let caller = caller.unwrap_or_else(|| self.slot.caller().clone());
-        self.slot = self.limiter.unfinished.enter(caller);
+        self.slot = self.limiter.unfinished.enter_as(caller, self.number);
         self.has_spoken = true;
     }
 
     /// The turns of this connection's caller, after [`heard`](Self::heard). What it has to wait for them is added to
     /// `waited`.
     pub fn turns<'a>(&self, waited: &'a mut Duration) -> CallerTurns<'a> {
-        self.limiter.turns.of(self.slot.caller().clone(), waited)
+        self.limiter.turns.of(self.slot.caller().clone(), self.number, waited)
     }
 
     /// Does this part of the handshake, which is broken off if the connection has to give way.

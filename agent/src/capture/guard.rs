@@ -188,7 +188,7 @@ impl Watch {
         }
         state.rules = Some(rules);
         let changed = !drift.is_empty();
-        let Installed { older, cut, passed } = match installed {
+        let Installed { older, cut, passed, incomplete } = match installed {
             Change::Installed(installed) => installed,
             Change::Known(older) => {
                 state.older = older;
@@ -214,6 +214,9 @@ impl Watch {
         drop(state);
         for socket in cut.iter().chain(&passed) {
             uncaptured::missed(&self.context, &self.locals, socket);
+        }
+        if let Some(error) = incomplete {
+            return Err(error.into());
         }
         Ok(changed)
     }
@@ -362,6 +365,9 @@ async fn take_reports(watch: &Arc<Watch>, reports: &Reports, socket: UnixDatagra
             taken = news(&sockets, || reports.take()) => taken,
         };
         let taken: HashSet<_> = taken.ok().flatten().unwrap_or_default().into_iter().collect();
+        if taken.is_empty() {
+            continue;
+        }
         let told = watch.clone();
         // One batch at a time: whoever makes many of them holds up nobody else.
         let looked = tokio::task::spawn_blocking(move || {

@@ -4,9 +4,12 @@
 //! ([`hauberk_linux::capture::Hold`]): its `connect` waits. [`Waiting::connect`] lets it succeed, and whoever drops a
 //! [`Waiting`] refuses it. So `connect` tells an application the truth, and a client that waits for one connection before
 //! it opens the next has them accepted in that order (ADR 16).
+//!
+//! `hold/table.rs` knows what is held; the sockets are here.
+
+mod table;
 
 use std::{
-    collections::HashMap,
     future::Future,
     io,
     net::SocketAddr,
@@ -27,24 +30,19 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
+use self::table::{Ends, Table, Todo};
 use super::listeners::{ACCEPT_RETRY, MAX_CONNECTIONS, OutboundSockets, Pair, share};
 use crate::{
     context::{Context, Place, canonical},
     handover::Seat,
 };
 
-/// How long an application's kernel may take to answer, if it still has the attempt. It answers at once unless it is out of room; then it asks again
-/// after 1 s, and 2 s later.
+/// How long an application's kernel may take to answer, if it still has the attempt. It answers at once unless it is out
+/// of room; then it asks again after 1 s, and 2 s later.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long a connection that has arrived may wait to be accepted.
 const ACCEPT_PATIENCE: Duration = Duration::from_secs(2);
-
-/// Places that a workload's table keeps when it is nearly empty.
-const SPARE: usize = 4_096;
-
-/// How long what is over is kept in mind: a first packet that was sent again waits no longer to be taken.
-const REMEMBERED: Duration = Duration::from_secs(2);
 
 /// How long it is waited until it is asked whether the application is still there, doubled each time.
 const FIRST_LOOK: Duration = Duration::from_millis(20);
@@ -59,27 +57,13 @@ pub(super) struct Outbound {
     _tasks: Vec<AbortOnDropHandle<()>>,
 }
 
-/// The two ends of a connection, the application's first.
-type Ends = (SocketAddr, SocketAddr);
-
 /// The held connections of one workload, and the listeners at which they arrive when they are let go.
 struct Held {
     kernel: capture::Hold,
     place: Place,
-    waiting: Mutex<HashMap<Ends, State>>,
-    /// When what is over was last forgotten.
-    swept: Mutex<Instant>,
-    /// The tasks that take what was let go: for as long as anything is held.
-    arrivals: Mutex<Vec<AbortOnDropHandle<()>>>,
-}
-
-enum State {
-    /// Nobody has answered it.
-    Undecided(Opening),
-    /// It is on its way to the listener.
-    LetGo { opening: Opening, to: oneshot::Sender<TcpStream> },
-    /// It is over, or carried. Its first packet may have been sent again meanwhile, and be waiting to be taken.
-    Over { sequence: u32, since: Instant, refused: bool },
+    table: Mutex<Table<oneshot::Sender<TcpStream>>>,
+    /// Take what was let go, for as long as anything is held.
+    _arrivals: Vec<AbortOnDropHandle<()>>,
 }
 
 /// A connection that an application wants. It is refused when this is dropped.
@@ -108,18 +92,21 @@ impl Outbound {
         D: Future<Output = ()> + Send + 'static,
     {
         let OutboundSockets { listeners: Pair { port, listeners }, arrivals, hold, seat } = sockets;
-        let held = Arc::new(Held {
+        let arrivals = arrivals.listeners.into_iter();
+        let arrivals: Vec<_> = arrivals
+            .map(|bound| TcpListener::from_std(bound.listener).context("register a listener"))
+            .collect::<anyhow::Result<_>>()?;
+        let held = Arc::new_cyclic(|held: &Weak<Held>| Held {
             kernel: hold,
             place,
-            waiting: Mutex::default(),
-            swept: Mutex::new(Instant::now()),
-            arrivals: Mutex::default(),
+            table: Mutex::new(Table::new()),
+            _arrivals: arrivals
+                .into_iter()
+                .map(|listener| {
+                    AbortOnDropHandle::new(tokio::spawn(arrive(held.clone(), listener)))
+                })
+                .collect(),
         });
-        for bound in arrivals.listeners {
-            let listener = TcpListener::from_std(bound.listener).context("register a listener")?;
-            let task = tokio::spawn(arrive(Arc::downgrade(&held), listener));
-            held.lock_arrivals().push(AbortOnDropHandle::new(task));
-        }
         let (mut shared, mut tasks) = (Vec::new(), Vec::new());
         for bound in listeners {
             let listener = TcpListener::from_std(bound.listener).context("register a listener")?;
@@ -214,7 +201,7 @@ async fn take<S>(
             }
         };
         for opening in openings {
-            let Some((waiting, place)) = Held::begin(&held, &places, opening) else { continue };
+            let Some((waiting, place)) = Held::begin(&held, &places, &opening) else { continue };
             let Some(serving) = serve(context.clone(), waiting) else { continue };
             // In a box of its own: a future that is moved into a task is in it twice.
             let (serving, open) = (Box::pin(serving), context.opened());
@@ -231,92 +218,32 @@ async fn take<S>(
 
 /// A connection that was let go, at the agent's listener.
 fn arrived(held: &Weak<Held>, stream: TcpStream, ends: Ends) {
-    let wanted_by = held.upgrade().and_then(|held| held.arrived(ends));
-    let unclaimed = match wanted_by {
-        Some(to) => to.send(stream).err(),
-        // It was given up, or dialled to the agent's own port.
-        None => Some(stream),
-    };
-    if let Some(stream) = unclaimed {
-        // It may be gone already.
-        drop(hauberk_linux::socket::reset_on_close(&stream));
+    let wanted_by = held.upgrade().and_then(|held| held.lock().arrived(ends));
+    // One that was given up, or dialled to the agent's own port, is reset when it is closed, as its listener is.
+    if let Some(wanted_by) = wanted_by {
+        drop(wanted_by.send(stream));
     }
 }
 
 impl Held {
-    /// Nothing if it is known already, and its application's kernel only asks again; or if there is no room for it, when
-    /// it will ask again.
+    /// Does what is to be done about a first packet. Returns a new connection, which has its place.
     fn begin(
         held: &Arc<Self>,
         places: &Arc<Semaphore>,
-        opening: Opening,
+        opening: &Opening,
     ) -> Option<(Box<Waiting>, OwnedSemaphorePermit)> {
-        let ends = (opening.from, opening.wanted);
-        let mut states = held.lock();
-        match states.get_mut(&ends) {
-            // Another attempt between the same ends, perhaps: only the newest can still succeed.
-            Some(State::Undecided(before)) => {
-                *before = opening;
-                return None;
+        let todo = held.lock().take(opening, || places.clone().try_acquire_owned().ok());
+        match todo {
+            Todo::Decide(place) => {
+                let ends = (opening.from, opening.wanted);
+                let waiting = Waiting { held: held.clone(), ends, arrived: false };
+                return Some((Box::new(waiting), place));
             }
-            Some(State::LetGo { opening: before, .. }) => {
-                *before = opening.clone();
-                drop(states);
-                held.let_go(&opening);
-                return None;
-            }
-            Some(State::Over { sequence, refused, .. }) if *sequence == opening.sequence => {
-                let refused = *refused;
-                drop(states);
-                if refused {
-                    held.refuse(&opening);
-                }
-                return None;
-            }
-            Some(State::Over { .. }) | None => {}
+            Todo::LetGo => held.let_go(opening),
+            Todo::Refuse => held.refuse(opening),
+            Todo::Nothing => {}
         }
-        let place = places.clone().try_acquire_owned().ok()?;
-        states.insert(ends, State::Undecided(opening));
-        let waiting = Waiting { held: held.clone(), ends, arrived: false };
-        Some((Box::new(waiting), place))
-    }
-
-    /// Who wants the connection that was let go and has arrived.
-    fn arrived(&self, ends: Ends) -> Option<oneshot::Sender<TcpStream>> {
-        let mut states = self.lock();
-        match states.remove(&ends)? {
-            State::LetGo { opening, to } => {
-                self.remember(&mut states, ends, opening.sequence, false);
-                Some(to)
-            }
-            other @ (State::Undecided(_) | State::Over { .. }) => {
-                states.insert(ends, other);
-                None
-            }
-        }
-    }
-
-    /// Keeps in mind that it is over: a first packet that was sent again is no other connection.
-    fn remember(
-        &self,
-        states: &mut HashMap<Ends, State>,
-        ends: Ends,
-        sequence: u32,
-        refused: bool,
-    ) {
-        let now = Instant::now();
-        let mut swept = self.swept.lock().unwrap_or_else(PoisonError::into_inner);
-        if now.duration_since(*swept) > REMEMBERED {
-            *swept = now;
-            states.retain(|_, state| match state {
-                State::Over { since, .. } => now.duration_since(*since) < REMEMBERED,
-                State::Undecided(_) | State::LetGo { .. } => true,
-            });
-            if states.capacity() > SPARE && states.len() < states.capacity() / 4 {
-                states.shrink_to(states.len() * 2);
-            }
-        }
-        states.insert(ends, State::Over { sequence, since: now, refused });
+        None
     }
 
     fn refuse(&self, opening: &Opening) {
@@ -340,12 +267,8 @@ impl Held {
     }
 
     /// Plain data: a panic elsewhere leaves nothing half-changed in it.
-    fn lock(&self) -> MutexGuard<'_, HashMap<Ends, State>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_arrivals(&self) -> MutexGuard<'_, Vec<AbortOnDropHandle<()>>> {
-        self.arrivals.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Table<oneshot::Sender<TcpStream>>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -366,7 +289,7 @@ impl Waiting {
     /// If the application has given it up.
     pub(crate) async fn connect(mut self: Box<Self>) -> io::Result<TcpStream> {
         let (to, mut receiver) = oneshot::channel();
-        let opening = self.let_go(to).ok_or_else(given_up)?;
+        let opening = self.held.lock().let_go(self.ends, to).ok_or_else(given_up)?;
         self.held.let_go(&opening);
         let arrival = async {
             let (mut pause, mut answered) = (FIRST_LOOK, None);
@@ -392,21 +315,6 @@ impl Waiting {
         self.arrived = stream.is_some();
         stream.ok_or_else(given_up)
     }
-
-    /// Its first packet, which is the newest one.
-    fn let_go(&self, to: oneshot::Sender<TcpStream>) -> Option<Opening> {
-        let mut states = self.held.lock();
-        match states.remove(&self.ends)? {
-            State::Undecided(opening) => {
-                states.insert(self.ends, State::LetGo { opening: opening.clone(), to });
-                Some(opening)
-            }
-            other @ (State::LetGo { .. } | State::Over { .. }) => {
-                states.insert(self.ends, other);
-                None
-            }
-        }
-    }
 }
 
 fn given_up() -> io::Error {
@@ -419,16 +327,9 @@ impl Drop for Waiting {
         if self.arrived {
             return;
         }
-        let mut states = self.held.lock();
-        match states.remove(&self.ends) {
-            // One that was let go and did not arrive is not wanted any more, or gets this for an answer.
-            Some(State::Undecided(opening) | State::LetGo { opening, .. }) => {
-                self.held.remember(&mut states, self.ends, opening.sequence, true);
-                drop(states);
-                self.held.refuse(&opening);
-            }
-            Some(over @ State::Over { .. }) => drop(states.insert(self.ends, over)),
-            None => {}
+        let refused = self.held.lock().give_up(self.ends);
+        if let Some(opening) = refused {
+            self.held.refuse(&opening);
         }
     }
 }

@@ -88,7 +88,7 @@ impl NamespaceCapture {
             Err(error) => {
                 let rules = closed(workload.mode).ruleset()?.owned_by(&context.node);
                 worker
-                    .call(move || rules.install(&Before::Unknown))?
+                    .call(move || rules.install(&Before::Unknown)?.whole())?
                     .context("close what could not be captured")?;
                 return Err(error);
             }

@@ -6,8 +6,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use hauberk_core::policy::Reason;
 use hauberk_telemetry::{Side, metrics::Outcome};
-use hauberk_tls::limiter::{Caller, RateLimited};
+use hauberk_tls::{
+    HandshakeFailure,
+    limiter::{Caller, RateLimited},
+};
 use rustls::ServerConfig;
 use tokio::net::TcpStream;
 
@@ -31,6 +35,12 @@ pub(super) async fn handshake(
         Ok(Ok(session)) => session,
         // It did not come to anything, and says nothing about how long one takes.
         Ok(Err(displaced)) => return Err(displaced.into()),
+        // Most of the time it waited for us, and not we for it.
+        Err(_) if waited > HANDSHAKE_TIMEOUT / 2 => Err(SessionError::Refused(HandshakeFailure {
+            reason: Reason::RateLimited,
+            by_peer: false,
+            detail: format!("waited {waited:.1?} for its turn among too many handshakes"),
+        })),
         Err(_) => Err(SessionError::TimedOut),
     };
     context.metrics.observe_handshake_wait(waited);

@@ -250,41 +250,31 @@ fn register(words: u32) -> u32 {
 /// port of the family's loopback address. Matches only if there is one that may have any address
 /// (`IP_TRANSPARENT`), which takes a privilege: another program on the port gets nothing.
 pub(super) fn to_listener(family: Family, port: u16) -> Vec<Expression> {
-    let (number, address): (u8, &[u8]) = match family {
-        Family::V4 => (IPV4, &Ipv4Addr::LOCALHOST.octets()),
-        Family::V6 => (IPV6, &Ipv6Addr::LOCALHOST.octets()),
-    };
-    vec![
-        meta(META_NFPROTO),
-        compare(Is::Equal, &[number]),
-        load_constant_into(REG, address),
-        load_constant_into(REG_2, &port.to_be_bytes()),
-        tproxy(number),
-    ]
+    to_listener_on(family, load_constant_into(REG_2, &port.to_be_bytes()))
 }
 
 /// The same with the listener whose port the packet's mark has ([`released`](super::released)).
 pub(super) fn to_listener_of_mark(family: Family) -> Vec<Expression> {
+    to_listener_on(family, meta_into(REG_2, META_MARK))
+}
+
+/// On the port that `port` loads into the second register.
+fn to_listener_on(family: Family, port: Expression) -> Vec<Expression> {
     let (number, address): (u8, &[u8]) = match family {
         Family::V4 => (IPV4, &Ipv4Addr::LOCALHOST.octets()),
         Family::V6 => (IPV6, &Ipv6Addr::LOCALHOST.octets()),
     };
+    let mut attributes = Vec::new();
+    push_u32(&mut attributes, TPROXY_FAMILY, number.into());
+    push_u32(&mut attributes, TPROXY_REG_ADDR, REG);
+    push_u32(&mut attributes, TPROXY_REG_PORT, REG_2);
     vec![
         meta(META_NFPROTO),
         compare(Is::Equal, &[number]),
         load_constant_into(REG, address),
-        meta_into(REG_2, META_MARK),
-        tproxy(number),
+        port,
+        Expression { name: "tproxy", attributes },
     ]
-}
-
-/// To the address and port in the first two registers.
-fn tproxy(family: u8) -> Expression {
-    let mut attributes = Vec::new();
-    push_u32(&mut attributes, TPROXY_FAMILY, family.into());
-    push_u32(&mut attributes, TPROXY_REG_ADDR, REG);
-    push_u32(&mut attributes, TPROXY_REG_PORT, REG_2);
-    Expression { name: "tproxy", attributes }
 }
 
 /// The packet leaves through the interface of this index.
@@ -305,9 +295,13 @@ pub(super) fn from_address_of_outgoing_interface() -> Vec<Expression> {
     vec![load, compare(Is::Equal, &RTN_LOCAL.to_ne_bytes())]
 }
 
-/// The packet belongs to a connection that was opened to this address and to one of the ports of this set, wherever it
-/// was led then. Makes the kernel track connections.
-pub(super) fn opened_to(address: IpAddr, ports: &str) -> Vec<Expression> {
+/// The packet belongs to a connection that was opened to one of the ports of this set, wherever it was led then. Makes the kernel track connections.
+pub(super) fn opened_to_port(ports: &str) -> Vec<Expression> {
+    vec![of_tracked(CT_PROTO_DST), lookup(ports)]
+}
+
+/// The same for this address.
+pub(super) fn opened_to(address: IpAddr) -> Vec<Expression> {
     let (number, key, bytes) = match address {
         IpAddr::V4(address) => (IPV4, CT_DST_IP, address.octets().to_vec()),
         IpAddr::V6(address) => (IPV6, CT_DST_IP6, address.octets().to_vec()),
@@ -317,8 +311,6 @@ pub(super) fn opened_to(address: IpAddr, ports: &str) -> Vec<Expression> {
         compare(Is::Equal, &[number]),
         of_tracked(key),
         compare(Is::Equal, &bytes),
-        of_tracked(CT_PROTO_DST),
-        lookup(ports),
     ]
 }
 

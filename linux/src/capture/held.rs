@@ -121,7 +121,8 @@ impl Hold {
 }
 
 impl Opening {
-    fn read(packet: &[u8]) -> Option<Self> {
+    /// Reads a packet, with its IP header. Nothing if it is not TCP or its headers are not whole.
+    pub fn read(packet: &[u8]) -> Option<Self> {
         let (from, wanted, header) = log::ends(packet)?;
         let length = usize::from(*packet.get(header + OFFSET)? >> 4) * 4;
         let mut packet: Box<[u8]> = packet.get(..header + length)?.into();

@@ -20,8 +20,8 @@ use netlink_socket2::NetlinkSocket;
 use super::{
     MARK_PUBLISHED, MARK_TRANSPARENT, SERVED, drift,
     expression::{
-        Expression, Is, discard, from_address_of_outgoing_interface, keep_destination, mark,
-        opened_to, opening, outgoing_interface, pass, reset, tcp, to_this_host,
+        Expression, Is, discard, from_address_of_outgoing_interface, goto, keep_destination, mark,
+        opened_to, opened_to_port, opening, outgoing_interface, pass, reset, tcp, to_this_host,
         to_transparent_socket,
     },
     ruleset::{Chain, Hook, Set},
@@ -29,16 +29,18 @@ use super::{
 use crate::{
     error::{Context, Result},
     links::{Family, addresses},
+    routing,
 };
 
 /// The chain that connections with [`MARK_PUBLISHED`] pass when they leave.
 pub(super) const LEAVING: &str = "published";
 
 /// The chains that are there only beside other programs' translation.
-pub(super) const BESIDE: [&str; 3] = [KEEP_INCOMING, KEEP_OUTGOING, PASSING];
+pub(super) const BESIDE: [&str; 4] = [KEEP_INCOMING, KEEP_OUTGOING, PASSING, PASSING_SERVED];
 const KEEP_INCOMING: &str = "keep_incoming";
 const KEEP_OUTGOING: &str = "keep_outgoing";
 const PASSING: &str = "passing_through";
+const PASSING_SERVED: &str = "passing_served";
 
 /// Where the older iptables tell which of their tables are in use here.
 const LEGACY_TABLES: [&str; 2] =
@@ -83,17 +85,25 @@ impl Surroundings {
             chains.push(keep(incoming, to_transparent_socket));
             chains.push(keep(outgoing, || mark(MARK_TRANSPARENT)));
             if sets.iter().any(|set| set.name == SERVED) {
-                chains.push(self.passing());
+                chains.extend(self.passing());
             }
         }
         chains
     }
 
-    /// What is opened to a served port now never passes through the machine: it is captured.
-    fn passing(&self) -> Chain {
-        let chain = Chain::at(PASSING, Hook::FORWARD).rule([tcp(Is::Not), pass()]);
+    /// What is opened to a served port now never passes through the machine: it is captured. All that the machine forwards
+    /// comes here: what was opened to no such port leaves at once.
+    fn passing(&self) -> [Chain; 2] {
+        let chain = Chain::at(PASSING, Hook::FORWARD).rule([
+            tcp(Is::Equal),
+            opened_to_port(SERVED),
+            goto(PASSING_SERVED),
+        ]);
         let addresses = self.addresses.iter();
-        addresses.fold(chain, |chain, address| chain.rule([opened_to(*address, SERVED), reset()]))
+        let served = addresses.fold(Chain::named(PASSING_SERVED), |chain, address| {
+            chain.rule([opened_to(*address), reset()])
+        });
+        [served, chain]
     }
 
     /// It may leave where only containers are. Not through an interface with the address that was wanted: there, callers are.
@@ -115,6 +125,11 @@ fn keep(chain: Chain, which: impl Fn() -> Vec<Expression>) -> Chain {
     Family::ALL.into_iter().fold(chain, |chain, family| {
         chain.rule([tcp(Is::Equal), which(), keep_destination(family)])
     })
+}
+
+/// Whether another program translates addresses here.
+pub(super) fn is_translated() -> Result<bool> {
+    Ok(drift::others_translate()? || is_translated_by_legacy_tables())
 }
 
 /// Whether iptables translate that are older than nftables. Nobody tells of their changes.
@@ -176,7 +191,7 @@ fn interfaces() -> Result<Vec<Interface>> {
             index: u32::try_from(message.ifi_index).unwrap_or_default(),
             kind: match kind.map(|kind| kind.to_bytes()) {
                 Some(b"bridge") => Some(Kind::Bridge),
-                Some(b"veth") => Some(Kind::Pair),
+                Some(b"veth") if attributes.get_link_netnsid().is_ok() => Some(Kind::Pair),
                 Some(b"tun") => Some(Kind::Tap),
                 Some(_) | None => None,
             },
@@ -188,23 +203,17 @@ fn interfaces() -> Result<Vec<Interface>> {
 
 /// Those by which a route leads to a gateway, and those of routes with several ways.
 fn interfaces_to_routers() -> Result<BTreeSet<u32>> {
-    let operation = "listing the routes";
     let mut found = BTreeSet::new();
     for family in Family::ALL {
         let header = rt_route::Rtmsg { rtm_family: family.number(), ..Default::default() };
         let request = rt_route::Request::new().op_getroute_dump(&header);
-        let mut socket = NetlinkSocket::new();
-        let mut reply = socket.request(&request).context(operation)?;
-        while let Some(answer) = reply.recv() {
-            let Ok((_, attributes)) = answer else {
-                // A kernel without the family.
-                break;
-            };
+        let operation = || format!("listing the {family:?} routes");
+        routing::list(&request, operation, |(_, attributes)| {
             if attributes.get_gateway().is_ok() || attributes.get_via().is_ok() {
                 found.extend(attributes.get_oif().ok());
             }
             found.extend(attributes.get_multipath().ok().into_iter().flat_map(ways));
-        }
+        })?;
     }
     Ok(found)
 }

@@ -4,14 +4,6 @@ use hauberk_linux::capture::{
 
 use crate::support::*;
 
-const RULES: NamespaceRules = NamespaceRules {
-    outbound_port: Some(OUTBOUND),
-    plaintext_port: Some(PLAINTEXT),
-    mesh_listener: Some(MESH_LISTENER),
-    mesh_port: MESH,
-    unroutable: Unroutable::Refuse,
-};
-
 #[test]
 fn every_alteration_is_told_and_repaired_by_installing_again() {
     let chain = |name: &str| name.to_owned();

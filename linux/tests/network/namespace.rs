@@ -5,19 +5,11 @@ use std::{
 };
 
 use hauberk_linux::{
-    capture::{self, Before, NamespaceRules, Unroutable},
+    capture::{self, Before, NamespaceRules},
     socket::{linger_on_close, outbound_socket},
 };
 
 use crate::support::*;
-
-const RULES: NamespaceRules = NamespaceRules {
-    outbound_port: Some(OUTBOUND),
-    plaintext_port: Some(PLAINTEXT),
-    mesh_listener: Some(MESH_LISTENER),
-    mesh_port: MESH,
-    unroutable: Unroutable::Refuse,
-};
 
 fn captured_network() -> Network {
     let network = Network::new();

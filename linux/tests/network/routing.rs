@@ -2,17 +2,9 @@
 
 use std::time::Instant;
 
-use hauberk_linux::capture::{self, Monitor, NamespaceRules, Unroutable};
+use hauberk_linux::capture::{self, Monitor};
 
 use crate::support::*;
-
-const RULES: NamespaceRules = NamespaceRules {
-    outbound_port: Some(OUTBOUND),
-    plaintext_port: Some(PLAINTEXT),
-    mesh_listener: Some(MESH_LISTENER),
-    mesh_port: MESH,
-    unroutable: Unroutable::Refuse,
-};
 
 #[test]
 fn what_is_installed_has_an_owner_also_when_nftables_is_flushed() {

@@ -14,7 +14,7 @@ use std::{
 
 use hauberk_linux::{
     Netns,
-    capture::{Before, Hold, Installed, Ruleset},
+    capture::{Before, Hold, Installed, NamespaceRules, Ruleset, Unroutable},
     links,
     socket::{self, Peer},
 };
@@ -24,6 +24,15 @@ pub(crate) const PLAINTEXT: u16 = 15006;
 pub(crate) const MESH: u16 = 15008;
 pub(crate) const MESH_LISTENER: u16 = 15108;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// All of a namespace.
+pub(crate) const RULES: NamespaceRules = NamespaceRules {
+    outbound_port: Some(OUTBOUND),
+    plaintext_port: Some(PLAINTEXT),
+    mesh_listener: Some(MESH_LISTENER),
+    mesh_port: MESH,
+    unroutable: Unroutable::Refuse,
+};
 
 /// Addresses of one family, so that every test can go through both.
 #[derive(Clone, Copy, Debug)]
@@ -154,7 +163,7 @@ impl Drop for Releasing {
 
 /// Puts rules in place for the first time, or in place of others.
 pub(crate) fn install(rules: &Ruleset) -> Installed {
-    rules.install(&Before::Unknown).unwrap()
+    rules.install(&Before::Unknown).unwrap().whole().unwrap()
 }
 
 pub(crate) fn connect(netns: &Netns, address: IpAddr, port: u16) -> io::Result<TcpStream> {

@@ -1,7 +1,6 @@
 use std::net::SocketAddr;
 
 use hauberk_linux::{
-    capture::{NamespaceRules, Unroutable},
     links,
     socket::{outbound_socket, transparent_socket, transparent_socket_other_port},
 };
@@ -10,20 +9,13 @@ use crate::support::*;
 
 fn captured_network() -> Network {
     let network = Network::new();
-    let rules = NamespaceRules {
-        outbound_port: Some(OUTBOUND),
-        plaintext_port: Some(PLAINTEXT),
-        mesh_listener: Some(MESH_LISTENER),
-        mesh_port: MESH,
-        unroutable: Unroutable::Refuse,
-    };
     network.in_workload(|| {
         // As strict as a distribution may have it.
         for interface in ["all", "default", "eth0", "lo"] {
             let path = format!("ipv4/conf/{interface}/rp_filter");
             links::sysctl(&path, "1").unwrap();
         }
-        install(&rules.ruleset().unwrap());
+        install(&RULES.ruleset().unwrap());
     });
     network
 }

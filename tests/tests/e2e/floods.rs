@@ -79,7 +79,10 @@ fn connections_come_through(mesh: &Mesh, to: SocketAddr, within: Duration) -> an
     let clients: Vec<TcpStream> = (1..=CONNECTIONS)
         .map(|number| {
             let client = echoed(mesh, "checkout", to);
-            client.with_context(|| format!("connection {number} of {CONNECTIONS}"))
+            client.with_context(|| {
+                let told = mesh.all_records("machine-a").map(|mut records| records.pop());
+                format!("connection {number} of {CONNECTIONS}, of which the caller's agent says {told:?}")
+            })
         })
         .collect::<anyhow::Result<_>>()?;
     let took = started.elapsed();

@@ -26,6 +26,7 @@ crate::trials!(
     a_thousand_connections_at_once_all_succeed,
     an_idle_connection_outlives_the_keep_alive,
     a_reader_that_pauses_for_longer_than_any_timeout_loses_nothing,
+    an_urgent_byte_arrives_among_the_others,
     a_refused_application_port_looks_refused,
     an_answer_before_the_end_of_the_upload_arrives,
     connections_are_accepted_in_the_order_in_which_they_were_opened,
@@ -433,6 +434,24 @@ fn a_reader_that_pauses_for_longer_than_any_timeout_loses_nothing() -> anyhow::R
         at_client.context("the ledger sends, and checkout pauses")?;
         at_server.context("checkout sends, and the ledger pauses")
     })
+}
+
+/// Both ways, in the place where it was sent.
+fn an_urgent_byte_arrives_among_the_others() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    let listener = mesh.listen("ledger", mesh.ledger(8080))?;
+    let client = mesh.connect("checkout", mesh.ledger(8080))?;
+    let (server, _) = listener.accept()?;
+    server.set_read_timeout(Some(PATIENCE))?;
+    for (mut from, mut to) in [(&client, &server), (&server, &client)] {
+        from.write_all(b"before")?;
+        ensure!(socket2::SockRef::from(from).send_out_of_band(b"!")? == 1);
+        from.write_all(b"after")?;
+        let mut got = [0; 12];
+        to.read_exact(&mut got)?;
+        ensure!(&got == b"before!after", "got {got:?}");
+    }
+    Ok(())
 }
 
 fn a_refused_application_port_looks_refused() -> anyhow::Result<()> {

@@ -27,6 +27,8 @@ pub(super) struct KnownCallers(Mutex<State>);
 #[derive(Debug)]
 struct State {
     room: Room<CallerToken>,
+    /// Of the next token.
+    number: u64,
     by_token: HashMap<CallerToken, Known>,
 }
 
@@ -39,13 +41,14 @@ struct Known {
 impl KnownCallers {
     pub(super) fn new() -> Self {
         let room = Room::new(CAPACITY, SHARE);
-        Self(Mutex::new(State { room, by_token: HashMap::new() }))
+        Self(Mutex::new(State { room, number: 0, by_token: HashMap::new() }))
     }
 
     /// Remembers the token of a caller that has just proven who it is.
     pub(super) fn remember(&self, token: CallerToken, caller: Arc<Caller>, now: Timestamp) {
-        let State { room, by_token } = &mut *self.lock();
-        let (_, displaced) = room.insert(&caller, token);
+        let State { room, number, by_token } = &mut *self.lock();
+        let displaced = room.insert(&caller, *number, token);
+        *number += 1;
         by_token.insert(token, Known { caller, until: now.saturating_add(LIFETIME) });
         if let Some(displaced) = displaced {
             by_token.remove(&displaced);

@@ -5,7 +5,10 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     future::poll_fn,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
 };
 
@@ -20,7 +23,6 @@ pub(super) struct Room<T> {
     capacity: usize,
     share: usize,
     held: usize,
-    next: u64,
     origins: HashMap<Origin, OfOrigin<T>>,
     /// Origins by how much they hold. Of those with as much, the one that came last is first.
     by_size: BTreeSet<(usize, Reverse<u64>, Origin)>,
@@ -29,44 +31,35 @@ pub(super) struct Room<T> {
 #[derive(Debug)]
 struct OfOrigin<T> {
     held: usize,
-    /// The number of what it brought last.
+    /// The highest number of what it brought.
     latest: u64,
     identities: HashMap<Option<SpiffeId>, BTreeMap<u64, T>>,
 }
 
 impl<T> Room<T> {
     pub(super) fn new(capacity: usize, share: usize) -> Self {
-        Self {
-            capacity,
-            share,
-            held: 0,
-            next: 0,
-            origins: HashMap::new(),
-            by_size: BTreeSet::new(),
-        }
+        Self { capacity, share, held: 0, origins: HashMap::new(), by_size: BTreeSet::new() }
     }
 
-    /// Takes one in, under the number that is returned. What had to give way for it is returned, too: the oldest
-    /// of the caller, if it has its share, or of the identity that holds most at the origin that holds most.
-    pub(super) fn insert(&mut self, caller: &Caller, value: T) -> (u64, Option<T>) {
-        let number = self.next;
-        self.next += 1;
+    /// Takes one in, under a number that no other has: the lower, the older. Returns what had to give way for it: the
+    /// oldest of the caller, if it has its share, or of the identity that holds most at the origin that holds most. That
+    /// may be this very one.
+    pub(super) fn insert(&mut self, caller: &Caller, number: u64, value: T) -> Option<T> {
         let of_identity = self.change(&caller.origin, |of_origin| {
             of_origin.held += 1;
-            of_origin.latest = number;
+            of_origin.latest = of_origin.latest.max(number);
             let values = of_origin.identities.entry(caller.identity.clone()).or_default();
             values.insert(number, value);
             values.len()
         });
         self.held += 1;
-        let displaced = if of_identity > self.share {
+        if of_identity > self.share {
             self.remove_oldest(&caller.origin, &caller.identity)
         } else if self.held > self.capacity {
             self.largest().and_then(|(origin, identity)| self.remove_oldest(&origin, &identity))
         } else {
             None
-        };
-        (number, displaced)
+        }
     }
 
     /// Takes one out, unless it had to give way before.
@@ -138,20 +131,28 @@ impl<T> Room<T> {
 
 /// Room for connections. One that has to give way is told.
 #[derive(Debug)]
-pub struct FairRoom(Mutex<Room<oneshot::Sender<()>>>);
+pub struct FairRoom {
+    room: Mutex<Room<oneshot::Sender<()>>>,
+    next: AtomicU64,
+}
 
 impl FairRoom {
     /// Room for `capacity` connections in all, and for `share` of one identity of one origin.
     #[must_use]
     pub fn new(capacity: usize, share: usize) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Room::new(capacity, share))))
+        Arc::new(Self { room: Mutex::new(Room::new(capacity, share)), next: AtomicU64::new(0) })
     }
 
     /// Takes a connection in. If there is no room, another one has to give way: the oldest one of whoever holds
     /// most.
     pub fn enter(self: &Arc<Self>, caller: Arc<Caller>) -> Slot {
+        self.enter_as(caller, self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The same for one whose age the number tells, which no other has.
+    pub(super) fn enter_as(self: &Arc<Self>, caller: Arc<Caller>, number: u64) -> Slot {
         let (sender, receiver) = oneshot::channel();
-        let (number, displaced) = self.lock().insert(&caller, sender);
+        let displaced = self.lock().insert(&caller, number, sender);
         // It is told by the end of its channel.
         drop(displaced);
         Slot { room: self.clone(), caller, number, told: receiver, is_displaced: false }
@@ -159,7 +160,7 @@ impl FairRoom {
 
     /// Plain data: a panic elsewhere leaves nothing half-changed in it.
     fn lock(&self) -> MutexGuard<'_, Room<oneshot::Sender<()>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.room.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -218,8 +219,23 @@ mod tests {
 
     /// Who has to give way, in order, when these come.
     fn displaced(room: &mut Room<&'static str>, comers: &[(&Caller, &'static str)]) -> Vec<String> {
-        let comers = comers.iter();
-        comers.filter_map(|(caller, name)| room.insert(caller, name).1).map(str::to_owned).collect()
+        let next = room.origins.values().map(|origin| origin.latest + 1).max().unwrap_or(0);
+        let displaced = (next..)
+            .zip(comers)
+            .filter_map(|(number, (caller, name))| room.insert(caller, number, name));
+        displaced.map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn whoever_came_earlier_is_older_however_late_it_speaks() {
+        let flood = at("10.0.0.1");
+        let mut room = Room::new(2, 10);
+        assert_eq!(room.insert(&flood, 7, "honest"), None);
+        assert_eq!(room.insert(&flood, 3, "flood"), None);
+        assert_eq!(room.insert(&flood, 2, "earlier"), Some("earlier"), "it gives way itself");
+        assert_eq!(room.insert(&flood, 4, "later"), Some("flood"));
+        assert_eq!(room.insert(&flood, 5, "later still"), Some("later"));
+        assert_eq!(room.remove(&flood, 7), Some("honest"));
     }
 
     #[test]
@@ -276,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_comes_is_never_the_one_that_gives_way_and_nothing_is_left_over() {
+    fn the_newest_is_never_the_one_that_gives_way_and_nothing_is_left_over() {
         let callers = [at("10.0.0.1"), at("10.0.0.2"), of_node("a", "web"), of_node("a", "db")];
         let mut room = Room::new(5, 3);
         let mut held: Vec<(usize, u64)> = Vec::new();
@@ -289,11 +305,10 @@ mod tests {
                 let (caller, number) = held.swap_remove((random >> 45) % held.len());
                 assert!(room.remove(&callers[caller], number).is_some());
             }
-            let (number, displaced) = room.insert(&callers[which], step);
-            assert_eq!(number, step);
+            let displaced = room.insert(&callers[which], step, step);
             assert_ne!(displaced, Some(step));
             held.retain(|(_, number)| Some(*number) != displaced);
-            held.push((which, number));
+            held.push((which, step));
             assert!(held.len() <= 5 && room.held == held.len());
         }
         for (caller, number) in held {

@@ -29,7 +29,6 @@ pub(super) struct Turns(Mutex<State>);
 #[derive(Debug)]
 struct State {
     free: usize,
-    next: u64,
     waiting: RoundRobin<Origin, RoundRobin<Option<SpiffeId>, Queue>>,
 }
 
@@ -53,58 +52,67 @@ pub struct Turn(Option<Arc<Turns>>);
 pub struct CallerTurns<'a> {
     turns: Arc<Turns>,
     caller: Arc<Caller>,
+    number: u64,
     waited: &'a mut Duration,
 }
 
-/// One that waits, until it is dropped.
+/// One that waits, until it is dropped. It counts for how long.
 struct Waiting<'a> {
     turns: &'a Turns,
     caller: &'a Caller,
     number: u64,
+    since: Instant,
+    waited: &'a mut Duration,
 }
 
 impl CallerTurns<'_> {
     /// Waits for a turn: origins have theirs one after another, and so have the identities of an origin. Of what
     /// waits of one of them, the newest is first, as what has waited for long has to give way soon.
     pub async fn turn(&mut self) -> Turn {
-        let (number, given) = match self.turns.ask(&self.caller) {
+        let given = match self.turns.ask(&self.caller, self.number) {
             Asked::Turn(turn) => return turn,
-            Asked::Wait(number, given) => (number, given),
+            Asked::Wait(given) => given,
         };
-        let started = Instant::now();
-        let waiting = Waiting { turns: &self.turns, caller: &self.caller, number };
+        let waiting = Waiting {
+            turns: &self.turns,
+            caller: &self.caller,
+            number: self.number,
+            since: Instant::now(),
+            waited: self.waited,
+        };
         // The sender does not go without a turn.
         let turn = given.await.unwrap_or(Turn(None));
-        drop(waiting);
         // Behind everything else that waits for a thread: under a flood it is accepting connections that must not
         // wait, or the kernel's queue is full, in which all callers are one.
         tokio::task::yield_now().await;
-        *self.waited += started.elapsed();
+        drop(waiting);
         turn
     }
 }
 
 enum Asked {
     Turn(Turn),
-    Wait(u64, oneshot::Receiver<Turn>),
+    Wait(oneshot::Receiver<Turn>),
 }
 
 impl Turns {
     pub(super) fn new() -> Arc<Self> {
         let waiting = RoundRobin::default();
-        Arc::new(Self(Mutex::new(State { free: at_once(), next: 0, waiting })))
+        Arc::new(Self(Mutex::new(State { free: at_once(), waiting })))
     }
 
-    /// The turns of this caller. What it has to wait for them is added to `waited`.
+    /// The turns of this caller's connection with a number that no other has: the higher, the newer. What it has to wait
+    /// for them is added to `waited`.
     pub(super) fn of<'a>(
         self: &Arc<Self>,
         caller: Arc<Caller>,
+        number: u64,
         waited: &'a mut Duration,
     ) -> CallerTurns<'a> {
-        CallerTurns { turns: self.clone(), caller, waited }
+        CallerTurns { turns: self.clone(), caller, number, waited }
     }
 
-    fn ask(self: &Arc<Self>, caller: &Caller) -> Asked {
+    fn ask(self: &Arc<Self>, caller: &Caller, number: u64) -> Asked {
         let mut state = self.lock();
         // Nobody waits while one is free.
         if state.free > 0 {
@@ -112,12 +120,10 @@ impl Turns {
             return Asked::Turn(Turn(Some(self.clone())));
         }
         let (sender, receiver) = oneshot::channel();
-        let number = state.next;
-        state.next += 1;
         let of_origin = state.waiting.all.entry(caller.origin.clone()).or_default();
         let of_identity = of_origin.all.entry(caller.identity.clone()).or_default();
         of_identity.insert(number, sender);
-        Asked::Wait(number, receiver)
+        Asked::Wait(receiver)
     }
 
     /// Gives a turn that is over to whoever is next.
@@ -205,6 +211,7 @@ impl Drop for Turn {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
+        *self.waited += self.since.elapsed();
         let Caller { origin, identity } = self.caller;
         let gone = self.turns.lock().waiting.change(
             origin,
@@ -226,7 +233,7 @@ mod tests {
         let caller = Arc::new(Caller::at("10.0.0.1".parse().unwrap()));
         let (mut held, mut waited) = (Vec::new(), Duration::ZERO);
         for _ in 0..at_once() {
-            held.push(turns.of(caller.clone(), &mut waited).turn().await);
+            held.push(turns.of(caller.clone(), 0, &mut waited).turn().await);
         }
         assert_eq!(waited, Duration::ZERO);
         held
@@ -243,12 +250,12 @@ mod tests {
         let turns = Turns::new();
         let held = all_taken(&turns).await;
         let (told, mut order) = tokio::sync::mpsc::unbounded_channel();
-        for (caller, name) in callers {
+        for (number, (caller, name)) in (1..).zip(callers) {
             let (turns, caller, told) = (turns.clone(), caller.clone(), told.clone());
             let name = *name;
             tokio::spawn(async move {
                 let mut waited = Duration::ZERO;
-                let turn = turns.of(caller, &mut waited).turn().await;
+                let turn = turns.of(caller, number, &mut waited).turn().await;
                 told.send(name).unwrap();
                 drop(turn);
             });
@@ -304,7 +311,7 @@ mod tests {
         let (waiting, tells) = (turns.clone(), told.clone());
         tokio::spawn(async move {
             let mut waited = Duration::ZERO;
-            let _turn = waiting.of(of("a", "web"), &mut waited).turn().await;
+            let _turn = waiting.of(of("a", "web"), 1, &mut waited).turn().await;
             tells.send("a handshake").unwrap();
         });
         tokio::task::yield_now().await;
@@ -321,11 +328,12 @@ mod tests {
         let caller = of("a", "web");
         let mut waited = Duration::ZERO;
         for _ in 0..100 {
-            let mut asking = turns.of(caller.clone(), &mut waited);
+            let mut asking = turns.of(caller.clone(), 1, &mut waited);
             let asked = tokio::time::timeout(Duration::from_millis(1), asking.turn());
             assert!(asked.await.is_err());
         }
         assert!(turns.lock().waiting.all.is_empty());
+        assert!(waited >= Duration::from_millis(100), "what it waited counts: {waited:?}");
         held.clear();
         assert_eq!(turns.lock().free, at_once());
     }
@@ -336,7 +344,7 @@ mod tests {
         let mut held = all_taken(&turns).await;
         let caller = of("a", "web");
         let mut waited = Duration::ZERO;
-        let mut asking = turns.of(caller, &mut waited);
+        let mut asking = turns.of(caller, 1, &mut waited);
         let mut asked = Box::pin(asking.turn());
         let first = std::future::poll_fn(|cx| std::task::Poll::Ready(asked.as_mut().poll(cx)));
         assert!(first.await.is_pending());
