@@ -222,7 +222,7 @@ pub(super) fn forget_outgoing(family: Family, set: &str) -> Vec<Expression> {
     parts
 }
 
-/// Loads source address, source port, destination address and destination port, as [`super::sets`] has them.
+/// Loads source address, source port, destination address and destination port, as the sets of older connections have them.
 fn outgoing(family: Family) -> Vec<Expression> {
     // Offsets of the addresses in the IP header, and their length.
     let (number, source, destination, length) = match family {

@@ -231,7 +231,7 @@ impl Batch {
 fn push_expressions<P: Pusher>(attributes: PushRuleAttrs<P>, rule: &Rule) {
     let mut list = attributes.nested_expressions();
     for expression in &rule.expressions {
-        // The bindings have no types for `redir` and `socket`; this does for all alike.
+        // The bindings have no types for `tproxy` and `socket`; this does for all alike.
         let message = list.as_vec_mut();
         let element = utils::push_nested_header(message, LIST_ELEMENT);
         let name = utils::push_header(message, EXPRESSION_NAME, 0);

@@ -197,3 +197,22 @@ fn the_agent_is_led_to_a_container_and_nowhere_else() {
     follow(&network).unwrap_err();
     assert!(nobody_came(&elsewhere) && nobody_came(&server) && nobody_came(&here));
 }
+
+/// One end of a pair whose other end is here, too, may lead on to anywhere.
+#[test]
+fn a_bridge_with_a_pair_into_this_very_namespace_leads_to_no_container() {
+    let (network, _container) = with_container();
+    let rules = rules().ruleset().unwrap();
+    let leads = || {
+        rules.fit_to_network().unwrap();
+        command("nft list chain inet hauberk published").contains("oif \"inner\"")
+    };
+    network.in_workload(|| {
+        translate(CONTAINER);
+        assert!(leads(), "a bridge with containers only");
+        command("ip link add here type veth peer name there && ip link set here master inner");
+        assert!(!leads(), "a bridge that leads elsewhere");
+        command("ip link del here");
+        assert!(leads());
+    });
+}
