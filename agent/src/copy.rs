@@ -2,7 +2,7 @@
 //! and fairness are those of the relay (`relay.rs`), and so are the buffers: the thread's own.
 
 use std::{
-    io,
+    io::{self, IoSliceMut},
     net::Shutdown,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -10,13 +10,11 @@ use std::{
 
 use hauberk_linux::socket::{linger_on_close, reset_on_close};
 use hauberk_telemetry::EdgeCounters;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-};
+use tokio::{io::AsyncWrite, net::TcpStream};
 
 use crate::{
     delivery::delivered,
+    receive::poll_receive,
     session::{RECORD, SLOTS, with_scratch},
 };
 
@@ -96,9 +94,9 @@ impl Joined {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let before = self.bytes();
         // Each is noted before the other way goes on.
-        let there = self.there.poll(cx, &mut self.caller, &mut self.called);
+        let there = self.there.poll(cx, &self.caller, &mut self.called);
         self.note(cx, there, true);
-        let back = self.back.poll(cx, &mut self.called, &mut self.caller);
+        let back = self.back.poll(cx, &self.called, &mut self.caller);
         self.note(cx, back, false);
         self.count(before);
         let over = match &self.broken {
@@ -170,7 +168,7 @@ impl Way {
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
-        from: &mut TcpStream,
+        from: &TcpStream,
         to: &mut TcpStream,
     ) -> Poll<Result<(), Failed>> {
         ready!(self.poll_rest(cx, to)).map_err(Failed::Writing)?;
@@ -180,12 +178,15 @@ impl Way {
         self.burst = self.burst.clamp(1, SLOTS);
         let room = self.burst * RECORD;
         let read = ready!(with_scratch(|scratch| {
-            let mut into = ReadBuf::new(scratch.plain.get_mut(..room).unwrap_or_default());
-            if let Err(error) = ready!(Pin::new(&mut *from).poll_read(cx, &mut into)) {
-                self.over = true;
-                return Poll::Ready(Err(Failed::Reading(error)));
-            }
-            let bytes = into.filled();
+            let into = scratch.plain.get_mut(..room).unwrap_or_default();
+            let read = match ready!(poll_receive(cx, from, &mut [IoSliceMut::new(into)])) {
+                Ok(read) => read,
+                Err(error) => {
+                    self.over = true;
+                    return Poll::Ready(Err(Failed::Reading(error)));
+                }
+            };
+            let bytes = scratch.plain.get(..read).unwrap_or_default();
             self.write(cx, to, bytes).map_err(Failed::Writing)?;
             Poll::Ready(Ok::<_, Failed>(bytes.len()))
         }))?;

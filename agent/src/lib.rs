@@ -34,6 +34,7 @@ mod policy;
 mod pool;
 mod published;
 mod quietly;
+mod receive;
 mod relay;
 mod report;
 mod services;

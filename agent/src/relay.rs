@@ -21,14 +21,12 @@ use hauberk_core::session::{
 use hauberk_linux::socket::{keep_alive, linger_on_close, reset_on_close};
 use hauberk_telemetry::EdgeCounters;
 use hauberk_tls::channel::{MAX_PLAINTEXT, RECORD_HEADER, RECORD_OVERHEAD};
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-};
+use tokio::{io::AsyncWrite, net::TcpStream};
 
 use crate::{
     capture::Waiting,
     delivery::delivered,
+    receive::poll_receive,
     session::{RECORD, SLOTS, Scratch, Session, SessionError, owned, with_scratch},
 };
 
@@ -342,27 +340,7 @@ impl Relay {
         if room == 0 || !self.session.machine.may_send() || self.suspended {
             return Poll::Pending;
         }
-        let Some(stream) = self.application.stream_mut() else { return Poll::Pending };
-        if self.up > 1 {
-            return self.poll_read_many(cx, scratch, start);
-        }
-        let first = RECORD_HEADER + start;
-        let mut into =
-            ReadBuf::new(scratch.cipher.get_mut(first..first + room).unwrap_or_default());
-        ready!(Pin::new(stream).poll_read(cx, &mut into))?;
-        let read = into.filled().len();
-        if read == room {
-            self.up = 4;
-        }
-        Poll::Ready(Ok(read))
-    }
-
-    fn poll_read_many(
-        &mut self,
-        cx: &mut Context<'_>,
-        scratch: &mut Scratch,
-        start: usize,
-    ) -> Poll<io::Result<usize>> {
+        let Some(stream) = self.application.stream() else { return Poll::Pending };
         let slots = usize::from(self.up);
         let mut places: [IoSliceMut<'_>; SLOTS] = std::array::from_fn(|_| IoSliceMut::new(&mut []));
         for (number, (place, record)) in
@@ -373,23 +351,15 @@ impl Relay {
             *place = IoSliceMut::new(record.get_mut(from..to).unwrap_or_default());
         }
         let places = places.get_mut(..slots).unwrap_or_default();
-        let Some(stream) = self.application.stream() else { return Poll::Pending };
-        loop {
-            ready!(stream.poll_read_ready(cx))?;
-            match stream.try_read_vectored(places) {
-                Ok(read) => {
-                    let room = slots * MAX_PLAINTEXT - start;
-                    if read == room {
-                        self.up = (self.up * 2).min(u8::try_from(SLOTS).unwrap_or(u8::MAX));
-                    } else if read < room / 4 {
-                        self.up = (self.up / 2).max(1);
-                    }
-                    return Poll::Ready(Ok(read));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
+        let read = ready!(poll_receive(cx, stream, places))?;
+        let room = slots * MAX_PLAINTEXT - start;
+        if read == room {
+            let most = u8::try_from(SLOTS).unwrap_or(u8::MAX);
+            self.up = self.up.saturating_mul(if self.up == 1 { 4 } else { 2 }).min(most);
+        } else if read < room / 4 {
+            self.up = (self.up / 2).max(1);
         }
+        Poll::Ready(Ok(read))
     }
 
     /// Session → application.

@@ -4,7 +4,7 @@
 //! that exists, the thread does not matter.
 
 use std::{
-    io,
+    io::{self, IoSliceMut},
     net::{Ipv6Addr, SocketAddr, TcpListener},
     os::fd::AsFd,
     time::Duration,
@@ -198,11 +198,32 @@ fn set_transparent(socket: &Socket, address: SocketAddr) -> io::Result<()> {
     }
 }
 
-/// No delay, and urgent data in line.
+/// No delay, urgent data in line, and [`receive`] says whether more is there.
 fn tune(socket: &Socket) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     // An urgent byte is delivered in its place among the others, instead of being lost.
-    socket.set_out_of_band_inline(true)
+    socket.set_out_of_band_inline(true)?;
+    sys::tell_what_is_left(socket)
+}
+
+/// What came from a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// How many bytes; none at the end.
+    pub bytes: usize,
+    /// Whether there is surely nothing more to read now. The end of what the peer sends counts as something to read.
+    pub is_all: bool,
+}
+
+/// Reads what is there, without waiting, from a connection that one of this module's functions made or that came to
+/// one of its listeners.
+///
+/// The kernel's own word is used for whether more is there: a read that got less than it had room for says nothing,
+/// since the kernel also stops before an urgent byte.
+pub fn receive(socket: &impl AsFd, into: &mut [IoSliceMut<'_>]) -> io::Result<Received> {
+    let (bytes, left) = sys::receive(socket, into)?;
+    // After the last byte there is the end, of which the kernel does not always tell in the same breath.
+    Ok(Received { bytes, is_all: bytes > 0 && left == Some(0) })
 }
 
 /// Has the kernel ask now and then whether the peer is still there. Sockets that [`listen_captured`] accepts, and those

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::{
-    io,
+    io::{self, IoSliceMut},
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
@@ -13,6 +13,9 @@ const PACKET_STATISTICS: libc::c_int = 6;
 
 /// `NETLINK_GET_STRICT_CHK` of `linux/netlink.h`.
 const NETLINK_GET_STRICT_CHK: libc::c_int = 12;
+
+/// `TCP_INQ` of `linux/tcp.h`, and the type of the message that it brings.
+const TCP_INQ: libc::c_int = 36;
 
 /// How many packets a packet socket lost because its buffer was full. Reading resets the count.
 pub(crate) fn packet_drops(socket: &impl AsFd) -> io::Result<u32> {
@@ -53,6 +56,12 @@ pub(crate) fn tcp_info(socket: &impl AsFd) -> io::Result<libc::tcp_info> {
     if result == 0 { Ok(info) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Has each `recvmsg` of a TCP connection say how much is left: [`crate::socket::receive`]. Connections inherit it from their
+/// listener. Since Linux 4.18.
+pub(crate) fn tell_what_is_left(socket: &impl AsFd) -> io::Result<()> {
+    set_option(socket, libc::IPPROTO_TCP, TCP_INQ, 1)
+}
+
 /// Bytes in a connection's send queue that its peer has not acknowledged, sent or not.
 pub(crate) fn send_queue(socket: &impl AsFd) -> io::Result<usize> {
     let mut bytes: libc::c_int = 0;
@@ -85,12 +94,21 @@ pub(crate) fn check_netlink_strictly(socket: &impl AsFd) -> io::Result<()> {
 }
 
 fn set_netlink_option(socket: &impl AsFd, option: libc::c_int, value: u32) -> io::Result<()> {
+    set_option(socket, libc::SOL_NETLINK, option, value)
+}
+
+fn set_option(
+    socket: &impl AsFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: u32,
+) -> io::Result<()> {
     let length = libc::socklen_t::try_from(size_of_val(&value)).map_err(io::Error::other)?;
     // SAFETY: the pointer is to a live local value, and `length` is its size.
     let result = unsafe {
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),
-            libc::SOL_NETLINK,
+            level,
             option,
             (&raw const value).cast(),
             length,
@@ -127,4 +145,39 @@ pub(crate) fn detached_proc() -> io::Result<OwnedFd> {
     }
     // SAFETY: the descriptor is open; the kernel makes a new one. 1 is FSMOUNT_CLOEXEC.
     opened(unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), 1, 0) })
+}
+
+/// Reads from a connection without waiting: how many bytes, and how much is left if the kernel tells: see
+/// [`tell_what_is_left`].
+pub(crate) fn receive(
+    socket: &impl AsFd,
+    into: &mut [IoSliceMut<'_>],
+) -> io::Result<(usize, Option<u32>)> {
+    let mut control = LeftMessage::default();
+    // SAFETY: a struct of integers and pointers, for which zero is a value.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    // An `IoSliceMut` is an `iovec`, as its documentation promises.
+    message.msg_iov = into.as_mut_ptr().cast();
+    message.msg_iovlen = into.len();
+    message.msg_control = (&raw mut control).cast();
+    message.msg_controllen = size_of_val(&control);
+    // SAFETY: the message points to live values, which the kernel alone writes meanwhile and only within the lengths
+    // that stand beside the pointers.
+    let read =
+        unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
+    let Ok(read) = usize::try_from(read) else { return Err(io::Error::last_os_error()) };
+    let told = message.msg_controllen >= size_of_val(&control)
+        && (control.level, control.kind) == (libc::IPPROTO_TCP, TCP_INQ);
+    Ok((read, told.then_some(control.left)))
+}
+
+/// A `cmsghdr` with the one value that comes for [`TCP_INQ`], filled up to a whole word as the kernel does.
+#[repr(C)]
+#[derive(Default)]
+struct LeftMessage {
+    length: usize,
+    level: libc::c_int,
+    kind: libc::c_int,
+    left: u32,
+    filling: u32,
 }

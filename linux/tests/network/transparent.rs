@@ -1,9 +1,16 @@
-use std::net::SocketAddr;
+use std::{
+    io::{ErrorKind, IoSliceMut, Read, Write},
+    net::SocketAddr,
+};
 
 use hauberk_linux::{
     links,
-    socket::{outbound_socket, transparent_socket, transparent_socket_other_port},
+    socket::{
+        Received, outbound_socket, receive, transparent_socket, transparent_socket_other_port,
+    },
 };
+
+use socket2::SockRef;
 
 use crate::support::*;
 
@@ -47,6 +54,56 @@ fn the_application_sees_the_clients_address_and_both_directions_work() {
             assert_joined(&mut accepted, &mut inbound);
         }
     }
+}
+
+/// A read that gets less than it has room for is not always the last that there is.
+#[test]
+fn a_read_says_whether_there_is_more() {
+    let network = captured_network();
+    let [family, _] = families();
+    let application = listen(&network.workload, family.any, 8080);
+    let dialled = network
+        .in_workload(|| {
+            let source = SocketAddr::new(family.remote, 45678);
+            connect_socket(transparent_socket(source)?, SocketAddr::new(family.workload, 8080))
+        })
+        .unwrap();
+    let (peer, _) = accept(&application);
+    let socket = SockRef::from(&peer);
+    // In one packet: they are all there before the first is read.
+    socket.set_tcp_cork(true).unwrap();
+    (&peer).write_all(b"before").unwrap();
+    assert_eq!(socket.send_out_of_band(b"!").unwrap(), 1);
+    (&peer).write_all(b"after").unwrap();
+    socket.set_tcp_cork(false).unwrap();
+    let mut bytes = Vec::new();
+    let mut ends = Vec::new();
+    let mut one = [0; 1];
+    // The peer's data are waited for: what is looked at is the read after it.
+    dialled.set_nonblocking(false).unwrap();
+    dialled.set_read_timeout(Some(PATIENCE)).unwrap();
+    dialled.peek(&mut one).unwrap();
+    while ends.last() != Some(&true) {
+        let mut room = [0; 64];
+        let received = receive(&dialled, &mut [IoSliceMut::new(&mut room)]).unwrap();
+        assert!(received.bytes > 0, "an end that was not sent");
+        bytes.extend_from_slice(&room[..received.bytes]);
+        ends.push(received.is_all);
+    }
+    assert_eq!(bytes, b"before!after");
+    assert_eq!(ends.iter().filter(|is_all| !**is_all).count() + 1, ends.len());
+    assert!(ends.len() > 1, "one read got all of it: the kernel does not stop any more");
+    let nothing = receive(&dialled, &mut [IoSliceMut::new(&mut [0; 64])]);
+    assert_eq!(nothing.unwrap_err().kind(), ErrorKind::WouldBlock);
+
+    (&peer).write_all(b"last").unwrap();
+    drop(peer);
+    dialled.peek(&mut one).unwrap();
+    let last = receive(&dialled, &mut [IoSliceMut::new(&mut [0; 64])]).unwrap();
+    assert_eq!(last.bytes, 4);
+    assert_eq!((&dialled).read(&mut one).unwrap(), 0);
+    let end = receive(&dialled, &mut [IoSliceMut::new(&mut [0; 64])]).unwrap();
+    assert_eq!(end, Received { bytes: 0, is_all: false });
 }
 
 #[test]

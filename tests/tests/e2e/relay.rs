@@ -436,20 +436,27 @@ fn a_reader_that_pauses_for_longer_than_any_timeout_loses_nothing() -> anyhow::R
     })
 }
 
-/// Both ways, in the place where it was sent.
+/// Both ways, in the place where it was sent; also if everything has come before the first of it is read.
 fn an_urgent_byte_arrives_among_the_others() -> anyhow::Result<()> {
     let mesh = Mesh::start()?;
     let listener = mesh.listen("ledger", mesh.ledger(8080))?;
     let client = mesh.connect("checkout", mesh.ledger(8080))?;
     let (server, _) = listener.accept()?;
     server.set_read_timeout(Some(PATIENCE))?;
+    client.set_read_timeout(Some(PATIENCE))?;
     for (mut from, mut to) in [(&client, &server), (&server, &client)] {
-        from.write_all(b"before")?;
-        ensure!(socket2::SockRef::from(from).send_out_of_band(b"!")? == 1);
-        from.write_all(b"after")?;
-        let mut got = [0; 12];
-        to.read_exact(&mut got)?;
-        ensure!(&got == b"before!after", "got {got:?}");
+        for at_once in [false, true] {
+            let socket = socket2::SockRef::from(from);
+            socket.set_tcp_cork(at_once)?;
+            from.write_all(b"before")?;
+            ensure!(socket.send_out_of_band(b"!")? == 1);
+            from.write_all(b"after")?;
+            socket.set_tcp_cork(false)?;
+            let mut got = [0; 12];
+            let read = to.read_exact(&mut got);
+            read.with_context(|| format!("in one packet: {at_once}"))?;
+            ensure!(&got == b"before!after", "got {got:?}");
+        }
     }
     Ok(())
 }
