@@ -25,7 +25,7 @@ use std::{
 use nix::{
     errno::Errno,
     libc,
-    sys::socket::{LinkAddr, recvfrom},
+    sys::socket::{LinkAddr, recvfrom, setsockopt, sockopt::RcvBufForce},
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -43,7 +43,7 @@ const LARGEST_FRAME: usize = 128 * 1024;
 /// How long a quiet capture takes to notice that it is to stop.
 const POLL: Duration = Duration::from_millis(50);
 
-/// Asked of the kernel for bursts; it grants what `net.core.rmem_max` allows.
+/// Asked of the kernel for bursts; without privileges over the whole machine it grants what `net.core.rmem_max` allows.
 const RECEIVE_BUFFER: usize = 16 * 1024 * 1024;
 
 /// What to capture.
@@ -233,7 +233,9 @@ fn packet_socket() -> io::Result<Socket> {
     let protocol = Protocol::from(i32::from(every_protocol.to_be()));
     let socket = Socket::new(Domain::PACKET, Type::RAW, Some(protocol))?;
     socket.set_read_timeout(Some(POLL))?;
-    socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
+    if setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER).is_err() {
+        socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
+    }
     Ok(socket)
 }
 
