@@ -1,6 +1,11 @@
 //! One outgoing connection of a local workload: where it wants to go, whether it may, and who is there.
 
-use std::{io::ErrorKind, net::SocketAddr, sync::Arc, time::Instant};
+use std::{
+    io::ErrorKind,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use hauberk_core::{
     policy::{Backends, Denial, Reason, resolve::MeshWorkload},
@@ -31,8 +36,14 @@ use crate::{
 };
 
 /// Sessions that are tried for one connection: each one before the last had a destination that went
-/// away before it saw the stream, or let its handshake go.
+/// away before it saw the stream.
 const ATTEMPTS: usize = 3;
+
+/// Handshakes that are tried for one connection, while the destination's agent lets them go.
+const HANDSHAKES: u32 = 8;
+
+/// The pause before the third of them, doubled before each further one: less than a second in all.
+const HANDSHAKES_PAUSE: Duration = Duration::from_millis(10);
 
 /// What is to become of a captured connection.
 enum Decision<'a> {
@@ -213,18 +224,24 @@ async fn carry(
     mut way: Box<Way<'_>>,
     report: &mut Report<'_>,
 ) {
-    for attempt in 1..=ATTEMPTS {
+    let (mut attempt, mut gone) = (0, 0);
+    while attempt < ATTEMPTS {
         // The last one does not depend on what the pool believes.
         let idle =
-            if attempt < ATTEMPTS { idle(context, local, &way.edge, way.port()) } else { None };
+            if attempt + 1 < ATTEMPTS { idle(context, local, &way.edge, way.port()) } else { None };
         let reused = idle.is_some();
         let obtained = match idle {
             Some(session) => Ok(session),
             None => Box::pin(connect(context, local, &way.edge)).await,
         };
-        if attempt < ATTEMPTS && obtained.as_ref().err().is_some_and(gave_way) {
-            continue;
+        if obtained.as_ref().err().is_some_and(gave_way) {
+            gone += 1;
+            if gone < HANDSHAKES {
+                Box::pin(pause(gone)).await;
+                continue;
+            }
         }
+        attempt += 1;
         let relay = match way.open(context, obtained, reused, report) {
             Ok(relay) => relay,
             Err(NotOpened) => return,
@@ -247,6 +264,13 @@ async fn carry(
     let text =
         format!("the destination's agent went away {ATTEMPTS} times before it took the stream");
     report.closed("unreachable", Some(text));
+}
+
+/// Before another handshake, after so many were let go.
+async fn pause(gone: u32) {
+    if let Some(doublings) = gone.checked_sub(2) {
+        tokio::time::sleep(HANDSHAKES_PAUSE * 2u32.saturating_pow(doublings)).await;
+    }
 }
 
 /// There is no stream, and the record says why.
