@@ -29,10 +29,12 @@ use crate::{
     edges::Edges,
     identity::LocalIdentity,
     inbound::{MAX_IDLE, MAX_IDLE_OF_IDENTITY},
+    mux::Multiplexes,
     policy::Snapshot,
     pool::Pool,
     published::PublishedPorts,
     services::Balancer,
+    trunks::Trunks,
 };
 
 /// A connection that comes before the agent can decide waits this long, rather than being refused.
@@ -60,6 +62,8 @@ pub(crate) struct Context {
     pub(crate) idle: Arc<FairRoom>,
     /// Which backends of services get this node's connections.
     pub(crate) balancer: Arc<Balancer>,
+    /// Incoming multiplexed sessions.
+    pub(crate) multiplexes: Multiplexes,
     /// The captured workloads of this node by their keys, for `verified-local`; none under `mtls`.
     pub(crate) neighbours: Option<Neighbours>,
     /// Take no more connections.
@@ -99,6 +103,7 @@ impl Context {
             handshakes: HandshakeLimiter::new(),
             idle: FairRoom::new(MAX_IDLE, MAX_IDLE_OF_IDENTITY),
             balancer: Arc::default(),
+            multiplexes: Multiplexes::default(),
             neighbours: match local_edges {
                 LocalEdges::Mtls => None,
                 LocalEdges::VerifiedLocal => Some(Neighbours::default()),
@@ -167,8 +172,10 @@ pub(crate) struct Local {
     pub(crate) workload: Arc<MeshWorkload>,
     pub(crate) identity: Arc<LocalIdentity>,
     pub(crate) place: Place,
-    /// Sessions to other agents that are idle.
+    /// Dedicated sessions to other agents that are idle.
     pub(crate) pool: Pool,
+    /// Multiplexed ones.
+    pub(crate) trunks: Trunks,
 }
 
 /// Where a workload's sockets are.
@@ -188,7 +195,8 @@ impl Local {
         place: Place,
     ) -> Self {
         let pool = Pool::new(identity.slot.clone(), context.trust.clone(), context.metrics.clone());
-        Self { workload, identity, place, pool }
+        let trunks = Trunks::new(identity.slot.clone(), context.trust.clone());
+        Self { workload, identity, place, pool, trunks }
     }
 
     /// Whether it is a process of this host, rather than having a network namespace of its own.

@@ -9,7 +9,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use anyhow::Context as _;
 use hauberk_telemetry::{Health, State as HealthState};
-use tokio::{sync::Mutex, task::JoinHandle};
+use tokio::{runtime::Handle, sync::Mutex, task::JoinHandle};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
@@ -69,7 +69,11 @@ impl OnDuty {
         };
         let subscribed = tokio::spawn(means.subscription.clone().run());
         Ok(Self {
-            capturing: tokio::spawn(captures.run(captured)),
+            // On a thread of its own: it asks the kernel about every workload, and what is ready on a thread that carries
+            // connections would wait for that.
+            capturing: tokio::task::spawn_blocking(move || {
+                Handle::current().block_on(captures.run(captured))
+            }),
             answering,
             subscribed: AbortOnDropHandle::new(subscribed),
             means,

@@ -12,20 +12,25 @@ use hauberk_core::{
     time::Timestamp,
 };
 use hauberk_telemetry::record::Path;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use crate::{
     authorize::Permit,
     context::{Context, Local},
+    mux,
     policy::Snapshot,
     quietly::Quietly,
     relay::{Application, End, Event, Relay},
     report::Report,
     session::{OPEN_TIMEOUT, ProofRefused, Session, SessionError},
+    trunks::Mover,
 };
 
 /// How often a connection looks whether its peer is still there, and whether the wall clock has jumped.
 const LOOK: Duration = Duration::from_secs(30);
+
+/// Between two of them at least.
+const LEAST_PAUSE: Duration = Duration::from_millis(1);
 
 /// The same while the peer's certificate has ended.
 const OVERDUE_LOOK: Duration = Duration::from_millis(500);
@@ -55,6 +60,24 @@ pub(crate) struct Forward<'a> {
     proof_until: Option<Instant>,
     /// When to show the newest certificate.
     proof_due: Option<Instant>,
+    /// Source: what makes dedicated sessions for streams with much to say.
+    mover: Option<Box<Mover>>,
+    /// Destination: who wants the dedicated session back that carries on.
+    back: Option<oneshot::Sender<Box<Session>>>,
+}
+
+/// What carries the bytes.
+pub(crate) enum Carried {
+    /// A session of its own.
+    Dedicated(Box<Relay>),
+    /// One of many streams of a session.
+    Stream(Box<mux::Relay>),
+}
+
+/// The same without the application.
+enum Road {
+    Dedicated(Box<Session>),
+    Stream(mux::Stream),
 }
 
 /// How it went.
@@ -106,14 +129,34 @@ impl<'a> Forward<'a> {
             unanswered,
             proof_until: None,
             proof_due: None,
+            mover: None,
+            back: None,
         }
+    }
+
+    /// Source: a stream with much to say goes on over a dedicated session.
+    pub(crate) fn moving_with(mut self, mover: Box<Mover>) -> Self {
+        self.mover = Some(mover);
+        self
     }
 
     /// Copies until the stream ends or the permission does.
     ///
     /// Every open connection has this future for as long as it lives: what happens once is done in functions
     /// that are not part of it, or in boxes of their own.
-    pub(crate) async fn run(&mut self, mut relay: Box<Relay>, report: &mut Report<'_>) -> Outcome {
+    pub(crate) async fn run(&mut self, carried: Carried, report: &mut Report<'_>) -> Outcome {
+        let outcome = self.carry(carried, report).await;
+        match (outcome, self.back.take()) {
+            // Another stream may come on it, for whoever had it before.
+            (Outcome::Over(Some(session)), Some(back)) => {
+                drop(back.send(session));
+                Outcome::Over(None)
+            }
+            (outcome, _) => outcome,
+        }
+    }
+
+    async fn carry(&mut self, mut relay: Carried, report: &mut Report<'_>) -> Outcome {
         if let Err(ending) = self.begin(&mut relay) {
             return Box::pin(wind_up(self.context, relay, ending, report)).await;
         }
@@ -133,8 +176,24 @@ impl<'a> Forward<'a> {
                     event = relay.run() => Turn::Event(event),
                 }
             };
+            let turn = match turn {
+                Turn::Event(Event::Moved) => {
+                    relay.tell_bytes(report);
+                    relay = match self.carry_on(relay) {
+                        Ok(relay) => relay,
+                        Err(error) => {
+                            failed(&error, report);
+                            return Outcome::Over(None);
+                        }
+                    };
+                    continue;
+                }
+                other => other,
+            };
             let Some(turn) = turn.unless_accepted() else {
                 match Box::pin(relay.connect_application()).await {
+                    // It is open already if it has moved.
+                    Ok(()) if report.is_open() => {}
                     Ok(()) => report.opened(Path::Mtls),
                     Err(error) => {
                         let ending = Box::new(Ending::Relay(End::ApplicationFailed(error)));
@@ -150,9 +209,10 @@ impl<'a> Forward<'a> {
     }
 
     /// Gets ready for another stream.
-    fn begin(&mut self, relay: &mut Relay) -> Result<(), Box<Ending>> {
+    fn begin(&mut self, relay: &mut Carried) -> Result<(), Box<Ending>> {
         self.unanswered = Instant::now() + OPEN_TIMEOUT;
         self.installed.mark_unchanged();
+        let Carried::Dedicated(relay) = relay else { return Ok(()) };
         // Renewed since the session was made, and nobody has told the peer.
         match self.local.identity.slot.load() {
             Some(own) if !relay.session.was_made_with(&own) => relay
@@ -163,7 +223,22 @@ impl<'a> Forward<'a> {
         }
     }
 
-    fn take(&mut self, turn: Turn, relay: &mut Relay) -> ControlFlow<Box<Ending>> {
+    /// A stream goes on over a dedicated session.
+    fn carry_on(&mut self, relay: Carried) -> Result<Carried, SessionError> {
+        let Carried::Stream(stream) = relay else { return Ok(relay) };
+        let mut moved = stream.into_moved().ok_or(SessionError::Closed)?;
+        self.back = moved.back.take();
+        if let Some(mover) = &self.mover {
+            mover.moved();
+        }
+        let mut relay = Carried::Dedicated(Relay::carrying_on(moved)?);
+        match self.begin(&mut relay) {
+            Ok(()) => Ok(relay),
+            Err(_) => Err(SessionError::Closed),
+        }
+    }
+
+    fn take(&mut self, turn: Turn, relay: &mut Carried) -> ControlFlow<Box<Ending>> {
         let cut = match turn {
             Turn::Interrupt(Interrupt::Cut(cut)) => Some(cut),
             Turn::Interrupt(Interrupt::Policy) => {
@@ -171,14 +246,25 @@ impl<'a> Forward<'a> {
                 self.ask_again(&snapshot)
             }
             Turn::Interrupt(Interrupt::Certificate) => {
+                // Of a multiplexed session, somebody else sees to it.
+                let Carried::Dedicated(relay) = relay else { return ControlFlow::Continue(()) };
                 let left = relay.session.shown_until().map(|end| end.since(hauberk_tls::now()));
                 let due = Instant::now() + proof_delay(left.unwrap_or_default());
                 self.proof_due = Some(self.proof_due.map_or(due, |earlier| earlier.min(due)));
                 None
             }
             Turn::Interrupt(Interrupt::Look) => self.look(relay),
-            // It was taken care of.
-            Turn::Event(Event::Accepted) => None,
+            // They were taken care of.
+            Turn::Event(Event::Accepted | Event::Moved) => None,
+            Turn::Event(Event::Bulk) => {
+                if let Carried::Stream(stream) = relay {
+                    match &self.mover {
+                        Some(mover) => stream.wait_for_tail(mover.start()),
+                        None => stream.wish_to_move(),
+                    }
+                }
+                None
+            }
             Turn::Event(Event::Reauthenticate(frame)) => self.take_proof(&frame, relay),
             Turn::Event(Event::End(end)) => {
                 return ControlFlow::Break(Box::new(Ending::Relay(end)));
@@ -190,7 +276,8 @@ impl<'a> Forward<'a> {
         }
     }
 
-    fn take_proof(&mut self, frame: &Reauthenticate, relay: &mut Relay) -> Option<Cut> {
+    fn take_proof(&mut self, frame: &Reauthenticate, relay: &mut Carried) -> Option<Cut> {
+        let Carried::Dedicated(relay) = relay else { return None };
         let trust = self.context.trust.load();
         if let Err(error) = relay.session.take_proof(frame, &trust, hauberk_tls::now()) {
             return Some(Cut::Proof(error));
@@ -212,29 +299,44 @@ impl<'a> Forward<'a> {
         None
     }
 
-    fn next_look(&self, relay: &Relay) -> Duration {
+    fn next_look(&self, relay: &Carried) -> Duration {
         let now = hauberk_tls::now();
         let mut pause = LOOK;
         if let Some(until) = self.permit.until() {
             pause = pause.min(until.since(now));
         }
+        if relay.awaits_answer() {
+            pause = pause.min(self.unanswered.saturating_duration_since(Instant::now()));
+        }
+        let Carried::Dedicated(relay) = relay else { return pause.max(LEAST_PAUSE) };
         let certificate: Timestamp = relay.session.peer().facts().not_after();
         // Past its end only while it waits for the application to read.
         let overdue = if certificate <= now { OVERDUE_LOOK } else { Duration::ZERO };
         pause = pause.min(certificate.since(now).max(overdue));
-        if relay.session.machine.awaits_answer() {
-            pause = pause.min(self.unanswered.saturating_duration_since(Instant::now()));
-        }
         if let Some(due) = self.proof_due {
             pause = pause.min(due.saturating_duration_since(Instant::now()));
         }
-        pause.max(Duration::from_millis(1))
+        pause.max(LEAST_PAUSE)
     }
 
     /// What may have ended without anything having happened.
-    fn look(&mut self, relay: &mut Relay) -> Option<Cut> {
+    fn look(&mut self, relay: &mut Carried) -> Option<Cut> {
         let now = Instant::now();
         relay.keep_alive();
+        if relay.awaits_answer() && now >= self.unanswered {
+            return Some(Cut::Unanswered);
+        }
+        if let Carried::Dedicated(relay) = relay
+            && let Some(cut) = self.look_at_session(relay)
+        {
+            return Some(cut);
+        }
+        let snapshot = self.snapshots.borrow().clone();
+        self.ask_again(&snapshot)
+    }
+
+    fn look_at_session(&mut self, relay: &mut Relay) -> Option<Cut> {
+        let now = Instant::now();
         if self.proof_due.is_some_and(|due| due <= now) {
             self.proof_due = None;
             if let Some(credential) = self.local.identity.slot.load()
@@ -242,9 +344,6 @@ impl<'a> Forward<'a> {
             {
                 return Some(Cut::unproven(error));
             }
-        }
-        if relay.session.machine.awaits_answer() && now >= self.unanswered {
-            return Some(Cut::Unanswered);
         }
         if relay.session.silence().is_some_and(|silence| silence >= SILENCE) {
             return Some(Cut::Silent);
@@ -260,27 +359,28 @@ impl<'a> Forward<'a> {
                 return Some(Cut::Certificate);
             }
         }
-        let snapshot = self.snapshots.borrow().clone();
-        self.ask_again(&snapshot)
+        None
     }
 }
 
 /// What becomes of the relay that is over.
 async fn wind_up(
     context: &Context,
-    mut relay: Box<Relay>,
+    mut relay: Carried,
     ending: Box<Ending>,
     report: &mut Report<'_>,
 ) -> Outcome {
     match *ending {
         Ending::Relay(End::NotTaken) => Outcome::NotTaken(relay.into_parts().0),
         Ending::Relay(end) => {
-            report.bytes(relay.sent, relay.received);
-            context.metrics.keys_renewed(relay.session.take_renewals());
+            relay.tell_bytes(report);
+            if let Carried::Dedicated(relay) = &mut relay {
+                context.metrics.keys_renewed(relay.session.take_renewals());
+            }
             Outcome::Over(finish(relay, end, report).await)
         }
         Ending::Cut(cut) => {
-            report.bytes(relay.sent, relay.received);
+            relay.tell_bytes(report);
             cut_off(relay, &cut, report).await;
             Outcome::Over(None)
         }
@@ -340,7 +440,7 @@ async fn interruption(
     }
 }
 
-async fn cut_off(relay: Box<Relay>, cut: &Cut, report: &mut Report<'_>) {
+async fn cut_off(relay: Carried, cut: &Cut, report: &mut Report<'_>) {
     let cause = match cut {
         // Nothing was open: its application waits.
         Cut::Policy(denial) if !report.is_open() => {
@@ -372,6 +472,9 @@ async fn cut_off(relay: Box<Relay>, cut: &Cut, report: &mut Report<'_>) {
         Cut::Unanswered => {
             let text = "the destination's agent did not answer in time".to_owned();
             report.closed("unreachable", Some(text));
+            if let Carried::Stream(stream) = &relay {
+                stream.distrust_session();
+            }
             ResetCause::Application
         }
         Cut::Silent => {
@@ -384,22 +487,95 @@ async fn cut_off(relay: Box<Relay>, cut: &Cut, report: &mut Report<'_>) {
 }
 
 /// Resets the application, tells the peer why, and gives the session up.
-async fn break_off(relay: Box<Relay>, cause: ResetCause) {
-    let (application, mut session) = relay.into_parts();
+async fn break_off(relay: Carried, cause: ResetCause) {
+    let (application, road) = relay.into_parts();
     application.reset();
-    session.reset(cause);
-    if session.settle().await {
+    if let Some(session) = road.reset(cause).await {
         session.close().await;
     }
 }
 
+impl Carried {
+    async fn run(&mut self) -> Event {
+        match self {
+            Self::Dedicated(relay) => relay.run().await,
+            Self::Stream(relay) => match relay.run().await {
+                mux::Fate::Accepted => Event::Accepted,
+                mux::Fate::Bulk => Event::Bulk,
+                mux::Fate::Moved => Event::Moved,
+                mux::Fate::End(end) => Event::End(end),
+            },
+        }
+    }
+
+    async fn connect_application(&mut self) -> std::io::Result<()> {
+        match self {
+            Self::Dedicated(relay) => relay.connect_application().await,
+            Self::Stream(relay) => relay.connect_application().await,
+        }
+    }
+
+    fn keep_alive(&mut self) {
+        match self {
+            Self::Dedicated(relay) => relay.keep_alive(),
+            Self::Stream(relay) => relay.keep_alive(),
+        }
+    }
+
+    fn awaits_answer(&self) -> bool {
+        match self {
+            Self::Dedicated(relay) => relay.session.machine.awaits_answer(),
+            Self::Stream(relay) => relay.awaits_answer(),
+        }
+    }
+
+    fn tell_bytes(&self, report: &mut Report<'_>) {
+        match self {
+            Self::Dedicated(relay) => report.bytes(relay.sent, relay.received),
+            Self::Stream(relay) => report.bytes(relay.sent, relay.received),
+        }
+    }
+
+    fn into_parts(self) -> (Application, Road) {
+        match self {
+            Self::Dedicated(relay) => {
+                let (application, session) = relay.into_parts();
+                (application, Road::Dedicated(session))
+            }
+            Self::Stream(relay) => {
+                let (application, stream) = relay.into_parts();
+                (application, Road::Stream(stream))
+            }
+        }
+    }
+}
+
+impl Road {
+    /// Breaks the stream off. The session, if another stream may come on it.
+    async fn reset(self, cause: ResetCause) -> Option<Box<Session>> {
+        match self {
+            Self::Dedicated(mut session) => {
+                session.reset(cause);
+                session.settle().await.then_some(session)
+            }
+            Self::Stream(stream) => {
+                stream.reset(cause);
+                None
+            }
+        }
+    }
+}
+
 /// The session, if another stream may come on it.
-async fn finish(relay: Box<Relay>, end: End, report: &mut Report<'_>) -> Option<Box<Session>> {
+async fn finish(relay: Carried, end: End, report: &mut Report<'_>) -> Option<Box<Session>> {
     let by_application = matches!(end, End::Reset(ResetCause::Application | ResetCause::Answer));
     let answer = match end {
         End::Complete => {
             report.closed("complete", None);
-            return Some(relay.into_parts().1);
+            return match relay.into_parts().1 {
+                Road::Dedicated(session) => Some(session),
+                Road::Stream(_) => None,
+            };
         }
         End::ApplicationFailed(error) => {
             report.closed("application_reset", Some(error.to_string()));
@@ -430,18 +606,24 @@ async fn finish(relay: Box<Relay>, end: End, report: &mut Report<'_>) -> Option<
         }
         End::Protocol(error) => {
             report.closed("protocol_error", Some(error.to_string()));
-            let (application, mut session) = relay.into_parts();
+            let (application, road) = relay.into_parts();
             application.reset();
-            session.reset(ResetCause::Protocol);
-            // Nothing more is read of it. It may be gone.
-            drop(session.flush().await);
+            if let Road::Dedicated(mut session) = road {
+                session.reset(ResetCause::Protocol);
+                // Nothing more is read of it. It may be gone.
+                drop(session.flush().await);
+            }
+            return None;
+        }
+        End::Cut(ProofRefused { reason, detail }) => {
+            report.terminated(reason, detail);
+            relay.into_parts().0.reset();
             return None;
         }
         // The caller has taken care of it.
         End::NotTaken => return None,
     };
-    let (application, mut session) = relay.into_parts();
-    session.reset(answer);
+    let (application, road) = relay.into_parts();
     let reset = async {
         if by_application {
             application.reset_when_delivered().await;
@@ -450,8 +632,7 @@ async fn finish(relay: Box<Relay>, end: End, report: &mut Report<'_>) -> Option<
         }
     };
     // Neither waits for the other: an application that does not read costs no session.
-    let (settled, ()) = tokio::join!(session.settle(), reset);
-    settled.then_some(session)
+    tokio::join!(road.reset(answer), reset).0
 }
 
 fn reset_by_peer(cause: ResetCause, report: &mut Report<'_>) {

@@ -3,28 +3,38 @@
 
 mod handshake;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use hauberk_core::{
+    identity::SpiffeId,
     policy::{Denial, Reason},
-    session::{Event, Open, Refusal, RefusalCause},
+    session::{Continue, Event, Open, Refusal, RefusalCause},
 };
 use hauberk_linux::{owner, socket::reset_on_close};
-use hauberk_telemetry::{Side, metrics::Direction, record::Path};
+use hauberk_telemetry::{
+    EdgeCounters, Side,
+    metrics::Direction,
+    record::{Path, TlsInfo},
+};
 use hauberk_tls::limiter::{Caller, Share};
 use rustls::ServerConfig;
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, sync::oneshot};
 
 use crate::{
     authorize::{self, Asked, without_policy},
     capture::{CapturedConnection, Locals},
     context::{Context, Local, canonical, connection_id, is_own_address},
-    forward::{Forward, Outcome},
+    forward::{Carried, Forward, Outcome},
+    mux::{self, Mux, tend_destination},
     passthrough,
     policy::{Found, Snapshot},
     relay::{Application, Relay},
     report::Report,
-    session::{ProofRefused, Session, SessionError},
+    session::{New, ProofRefused, Session, SessionError, Trunk},
 };
 use handshake::handshake;
 
@@ -45,14 +55,17 @@ const IDLE_LOOK: Duration = Duration::from_secs(5);
 /// Carries the streams of one session of another agent.
 pub(crate) async fn serve_mesh(
     context: &Arc<Context>,
-    locals: &Locals,
+    locals: &Arc<Locals>,
     tls: Arc<ServerConfig>,
     stream: TcpStream,
     from: SocketAddr,
 ) {
     let shaken = Box::pin(handshake(context, locals, tls, stream, from)).await;
-    let (mut session, caller) = match shaken {
-        Ok(shaken) => shaken,
+    let (session, caller) = match shaken {
+        Ok((New::Dedicated(session), caller)) => (session, caller),
+        Ok((New::Multiplexed(trunk), caller)) => {
+            return Box::pin(serve_multiplexed(context, locals, trunk, &caller, from)).await;
+        }
         Err(error) => {
             let (reason, detail) = match &error {
                 SessionError::Refused(failure) => (failure.reason, failure.detail.clone()),
@@ -67,13 +80,31 @@ pub(crate) async fn serve_mesh(
             return;
         }
     };
+    Box::pin(serve_dedicated(context, locals, session, &caller, from)).await;
+}
+
+/// Streams that come one after another.
+async fn serve_dedicated(
+    context: &Arc<Context>,
+    locals: &Arc<Locals>,
+    mut session: Box<Session>,
+    caller: &Arc<Caller>,
+    from: SocketAddr,
+) {
     let mut last = None;
     loop {
         // In boxes of their own: an open stream has no room for the wait for it, nor the other way round.
-        let next = next_stream(context, locals, &mut session, &caller, last.as_ref());
+        let next = next_stream(context, locals, &mut session, caller, last.as_ref());
         let next = Box::pin(next).await;
         let open = match next {
             Next::Stream(open) => open,
+            Next::CarryOn(stream) => match Box::pin(carry_on(context, session, &stream)).await {
+                Some(again) => {
+                    session = again;
+                    continue;
+                }
+                None => return,
+            },
             Next::Leave => {
                 // The caller's agent may be gone.
                 if session.go_away().is_ok() {
@@ -89,12 +120,16 @@ pub(crate) async fn serve_mesh(
                 return;
             }
             Next::Broken(refused) => {
-                broken(context, &session, from, refused);
+                broken(context, (session.tls(), session.peer().id()), from, refused);
                 return;
             }
         };
-        let over = match Box::pin(admit(context, locals, session, &caller, from, open)).await {
-            Admitted::Stream(stream) => Box::pin(stream.carry()).await,
+        let entrance = Entrance::Dedicated(session);
+        let over = match Box::pin(admit(context, locals, entrance, caller, from, open)).await {
+            Admitted::Stream(stream) => {
+                let (session, asked) = Box::pin(stream.carry()).await;
+                session.map(|session| (session, Some(asked)))
+            }
             Admitted::Not(session) => session.map(|session| (session, None)),
         };
         let Some((again, asked)) = over else { return };
@@ -102,11 +137,75 @@ pub(crate) async fn serve_mesh(
     }
 }
 
-/// The caller's agent broke the protocol between streams.
-fn broken(context: &Context, session: &Session, from: SocketAddr, refused: ProofRefused) {
+/// Many streams at a time.
+async fn serve_multiplexed(
+    context: &Arc<Context>,
+    locals: &Arc<Locals>,
+    trunk: Box<Trunk>,
+    caller: &Arc<Caller>,
+    from: SocketAddr,
+) {
+    let (mux, driver) = Mux::of(trunk, &context.metrics);
+    let own = mux.server_name().and_then(|name| locals.names.find(name));
+    let last = Arc::new(Mutex::new(None::<Asked>));
+    let still_wanted = |snapshot: &Snapshot| {
+        let last = last.lock().unwrap_or_else(PoisonError::into_inner);
+        last.as_ref().is_none_or(|asked| asked.is_allowed(snapshot))
+    };
+    let opened = |open: Box<Open>, stream: mux::Stream| {
+        let (context, locals, caller) = (context.clone(), locals.clone(), caller.clone());
+        let last = last.clone();
+        let counted = context.opened();
+        tokio::spawn(async move {
+            let entrance = Entrance::Stream(stream);
+            let admitted = Box::pin(admit(&context, &locals, entrance, &caller, from, open)).await;
+            if let Admitted::Stream(stream) = admitted {
+                let (_, asked) = Box::pin(stream.carry()).await;
+                *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(asked);
+            }
+            drop(counted);
+        });
+    };
+    let ended =
+        tend_destination(context, driver, own, caller, IDLE_TIMEOUT, still_wanted, opened).await;
+    if let Err(refused) = ended {
+        broken(context, (mux.tls(), mux.peer()), from, refused);
+    }
+}
+
+/// Carries on with a stream of a multiplexed session. The session, if another stream may come on it.
+async fn carry_on(
+    context: &Context,
+    mut session: Box<Session>,
+    stream: &Continue,
+) -> Option<Box<Session>> {
+    let found = context.multiplexes.find(&stream.session).filter(|mux| {
+        mux.peer() == session.peer().id() && mux.server_name() == session.server_name()
+    });
+    if let Some(mux) = found {
+        let (back, again) = oneshot::channel();
+        match mux.carry_on(stream.stream, session, back).ok()? {
+            None => return again.await.ok(),
+            Some(unused) => session = unused,
+        }
+    }
+    let refusal = unreachable("the stream is over".to_owned());
+    match answer_no(Entrance::Dedicated(session), &refusal).await {
+        Admitted::Not(session) => session,
+        Admitted::Stream(_) => None,
+    }
+}
+
+/// The caller's agent broke the protocol, outside of any stream.
+fn broken(
+    context: &Context,
+    (tls, peer): (&Arc<TlsInfo>, &SpiffeId),
+    from: SocketAddr,
+    refused: ProofRefused,
+) {
     let mut report = Report::new(context, Side::Destination, connection_id(), Some(from), None);
-    report.tls(session.tls());
-    report.source(session.peer().id(), None);
+    report.tls(tls);
+    report.source(peer, None);
     report.denied(&without_policy(refused.reason, ""), Some(refused.detail));
 }
 
@@ -118,6 +217,8 @@ async fn stopped(context: &Context) {
 
 enum Next {
     Stream(Box<Open>),
+    /// It is to carry on with one of a multiplexed session.
+    CarryOn(Continue),
     /// No further stream is wanted here.
     Leave,
     /// The caller's agent has closed the session.
@@ -169,6 +270,7 @@ async fn next_stream(
         };
         match event {
             Ok(Some(Event::Open(open))) => return Next::Stream(Box::new(open)),
+            Ok(Some(Event::Continue(stream))) => return Next::CarryOn(stream),
             Ok(Some(Event::Reauthenticate(proof))) => {
                 if let Err(refused) = session.take_proof(&proof, &trust, hauberk_tls::now()) {
                     return Next::Broken(refused);
@@ -196,19 +298,64 @@ enum Admitted<'a> {
 /// A stream that was taken.
 pub(crate) struct Stream<'a> {
     report: Report<'a>,
-    relay: Box<Relay>,
+    carried: Carried,
     forward: Forward<'a>,
     _share: Share,
 }
 
 impl Stream<'_> {
-    /// To its end. The session and what was asked on it, if another stream may come on it.
-    pub(crate) async fn carry(self: Box<Self>) -> Option<(Box<Session>, Option<Asked>)> {
-        let Self { mut report, relay, mut forward, _share } = *self;
-        match forward.run(relay, &mut report).await {
-            Outcome::Over(session) => Some((session?, Some(forward.permit.asked()))),
+    /// To its end. The session, if another stream may come on it, and what was asked.
+    pub(crate) async fn carry(self: Box<Self>) -> (Option<Box<Session>>, Asked) {
+        let Self { mut report, carried, mut forward, _share } = *self;
+        match forward.run(carried, &mut report).await {
+            Outcome::Over(session) => (session, forward.permit.asked()),
             // Only a destination takes no streams, and that is us.
-            Outcome::NotTaken(_) => None,
+            Outcome::NotTaken(_) => (None, forward.permit.asked()),
+        }
+    }
+}
+
+/// Where a stream comes in.
+enum Entrance {
+    Dedicated(Box<Session>),
+    Stream(mux::Stream),
+}
+
+impl Entrance {
+    fn peer(&self) -> &SpiffeId {
+        match self {
+            Self::Dedicated(session) => session.peer().id(),
+            Self::Stream(stream) => stream.mux().peer(),
+        }
+    }
+
+    fn tls(&self) -> &Arc<TlsInfo> {
+        match self {
+            Self::Dedicated(session) => session.tls(),
+            Self::Stream(stream) => stream.mux().tls(),
+        }
+    }
+
+    fn server_name(&self) -> Option<&str> {
+        match self {
+            Self::Dedicated(session) => session.server_name(),
+            Self::Stream(stream) => stream.mux().server_name(),
+        }
+    }
+
+    fn accept(&mut self) -> Result<(), SessionError> {
+        match self {
+            Self::Dedicated(session) => session.accept(),
+            Self::Stream(stream) => stream.accept(),
+        }
+    }
+
+    fn carry(self, application: Application, counters: EdgeCounters) -> Carried {
+        match self {
+            Self::Dedicated(session) => {
+                Carried::Dedicated(Relay::new(application, session, counters))
+            }
+            Self::Stream(stream) => Carried::Stream(mux::Relay::new(application, stream, counters)),
         }
     }
 }
@@ -217,7 +364,7 @@ impl Stream<'_> {
 async fn admit<'a>(
     context: &'a Arc<Context>,
     locals: &Locals,
-    mut session: Box<Session>,
+    mut entrance: Entrance,
     caller: &Arc<Caller>,
     from: SocketAddr,
     open: Box<Open>,
@@ -225,31 +372,31 @@ async fn admit<'a>(
     let wanted = canonical(open.original_destination);
     let mut report =
         Report::new(context, Side::Destination, open.connection_id, Some(from), Some(wanted));
-    report.tls(session.tls());
+    report.tls(entrance.tls());
     let (snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
     let claimed = canonical(open.source_address);
-    let client = caller_address(&snapshot, &session, claimed, from);
+    let client = caller_address(&snapshot, entrance.peer(), claimed, from);
     report.addresses(client, wanted);
-    let workload = snapshot.by_identity(session.peer().id(), Some(client.ip()));
-    report.source(session.peer().id(), workload);
+    let workload = snapshot.by_identity(entrance.peer(), Some(client.ip()));
+    report.source(entrance.peer(), workload);
 
-    let local = match find_local(&snapshot, locals, &session, wanted, from) {
+    let local = match find_local(&snapshot, locals, &entrance, wanted, from) {
         Ok(local) => local,
-        Err(denial) => return refuse(session, &denial, &mut report).await,
+        Err(denial) => return refuse(entrance, &denial, &mut report).await,
     };
     report.destination(&local.workload.identity, Some(&local.workload));
     let checked =
-        authorize::check(&snapshot, session.peer().id(), &local.workload.identity, wanted.port());
+        authorize::check(&snapshot, entrance.peer(), &local.workload.identity, wanted.port());
     drop(snapshot);
     let permit = match checked {
         Ok(permit) => permit,
-        Err(denial) => return refuse(session, &denial, &mut report).await,
+        Err(denial) => return refuse(entrance, &denial, &mut report).await,
     };
     let Some(share) = locals.streams.take(caller) else {
         let mend = format!("{caller} has too many connections open here; let it close some");
         let denial = without_policy(Reason::RateLimited, mend);
-        return refuse(session, &denial, &mut report).await;
+        return refuse(entrance, &denial, &mut report).await;
     };
     let counters = report.permitted(&permit);
     let dialled = local.place.dial_as(client, wanted).await;
@@ -257,26 +404,19 @@ async fn admit<'a>(
         Ok(application) => application,
         Err(error) => {
             report.closed("unreachable", Some(format!("the application: {error}")));
-            let refusal = Refusal {
-                cause: RefusalCause::Unreachable,
-                policy: String::new(),
-                rule: String::new(),
-                owner: String::new(),
-                nearest_miss: String::new(),
-                mend: format!("nothing answers at {wanted}: {error}"),
-            };
-            return answer_no(session, &refusal).await;
+            let refusal = unreachable(format!("nothing answers at {wanted}: {error}"));
+            return answer_no(entrance, &refusal).await;
         }
     };
-    if let Err(error) = session.accept() {
+    if let Err(error) = entrance.accept() {
         report.closed("session_failed", Some(error.to_string()));
         drop(reset_on_close(&application));
         return Admitted::Not(None);
     }
-    let relay = Relay::new(Application::connected(application), session, counters);
+    let carried = entrance.carry(Application::connected(application), counters);
     report.opened(Path::Mtls);
     let forward = Forward::new(context, local, permit, snapshots);
-    Admitted::Stream(Box::new(Stream { report, relay, forward, _share: share }))
+    Admitted::Stream(Box::new(Stream { report, carried, forward, _share: share }))
 }
 
 /// The caller's real address as its agent tells it, if the directory has that address for this
@@ -284,11 +424,11 @@ async fn admit<'a>(
 /// workloads' addresses.
 fn caller_address(
     snapshot: &Snapshot,
-    session: &Session,
+    peer: &SpiffeId,
     claimed: SocketAddr,
     from: SocketAddr,
 ) -> SocketAddr {
-    if snapshot.owns_address(session.peer().id(), claimed.ip()) { claimed } else { from }
+    if snapshot.owns_address(peer, claimed.ip()) { claimed } else { from }
 }
 
 /// The workload that lives at the wanted address, must be the one that the session was made with,
@@ -296,7 +436,7 @@ fn caller_address(
 fn find_local(
     snapshot: &Snapshot,
     locals: &Locals,
-    session: &Session,
+    entrance: &Entrance,
     wanted: SocketAddr,
     from: SocketAddr,
 ) -> Result<Arc<Local>, Denial> {
@@ -319,7 +459,7 @@ fn find_local(
                 without_policy(Reason::UnknownDestination, text)
             })?,
     };
-    if session.server_name() != Some(local.workload.identity.server_name().as_str()) {
+    if entrance.server_name() != Some(local.workload.identity.server_name().as_str()) {
         return Err(without_policy(
             Reason::IdentityMismatch,
             format!("the session is not for {}, who lives at {wanted}", local.workload.identity),
@@ -328,11 +468,7 @@ fn find_local(
     Ok(local)
 }
 
-async fn refuse<'a>(
-    session: Box<Session>,
-    denial: &Denial,
-    report: &mut Report<'_>,
-) -> Admitted<'a> {
+async fn refuse<'a>(entrance: Entrance, denial: &Denial, report: &mut Report<'_>) -> Admitted<'a> {
     report.denied(denial, None);
     let text = |value: Option<String>| value.unwrap_or_default();
     let refusal = Refusal {
@@ -343,11 +479,30 @@ async fn refuse<'a>(
         nearest_miss: text(denial.nearest_miss.as_ref().map(ToString::to_string)),
         mend: denial.mend.clone(),
     };
-    answer_no(session, &refusal).await
+    answer_no(entrance, &refusal).await
+}
+
+/// Allowed, but not to be had.
+fn unreachable(mend: String) -> Refusal {
+    Refusal {
+        cause: RefusalCause::Unreachable,
+        policy: String::new(),
+        rule: String::new(),
+        owner: String::new(),
+        nearest_miss: String::new(),
+        mend,
+    }
 }
 
 /// Tells the caller's agent why not.
-async fn answer_no<'a>(mut session: Box<Session>, refusal: &Refusal) -> Admitted<'a> {
+async fn answer_no<'a>(entrance: Entrance, refusal: &Refusal) -> Admitted<'a> {
+    let mut session = match entrance {
+        Entrance::Dedicated(session) => session,
+        Entrance::Stream(stream) => {
+            stream.refuse(refusal);
+            return Admitted::Not(None);
+        }
+    };
     if session.refuse(refusal).is_err() || !session.settle().await {
         return Admitted::Not(None);
     }

@@ -27,6 +27,7 @@ mod handover;
 mod identity;
 mod inbound;
 mod local_edge;
+mod mux;
 mod outbound;
 mod pages;
 mod passthrough;
@@ -39,6 +40,7 @@ mod relay;
 mod report;
 mod services;
 mod session;
+mod trunks;
 
 #[cfg(test)]
 mod tests {
@@ -62,11 +64,13 @@ mod tests {
         let (outbound, inbound) =
             (of_three(crate::outbound::serve), of_five(crate::inbound::serve_mesh));
         println!("outbound {outbound}, inbound {inbound} bytes");
-        assert!(outbound <= 1_300, "outbound {outbound} bytes");
+        assert!(outbound <= 1_330, "outbound {outbound} bytes");
         assert!(inbound <= 500, "inbound {inbound} bytes");
         let stream = of_one(|stream: Box<crate::inbound::Stream<'static>>| stream.carry());
-        assert!(stream <= 1_300, "stream of an inbound connection {stream} bytes");
+        assert!(stream <= 1_330, "stream of an inbound connection {stream} bytes");
         let relay = size_of::<crate::relay::Relay>() + size_of::<crate::session::Session>();
         assert!(relay <= 560, "relay and session {relay} bytes");
+        let shared = size_of::<crate::mux::Relay>();
+        assert!(shared <= 300, "relay over a multiplexed session {shared} bytes");
     }
 }

@@ -17,6 +17,7 @@ use hauberk_telemetry::{
     metrics::{Direction, Outcome as Handshake, SessionKind},
 };
 use hauberk_tls::with_caller_token;
+use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use tokio::{net::TcpStream, sync::watch};
 
@@ -24,15 +25,16 @@ use crate::{
     authorize::{self, Pass, Permit, not_ready, without_policy},
     capture::Waiting,
     context::{Context, Local, MESH_PORT, connection_id, is_own_address},
-    forward::{Forward, Outcome},
+    forward::{Carried, Forward, Outcome},
     local_edge::LocalEdge,
-    passthrough,
+    mux, passthrough,
     policy::{Found, Snapshot},
     pool::Edge,
-    relay::{Application, Relay},
+    relay::Application,
     report::Report,
     services::Chosen,
-    session::{self, HANDSHAKE_TIMEOUT, Session, SessionError},
+    session::{self, HANDSHAKE_TIMEOUT, New, Session, SessionError, Trunk},
+    trunks::{Mover, Obtained, obtain},
 };
 
 /// Sessions that are tried for one connection: each one before the last had a destination that went
@@ -199,7 +201,13 @@ async fn decide<'a>(
         original_destination: target,
         source_address: from,
     };
-    let forward = Forward::new(context, local.clone(), permit, snapshots);
+    let mover = Box::new(Mover {
+        context: context.clone(),
+        local: local.clone(),
+        edge: edge.clone(),
+        port: target.port(),
+    });
+    let forward = Forward::new(context, local.clone(), permit, snapshots).moving_with(mover);
     let application = Some(Application::waiting(application));
     Decision::Carry(Box::new(Way { application, open, edge, chosen, forward }))
 }
@@ -226,14 +234,7 @@ async fn carry(
 ) {
     let (mut attempt, mut gone) = (0, 0);
     while attempt < ATTEMPTS {
-        // The last one does not depend on what the pool believes.
-        let idle =
-            if attempt + 1 < ATTEMPTS { idle(context, local, &way.edge, way.port()) } else { None };
-        let reused = idle.is_some();
-        let obtained = match idle {
-            Some(session) => Ok(session),
-            None => Box::pin(connect(context, local, &way.edge)).await,
-        };
+        let obtained = obtain(context, local, &way.edge, way.port()).await;
         if obtained.as_ref().err().is_some_and(gave_way) {
             gone += 1;
             if gone < HANDSHAKES {
@@ -242,11 +243,13 @@ async fn carry(
             }
         }
         attempt += 1;
-        let relay = match way.open(context, obtained, reused, report) {
-            Ok(relay) => relay,
-            Err(NotOpened) => return,
+        let reused = obtained.as_ref().is_ok_and(|obtained| obtained.reused);
+        let carried = match way.open(context, obtained, report) {
+            Ok(carried) => carried,
+            Err(NotOpened::Gone) => continue,
+            Err(NotOpened::Told) => return,
         };
-        match way.forward.run(relay, report).await {
+        match way.forward.run(carried, report).await {
             Outcome::Over(Some(session)) => {
                 local.pool.put(&way.edge, session, way.port());
                 return;
@@ -273,8 +276,13 @@ async fn pause(gone: u32) {
     }
 }
 
-/// There is no stream, and the record says why.
-struct NotOpened;
+/// There is no stream.
+enum NotOpened {
+    /// The record says why.
+    Told,
+    /// The session ended just now.
+    Gone,
+}
 
 impl Way<'_> {
     fn port(&self) -> u16 {
@@ -285,75 +293,77 @@ impl Way<'_> {
     fn open(
         &mut self,
         context: &Context,
-        obtained: Result<Box<Session>, SessionError>,
-        reused: bool,
+        obtained: Result<Obtained, SessionError>,
         report: &mut Report<'_>,
-    ) -> Result<Box<Relay>, NotOpened> {
+    ) -> Result<Carried, NotOpened> {
         let permit = &self.forward.permit;
-        let mut session = match obtained {
-            Ok(session) => session,
+        let Obtained { mux, reused } = match obtained {
+            Ok(obtained) => obtained,
             Err(error) => {
                 if let Some(chosen) = &self.chosen {
                     chosen.failed();
                 }
                 failed(&error, permit, report);
-                return Err(NotOpened);
+                return Err(NotOpened::Told);
             }
         };
-        context.metrics.stream_opened(if reused { SessionKind::Reused } else { SessionKind::New });
-        report.tls(session.tls());
-        if *session.peer().id() != self.edge.destination {
-            let detail = format!("{} answered for {}", session.peer().id(), self.edge.destination);
+        report.tls(mux.tls());
+        if *mux.peer() != self.edge.destination {
+            let detail = format!("{} answered for {}", mux.peer(), self.edge.destination);
             report.denied(&without_policy(Reason::IdentityMismatch, ""), Some(detail));
-            return Err(NotOpened);
+            return Err(NotOpened::Told);
         }
-        if let Err(error) = session.open(&self.open) {
-            failed(&error, permit, report);
-            return Err(NotOpened);
-        }
-        let application = self.application.take().ok_or(NotOpened)?;
-        Ok(Relay::new(application, session, report.permitted(permit)))
+        let stream = mux.open(&self.open).map_err(|_| NotOpened::Gone)?;
+        let kind = if reused { SessionKind::Reused } else { SessionKind::New };
+        context.metrics.stream_opened(kind);
+        let application = self.application.take().ok_or(NotOpened::Told)?;
+        let counters = report.permitted(permit);
+        Ok(Carried::Stream(mux::Relay::new(application, stream, counters)))
     }
 }
 
-/// A session that is idle, if there is one. If it was the last, another one is made for the next
-/// connection to this port.
-fn idle(
-    context: &Arc<Context>,
-    local: &Arc<Local>,
+/// A session for many streams at a time.
+pub(crate) async fn multiplexed(
+    context: &Context,
+    local: &Local,
     edge: &Edge,
-    port: u16,
-) -> Option<Box<Session>> {
-    let taken = local.pool.take(edge);
-    if taken.warm && !context.stopping.is_cancelled() {
-        let (context, local, edge) = (context.clone(), local.clone(), edge.clone());
-        tokio::spawn(async move {
-            let made = async {
-                let mut session = connect(&context, &local, &edge).await?;
-                // The end of the handshake, which otherwise goes out with the first stream.
-                session.flush().await?;
-                Ok::<_, SessionError>(session)
-            };
-            let made = made.await.inspect_err(|error| {
-                tracing::debug!(%error, agent = %edge.agent, "no spare session could be made");
-            });
-            local.pool.put_spare(&edge, made.ok(), port);
-        });
+) -> Result<Box<Trunk>, SessionError> {
+    match connect(context, local, edge, &local.identity.client_tls).await? {
+        New::Multiplexed(trunk) => Ok(trunk),
+        // It was not offered.
+        New::Dedicated(_) => Err(SessionError::Closed),
     }
-    taken.session
 }
 
-async fn connect(
+/// A session for one stream after another: one that is idle, or a new one.
+pub(crate) async fn dedicated(
     context: &Context,
     local: &Local,
     edge: &Edge,
 ) -> Result<Box<Session>, SessionError> {
+    if let Some(session) = local.pool.take(edge) {
+        return Ok(session);
+    }
+    match connect(context, local, edge, &local.identity.dedicated_tls).await? {
+        New::Dedicated(session) if *session.peer().id() == edge.destination => Ok(session),
+        // It is another's, or was not offered.
+        New::Dedicated(_) | New::Multiplexed(_) => Err(SessionError::Closed),
+    }
+}
+
+/// Shakes hands with the destination's agent.
+async fn connect(
+    context: &Context,
+    local: &Local,
+    edge: &Edge,
+    config: &Arc<ClientConfig>,
+) -> Result<New, SessionError> {
     let stream = local.place.dial(edge.agent).await?;
     let name = ServerName::try_from(edge.destination.server_name())
         .map_err(|error| SessionError::Io(std::io::Error::other(error)))?;
     let config = match local.pool.token(edge) {
-        Some(token) => with_caller_token(&local.identity.client_tls, token),
-        None => local.identity.client_tls.clone(),
+        Some(token) => with_caller_token(config, token),
+        None => config.clone(),
     };
     let started = Instant::now();
     let handshake = session::connect(
@@ -369,7 +379,7 @@ async fn connect(
         .unwrap_or(Err(SessionError::TimedOut));
     context.metrics.observe_handshake(Side::Source, Handshake::from(&session), started.elapsed());
     if let Ok(session) = &session {
-        local.pool.put_token(edge, session.token());
+        local.pool.put_token(edge, session.facts().token());
     }
     session
 }

@@ -26,8 +26,9 @@ use tokio::{io::AsyncWrite, net::TcpStream};
 use crate::{
     capture::Waiting,
     delivery::delivered,
+    mux::Moved,
     receive::poll_receive,
-    session::{RECORD, SLOTS, Scratch, Session, SessionError, owned, with_scratch},
+    session::{ProofRefused, RECORD, SLOTS, Scratch, Session, SessionError, owned, with_scratch},
 };
 
 /// Bursts in one direction before other connections of the thread get their turn.
@@ -55,6 +56,8 @@ pub(crate) enum End {
     SessionFailed(SessionError),
     /// The peer broke the protocol.
     Protocol(FrameError),
+    /// This side ended the whole session, for a reason of the closed set.
+    Cut(ProofRefused),
 }
 
 /// What happens on a relay.
@@ -64,6 +67,10 @@ pub(crate) enum Event {
     Accepted,
     /// The peer shows a newer certificate.
     Reauthenticate(Reauthenticate),
+    /// A stream of a multiplexed session has much to say.
+    Bulk,
+    /// It goes on over a dedicated session.
+    Moved,
     /// It is over.
     End(End),
 }
@@ -91,8 +98,11 @@ impl Application {
         Self::Connected(stream)
     }
 
-    /// Lets its `connect` succeed.
-    async fn connect(&mut self) -> io::Result<()> {
+    /// Lets its `connect` succeed, if it waits.
+    ///
+    /// # Errors
+    /// If it has given up.
+    pub(crate) async fn connect(&mut self) -> io::Result<()> {
         match std::mem::replace(self, Self::Gone) {
             // It is reset when it is closed, as its listener is.
             Self::Waiting(waiting) => *self = Self::Connected(waiting.connect().await?),
@@ -101,14 +111,14 @@ impl Application {
         Ok(())
     }
 
-    fn stream(&self) -> Option<&TcpStream> {
+    pub(crate) fn stream(&self) -> Option<&TcpStream> {
         match self {
             Self::Connected(stream) => Some(stream),
             Self::Waiting(_) | Self::Gone => None,
         }
     }
 
-    fn stream_mut(&mut self) -> Option<&mut TcpStream> {
+    pub(crate) fn stream_mut(&mut self) -> Option<&mut TcpStream> {
         match self {
             Self::Connected(stream) => Some(stream),
             Self::Waiting(_) | Self::Gone => None,
@@ -116,7 +126,7 @@ impl Application {
     }
 
     /// Lets what was written go out, now that both have sent their last byte.
-    fn complete(&self) {
+    pub(crate) fn complete(&self) {
         if let Some(stream) = self.stream() {
             // The connection may be gone already.
             drop(linger_on_close(stream));
@@ -189,6 +199,21 @@ impl Relay {
             sent: 0,
             received: 0,
         })
+    }
+
+    /// For a stream that was one of a multiplexed session until now.
+    pub(crate) fn carrying_on(moved: Moved) -> Result<Box<Self>, SessionError> {
+        let Moved { application, mut session, counters, undelivered, finished, broken, .. } = moved;
+        if finished {
+            session.fin()?;
+        }
+        let length = undelivered.len();
+        session.put_before_plain(undelivered);
+        let mut relay = Self::new(application, session, counters);
+        relay.undelivered = length;
+        relay.broken = broken;
+        (relay.sent, relay.received) = (moved.sent, moved.received);
+        Ok(relay)
     }
 
     /// Lets the application's `connect` succeed, if it waits. Nothing is lost if this is dropped: then it is refused.
@@ -316,12 +341,13 @@ impl Relay {
             .data(read)
             .map_err(|error| End::SessionFailed(SessionError::Io(io::Error::other(error))))?;
         let frames = self.session.take_control();
-        let front = scratch.cipher.get_mut(RECORD_HEADER..RECORD_HEADER + start);
-        for (to, from) in front.unwrap_or_default().iter_mut().zip(frames.iter().chain(&header)) {
-            *to = *from;
-        }
+        // What waits and the header have the room that was left for them.
+        let (room, after) =
+            scratch.cipher[RECORD_HEADER..RECORD_HEADER + start].split_at_mut(frames.len());
+        room.copy_from_slice(&frames);
+        after.copy_from_slice(&header);
         let length = seal_records(&mut self.session, scratch, start + read).map_err(end_of)?;
-        let sealed = scratch.cipher.get(..length).unwrap_or_default();
+        let sealed = &scratch.cipher[..length];
         if !self.session.poll_send(cx, sealed).map_err(end_of)? {
             self.up = (self.up / 2).max(1);
         }
@@ -348,9 +374,9 @@ impl Relay {
         {
             let from = RECORD_HEADER + if number == 0 { start } else { 0 };
             let to = RECORD_HEADER + MAX_PLAINTEXT;
-            *place = IoSliceMut::new(record.get_mut(from..to).unwrap_or_default());
+            *place = IoSliceMut::new(&mut record[from..to]);
         }
-        let places = places.get_mut(..slots).unwrap_or_default();
+        let places = &mut places[..slots];
         let read = ready!(poll_receive(cx, stream, places))?;
         let room = slots * MAX_PLAINTEXT - start;
         if read == room {
@@ -370,7 +396,7 @@ impl Relay {
                 return Poll::Pending;
             }
             if let Some((plain, used)) = self.session.take_plain() {
-                let rest = plain.get(used..).unwrap_or_default();
+                let rest = &plain[used..];
                 match self.deliver(cx, rest) {
                     Delivered::All => {}
                     Delivered::Over(more) => {
@@ -408,11 +434,11 @@ impl Relay {
             } else if length < limit / 4 {
                 self.down = (self.down / 2).max(1);
             }
-            let plain = scratch.plain.get(..length).unwrap_or_default();
+            let plain = &scratch.plain[..length];
             match self.deliver(cx, plain) {
                 Delivered::All => {}
                 Delivered::Over(used) => {
-                    let rest = plain.get(used..).unwrap_or_default();
+                    let rest = &plain[used..];
                     self.session.keep_plain(rest.to_vec(), 0);
                     return Poll::Pending;
                 }
@@ -421,7 +447,7 @@ impl Relay {
                     return Poll::Pending;
                 }
                 Delivered::Event(event, used) => {
-                    let rest = plain.get(used..).unwrap_or_default();
+                    let rest = &plain[used..];
                     self.session.keep_plain(rest.to_vec(), 0);
                     return Poll::Ready(event);
                 }
@@ -435,7 +461,7 @@ impl Relay {
         loop {
             let mut runs = [IoSlice::new(&[]); RUNS];
             let mut places = runs.iter_mut();
-            let old = input.get(..self.undelivered).unwrap_or_default();
+            let old = &input[..self.undelivered];
             let mut total = old.len();
             if !old.is_empty()
                 && let Some(place) = places.next()
@@ -444,7 +470,7 @@ impl Relay {
                 used = old.len();
             }
             while used < input.len() && places.len() > 0 && self.then.is_none() {
-                let rest = input.get(used..).unwrap_or_default();
+                let rest = &input[used..];
                 let received = match self.session.machine.receive(rest) {
                     Ok(received) => received,
                     Err(error) => return Delivered::Event(Event::End(End::Protocol(error)), used),
@@ -467,7 +493,7 @@ impl Relay {
             }
             if total > 0 {
                 let filled = RUNS - places.len();
-                let runs = runs.get(..filled).unwrap_or_default();
+                let runs = &runs[..filled];
                 let written = self.write(cx, runs, total);
                 self.undelivered = total - written;
                 self.held_back = written < total;
@@ -477,7 +503,7 @@ impl Relay {
                         // As it was.
                         return Delivered::Blocked(None);
                     }
-                    let rest = input.get(used..).unwrap_or_default();
+                    let rest = &input[used..];
                     return self.poll_again(cx, kept(runs, written, rest));
                 }
             }
@@ -542,9 +568,9 @@ impl Relay {
                 }
                 None
             }
-            Frame::Open(_) | Frame::Data(_) => Some(Event::End(End::Protocol(
-                FrameError::OutOfTurn(hauberk_core::session::FrameType::Open),
-            ))),
+            Frame::Open(_) | Frame::Continue(_) | Frame::Data(_) => Some(Event::End(
+                End::Protocol(FrameError::OutOfTurn(hauberk_core::session::FrameType::Open)),
+            )),
         }
     }
 }
@@ -575,7 +601,7 @@ fn kept(runs: &[IoSlice<'_>], mut written: usize, rest: &[u8]) -> Vec<u8> {
     for run in runs {
         let skip = written.min(run.len());
         written -= skip;
-        all.extend_from_slice(run.get(skip..).unwrap_or_default());
+        all.extend_from_slice(&run[skip..]);
     }
     all.extend_from_slice(rest);
     all
@@ -595,14 +621,14 @@ fn seal_records(
         }
         let content = left.min(MAX_PLAINTEXT);
         let size = content + RECORD_OVERHEAD;
-        session.seal_in_place(record.get_mut(..size).unwrap_or_default())?;
+        session.seal_in_place(&mut record[..size])?;
         left -= content;
         total += size;
     }
     Ok(total)
 }
 
-fn end_of(error: SessionError) -> End {
+pub(crate) fn end_of(error: SessionError) -> End {
     match error {
         SessionError::Closed => End::Truncated,
         SessionError::Protocol(error) => End::Protocol(error),

@@ -16,7 +16,14 @@ use anyhow::{Context, bail, ensure};
 use hauberk_cli::lab::{Lab, Running, ipv4};
 use serde::de::DeserializeOwned;
 
-use crate::{AS_HAUBERK, load::Kind, load::Measured, processes, serve::Port};
+use crate::{
+    AS_HAUBERK,
+    apps::{App, Servers},
+    load::Kind,
+    load::Measured,
+    processes,
+    serve::Port,
+};
 
 /// Those with an agent: the caller's and the server's.
 const MACHINES: [&str; 2] = ["machine-a", "machine-b"];
@@ -215,6 +222,21 @@ impl Field {
             .wait(contender.name(), Duration::from_secs(10), carries)
             .with_context(|| self.said(contender))?;
         Ok(ready)
+    }
+
+    /// Starts the programs of others that a contender is to carry.
+    pub(crate) fn serve_apps(&self, contender: Contender) -> anyhow::Result<Servers> {
+        let (namespace, number) = match contender {
+            Contender::Raw => ("plain-server", PLAIN_SERVER),
+            Contender::Hauberk | Contender::Before => ("server", MESHED_SERVER),
+            Contender::Plain
+            | Contender::Haproxy
+            | Contender::Stunnel
+            | Contender::OneNode
+            | Contender::VerifiedLocal => bail!("{} carries no apps", contender.name()),
+        };
+        Servers::start(self.lab_of(contender)?, namespace, ipv4(number))
+            .with_context(|| format!("the apps for {}", contender.name()))
     }
 
     fn lab_of(&self, contender: Contender) -> anyhow::Result<&Lab> {
@@ -419,6 +441,11 @@ impl Ready<'_> {
         Ok(Cost { cpu_seconds: used * (measured.seconds / whole), measured })
     }
 
+    /// What a program of others makes of it.
+    pub(crate) fn app(&self, app: App, seconds: f64) -> anyhow::Result<f64> {
+        app.measure(self.lab, self.client, self.address.ip(), seconds)
+    }
+
     fn cpu(&self) -> anyhow::Result<f64> {
         self.processes.iter().map(|process| processes::cpu_seconds(*process)).sum()
     }
@@ -549,7 +576,9 @@ fn write_manifests(lab: &Lab, rules: usize, nodes: &[(&str, u8, &str)]) -> anyho
 }
 
 fn ports() -> String {
-    Port::ALL.map(|port| (SERVER + port.offset()).to_string()).join(", ")
+    let own = Port::ALL.map(|port| SERVER + port.offset());
+    let all = own.into_iter().chain(App::ALL.map(App::port));
+    all.map(|port| port.to_string()).collect::<Vec<_>>().join(", ")
 }
 
 fn policy(name: &str, rules: &str) -> String {

@@ -6,13 +6,16 @@ use std::process::Command;
 
 use anyhow::{Context, bail, ensure};
 use clap::ValueEnum;
-use hauberk_core::session::{Event, Machine, Open, Role};
+use hauberk_core::session::{Event, Machine, Multiplex, OfStream, Open, Role};
 use hauberk_tls::channel::{Channel, MAX_PLAINTEXT, Opened};
 
 use crate::{decide, world::World};
 
 /// How far a count may be from the written one, in a hundred.
 const BAND: f64 = 5.0;
+
+/// Streams that speak together on a multiplexed session.
+const TOGETHER: usize = 16;
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/counts.txt");
 
@@ -25,6 +28,11 @@ pub(crate) enum Step {
     Stream,
     /// 64 bytes there and 64 bytes back on an open stream.
     RoundTrip,
+    /// One of sixteen streams that open, say one byte each way and end together on a multiplexed session.
+    MultiplexedStream,
+    /// One of sixteen streams of a multiplexed session that say 64 bytes there and 64 bytes back together. So few that
+    /// their credit lasts.
+    MultiplexedRoundTrip,
     /// 1 MiB one way.
     Mebibyte,
     /// One decision of one side that allows, with 10,000 policies about its destination.
@@ -32,14 +40,24 @@ pub(crate) enum Step {
 }
 
 impl Step {
-    const ALL: [Self; 5] =
-        [Self::Handshake, Self::Stream, Self::RoundTrip, Self::Mebibyte, Self::Decision];
+    const ALL: [Self; 7] = [
+        Self::Handshake,
+        Self::Stream,
+        Self::RoundTrip,
+        Self::MultiplexedStream,
+        Self::MultiplexedRoundTrip,
+        Self::Mebibyte,
+        Self::Decision,
+    ];
 
     /// Enough that what starting costs, which is never quite the same, does not show.
     fn times(self) -> usize {
         match self {
             Self::Handshake | Self::Mebibyte => 20,
-            Self::Stream | Self::RoundTrip => 4_000,
+            Self::Stream
+            | Self::RoundTrip
+            | Self::MultiplexedStream
+            | Self::MultiplexedRoundTrip => 4_000,
             // Reading in the policies is a lot of what starting costs.
             Self::Decision => 50_000,
         }
@@ -50,6 +68,8 @@ impl Step {
             Self::Handshake => "handshake",
             Self::Stream => "stream",
             Self::RoundTrip => "round-trip",
+            Self::MultiplexedStream => "multiplexed-stream",
+            Self::MultiplexedRoundTrip => "multiplexed-round-trip",
             Self::Mebibyte => "mebibyte",
             Self::Decision => "decision",
         }
@@ -76,11 +96,12 @@ pub(crate) fn run(write: bool) -> anyhow::Result<()> {
     let written = std::fs::read_to_string(FILE).with_context(|| format!("read {FILE}"))?;
     let mut strays = Vec::new();
     for (step, count) in counted {
-        let line = written.lines().find_map(|line| line.strip_prefix(step.word()));
-        let expected: u64 = line.context("a step is not in the file")?.trim().parse()?;
+        let mut lines = written.lines().filter_map(|line| line.split_once(' '));
+        let line = lines.find(|(word, _)| *word == step.word());
+        let expected: u64 = line.context("a step is not in the file")?.1.parse()?;
         #[allow(clippy::as_conversions, reason = "counts for a ratio")]
         let change = (count as f64 / expected as f64 - 1.0) * 100.0;
-        println!("{:<12} {count:>12} instructions, {change:+.1} %", step.word());
+        println!("{:<22} {count:>12} instructions, {change:+.1} %", step.word());
         if change.abs() > BAND {
             strays.push(format!("{} {change:+.1} %", step.word()));
         }
@@ -113,6 +134,9 @@ fn instructions(step: Step, times: usize) -> anyhow::Result<u64> {
 /// Takes a step so many times.
 pub(crate) fn steps(step: Step, times: usize) -> anyhow::Result<()> {
     let world = World::new()?;
+    if matches!(step, Step::MultiplexedStream | Step::MultiplexedRoundTrip) {
+        return multiplexed(&world, step, times);
+    }
     let mut ends = Ends::connect(&world)?;
     if matches!(step, Step::RoundTrip | Step::Mebibyte) {
         ends.open()?;
@@ -133,25 +157,75 @@ pub(crate) fn steps(step: Step, times: usize) -> anyhow::Result<()> {
             Step::Mebibyte => ends.pass(true, &vec![7; 1 << 20])?,
             // All at once: what loading the policies costs must not count.
             Step::Decision => return decide::repeat(times),
+            Step::MultiplexedStream | Step::MultiplexedRoundTrip => {}
+        }
+    }
+    Ok(())
+}
+
+/// The same on a multiplexed session, [`TOGETHER`] at a time.
+fn multiplexed(world: &World, step: Step, times: usize) -> anyhow::Result<()> {
+    let mut ends = Ends::multiplexed(world)?;
+    let mut numbers = Vec::new();
+    if step == Step::MultiplexedRoundTrip {
+        numbers = ends.open_together()?;
+    }
+    for _ in 0..times.div_ceil(TOGETHER) {
+        if step == Step::MultiplexedRoundTrip {
+            ends.pass_together(true, &numbers, &[7; 64])?;
+            ends.pass_together(false, &numbers, &[7; 64])?;
+        } else {
+            numbers = ends.open_together()?;
+            ends.pass_together(true, &numbers, b"1")?;
+            ends.pass_together(false, &numbers, b"1")?;
+            ends.end_together(&numbers)?;
         }
     }
     Ok(())
 }
 
 /// Both ends of a session, and the wire between them.
-struct Ends {
-    source: (Channel, Machine),
-    destination: (Channel, Machine),
+struct Ends<M> {
+    source: (Channel, M),
+    destination: (Channel, M),
     wire: Vec<u8>,
     plain: Vec<u8>,
 }
 
-impl Ends {
-    fn connect(world: &World) -> anyhow::Result<Self> {
+/// What understands the bytes of either kind of session.
+trait Understands {
+    /// Reads the next thing: how many bytes that used, and how many of them were data.
+    fn understand(&mut self, plain: &[u8]) -> anyhow::Result<(usize, usize)>;
+}
+
+impl Understands for Machine {
+    fn understand(&mut self, plain: &[u8]) -> anyhow::Result<(usize, usize)> {
+        let received = self.receive(plain)?;
+        let data = match received.event {
+            Some(Event::Data(bytes)) => bytes.len(),
+            Some(_) | None => 0,
+        };
+        Ok((received.used, data))
+    }
+}
+
+impl Understands for Multiplex {
+    fn understand(&mut self, plain: &[u8]) -> anyhow::Result<(usize, usize)> {
+        let came = self.receive(plain)?;
+        let data = match came.event {
+            Some((_, OfStream::Data(bytes))) => bytes.len(),
+            Some(_) | None => 0,
+        };
+        Ok((came.used, data))
+    }
+}
+
+impl<M: Understands> Ends<M> {
+    fn of(world: &World, machine: impl Fn(Role) -> M) -> anyhow::Result<Self> {
         let (source, destination) = world.connect()?;
         Ok(Self {
-            source: (source, Machine::new(Role::Source)),
-            destination: (destination, Machine::new(Role::Destination)),
+            source: (source, machine(Role::Source)),
+            destination: (destination, machine(Role::Destination)),
             wire: Vec::new(),
             plain: vec![0; MAX_PLAINTEXT + 256],
         })
@@ -161,7 +235,7 @@ impl Ends {
     fn say(
         &mut self,
         from_source: bool,
-        say: impl FnOnce(&mut Machine, &mut Vec<u8>) -> anyhow::Result<()>,
+        say: impl FnOnce(&mut M, &mut Vec<u8>) -> anyhow::Result<()>,
     ) -> anyhow::Result<usize> {
         let (from, to) = if from_source {
             (&mut self.source, &mut self.destination)
@@ -180,25 +254,79 @@ impl Ends {
             rest = rest.get(used..).unwrap_or_default();
             let mut plain = self.plain.get(..length).unwrap_or_default();
             while !plain.is_empty() {
-                let received = to.1.receive(plain)?;
-                plain = plain.get(received.used..).unwrap_or_default();
-                if let Some(Event::Data(bytes)) = received.event {
-                    data += bytes.len();
-                }
+                let (used, more) = to.1.understand(plain)?;
+                plain = plain.get(used..).unwrap_or_default();
+                data += more;
             }
         }
         Ok(data)
     }
+}
+
+fn wish() -> Open {
+    let address = std::net::SocketAddr::from(([10, 0, 0, 1], 80));
+    Open {
+        connection_id: [1; 16],
+        trace_id: [0; 16],
+        original_destination: address,
+        source_address: address,
+    }
+}
+
+impl Ends<Multiplex> {
+    fn multiplexed(world: &World) -> anyhow::Result<Self> {
+        Self::of(world, Multiplex::new)
+    }
+
+    fn open_together(&mut self) -> anyhow::Result<Vec<u32>> {
+        let mut numbers = Vec::new();
+        self.say(true, |session, out| {
+            for _ in 0..TOGETHER {
+                numbers.push(session.open(&wish(), out)?);
+            }
+            Ok(())
+        })?;
+        self.say(false, |session, out| {
+            numbers.iter().try_for_each(|number| Ok(session.accept(*number, out)?))
+        })?;
+        Ok(numbers)
+    }
+
+    fn pass_together(
+        &mut self,
+        from_source: bool,
+        numbers: &[u32],
+        bytes: &[u8],
+    ) -> anyhow::Result<()> {
+        let passed = self.say(from_source, |session, out| {
+            for number in numbers {
+                out.extend_from_slice(&session.data(*number, bytes.len())?);
+                out.extend_from_slice(bytes);
+            }
+            Ok(())
+        })?;
+        ensure!(passed == bytes.len() * numbers.len(), "{passed} bytes came");
+        Ok(())
+    }
+
+    fn end_together(&mut self, numbers: &[u32]) -> anyhow::Result<()> {
+        for from_source in [true, false] {
+            self.say(from_source, |session, out| {
+                numbers.iter().try_for_each(|number| Ok(session.fin(*number, out)?))
+            })?;
+        }
+        ensure!(self.source.1.open_streams() == 0, "streams are not over");
+        Ok(())
+    }
+}
+
+impl Ends<Machine> {
+    fn connect(world: &World) -> anyhow::Result<Self> {
+        Self::of(world, Machine::new)
+    }
 
     fn open(&mut self) -> anyhow::Result<()> {
-        let address = std::net::SocketAddr::from(([10, 0, 0, 1], 80));
-        let open = Open {
-            connection_id: [1; 16],
-            trace_id: [0; 16],
-            original_destination: address,
-            source_address: address,
-        };
-        self.say(true, |machine, out| Ok(machine.open(&open, out)?))?;
+        self.say(true, |machine, out| Ok(machine.open(&wish(), out)?))?;
         self.say(false, |machine, out| Ok(machine.accept(out)?))?;
         Ok(())
     }

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::{
     RunArgs,
+    apps::App,
     contenders::{Contender, Field, Ready},
     load::Kind,
     processes, report,
@@ -54,7 +55,13 @@ pub(crate) const FIGURES: &[Figure] = &[
     figure("small exchanges p99, 1,000 connections beside a bulk stream", "µs", false),
     figure("round trips, 64 connections beside 9,300 idle ones", "1/s", true),
     figure("new connections, 16 at once beside 9,300 idle ones", "1/s", true),
+    figure("pgbench -S, 1 client", "transactions/s", true),
+    figure("redis-benchmark GET, 64 clients", "requests/s", true),
+    figure("iperf3, 4 streams up", "Gbit/s", true),
 ];
+
+/// What is measured with programs of others, by its own command.
+pub(crate) const APPS: &str = "apps";
 
 /// What can be measured by itself.
 const PARTS: [&str; 6] =
@@ -99,13 +106,18 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
         "the contender before needs --before, the path of an earlier build of hauberk"
     );
     for part in &args.figures {
-        let known = PARTS.iter().any(|word| word.contains(part.as_str()));
+        let known = PARTS.iter().any(|word| word.contains(part.as_str())) || part == APPS;
         ensure!(known, "{part} is in none of {}", PARTS.join(", "));
     }
     let started = Instant::now();
     let before = args.before.as_deref();
     let field = Field::new(args.rules, &args.certificate_lifetime, &[], before)?;
     eprintln!("the field is ready: {}, {} rules", field.status()?, args.rules);
+    let _servers = if args.figures.iter().any(|part| part == APPS) {
+        wanted.iter().map(|contender| field.serve_apps(*contender)).collect::<Result<_, _>>()?
+    } else {
+        Vec::new()
+    };
     let mut results = Results::default();
     for round in 0..args.rounds() {
         for place in 0..wanted.len() {
@@ -167,6 +179,13 @@ impl Turn<'_> {
             && matches!(self.contender, Contender::Plain | Contender::Hauberk | Contender::Before)
         {
             self.crowd(seconds)?;
+        }
+        if self.args.figures.iter().any(|part| part == APPS) {
+            for app in App::ALL {
+                let (name, unit) = app.figure();
+                let value = self.ready.app(app, seconds).with_context(|| name)?;
+                self.add(name, unit, value);
+            }
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! `just bench` runs all of it, `just bench-quick` a form of under five minutes. See docs/performance.md.
 //! Besides, what single parts cost, and whether agents stay as they are for a million connections.
 
+mod apps;
 mod contenders;
 mod counts;
 mod decide;
@@ -35,6 +36,9 @@ struct Cli {
 enum Command {
     /// Run the rounds and write the table.
     Run(RunArgs),
+    /// Run three programs of others straight and through the mesh: pgbench with one client, redis-benchmark with 64, iperf3.
+    /// Needs root, since PostgreSQL does not run as root.
+    Apps(AppsArgs),
     /// Count the instructions of the steps of a connection, under valgrind, and hold them against the
     /// written ones.
     Counts {
@@ -99,6 +103,39 @@ pub(crate) struct RunArgs {
     out: Option<PathBuf>,
 }
 
+/// How long, and beside which earlier build.
+#[derive(clap::Args)]
+pub(crate) struct AppsArgs {
+    /// Rounds; each measures every contender, in another order.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Seconds of each measurement.
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// An earlier build of the `hauberk` command, to be measured as a contender of its own, `before`.
+    #[arg(long, value_name = "PATH")]
+    before: Option<PathBuf>,
+}
+
+impl From<AppsArgs> for RunArgs {
+    fn from(args: AppsArgs) -> Self {
+        let AppsArgs { rounds, seconds, before } = args;
+        let mut contenders = vec!["raw".to_owned(), "hauberk".to_owned()];
+        contenders.extend(before.as_ref().map(|_| "before".to_owned()));
+        Self {
+            quick: false,
+            rounds,
+            seconds,
+            before,
+            contenders,
+            figures: vec![figures::APPS.to_owned()],
+            rules: 10_000,
+            certificate_lifetime: "60s".to_owned(),
+            out: None,
+        }
+    }
+}
+
 impl RunArgs {
     fn rounds(&self) -> usize {
         if self.quick { 2 } else { self.rounds.max(1) }
@@ -117,6 +154,7 @@ fn main() -> ExitCode {
     }
     let outcome = match Cli::parse().command {
         Command::Run(args) => figures::run(&args),
+        Command::Apps(args) => figures::run(&args.into()),
         Command::Counts { write } => counts::run(write),
         Command::Records(args) => records::run(&args),
         Command::Decide(args) => decide::run(&args),

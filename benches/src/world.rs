@@ -38,8 +38,8 @@ impl World {
         let names = ByServerName::default();
         names.store([slot(SERVER, &issuer)?]);
         Ok(Self {
-            client: Arc::new(mesh_client_config(slot(CALLER, &issuer)?, trust.clone(), ALPN)?),
-            server: Arc::new(mesh_server_config(Arc::new(names), trust, ALPN)?),
+            client: Arc::new(mesh_client_config(slot(CALLER, &issuer)?, trust.clone(), &[ALPN])?),
+            server: Arc::new(mesh_server_config(Arc::new(names), trust, &[ALPN])?),
             bundle,
             name: ServerName::try_from(id.server_name())?,
         })

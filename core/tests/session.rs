@@ -14,25 +14,59 @@ use proptest::prelude::*;
 
 #[test]
 fn a_length_over_the_limit_of_its_type_is_refused_on_the_header_alone() {
-    let cases =
-        [(1_u8, MAX_CONTROL), (3, MAX_CONTROL), (7, MAX_CONTROL), (2, 0), (5, 0), (6, 5), (8, 4)];
-    for (frame_type, limit) in cases {
-        let header = |length: usize| {
-            let [_, a, b, c] = u32::try_from(length).unwrap().to_be_bytes();
+    let both = [(1_u8, MAX_CONTROL), (3, MAX_CONTROL), (7, MAX_CONTROL), (2, 0), (5, 0), (8, 4)];
+    let header = |frame_type: u8, length: usize, numbered: bool| {
+        let [_, a, b, c] = u32::try_from(length).unwrap().to_be_bytes();
+        if numbered {
+            // Of the session, and of its first stream.
+            let number = u8::from(!matches!(frame_type, 7 | 8));
+            Header::decode_numbered([frame_type, a, b, c, 0, 0, 0, number])
+        } else {
             Header::decode([frame_type, a, b, c])
-        };
-        assert!(header(limit).is_ok(), "type {frame_type}");
-        assert!(matches!(header(limit + 1), Err(FrameError::TooLong { .. })), "type {frame_type}");
+        }
+    };
+    for (numbered, own) in
+        [(false, &[(6, 5), (9, 20)][..]), (true, &[(6, 1), (10, 4), (11, 0), (12, 0)])]
+    {
+        for (frame_type, limit) in both.iter().chain(own) {
+            let told = format!("type {frame_type}, numbered: {numbered}");
+            assert!(header(*frame_type, *limit, numbered).is_ok(), "{told}");
+            let over = header(*frame_type, limit + 1, numbered);
+            assert!(matches!(over, Err(FrameError::TooLong { .. })), "{told}");
+        }
+    }
+}
+
+#[test]
+fn only_what_is_about_a_stream_has_a_number() {
+    for (frame_type, length) in [(7_u8, 1), (8, 4)] {
+        let header = Header::decode_numbered([frame_type, 0, 0, length, 0, 0, 0, 1]);
+        assert!(matches!(header, Err(FrameError::WrongNumber { .. })), "type {frame_type}");
+    }
+    for (frame_type, length) in
+        [(1_u8, 1), (2, 0), (3, 1), (4, 1), (5, 0), (6, 1), (10, 4), (11, 0), (12, 0)]
+    {
+        let header = Header::decode_numbered([frame_type, 0, 0, length, 0, 0, 0, 0]);
+        assert!(matches!(header, Err(FrameError::WrongNumber { .. })), "type {frame_type}");
     }
 }
 
 #[test]
 fn unknown_types_and_bodies_too_short_are_refused() {
-    for byte in [0_u8, 9, 255] {
+    // What only the other kind of session has is unknown, too.
+    for byte in [0_u8, 10, 11, 12, 13, 255] {
         assert_eq!(Header::decode([byte, 0, 0, 0]), Err(FrameError::UnknownType(byte)));
     }
-    for (byte, length) in [(1_u8, 0), (3, 0), (4, 0), (6, 4), (7, 0), (8, 3)] {
+    for byte in [0_u8, 9, 13, 255] {
+        let header = Header::decode_numbered([byte, 0, 0, 0, 0, 0, 0, 1]);
+        assert_eq!(header, Err(FrameError::UnknownType(byte)));
+    }
+    for (byte, length) in [(1_u8, 0), (3, 0), (4, 0), (6, 4), (7, 0), (8, 3), (9, 19)] {
         let header = Header::decode([byte, 0, 0, length]);
+        assert!(matches!(header, Err(FrameError::TooShort { .. })), "type {byte}");
+    }
+    for (byte, length) in [(1_u8, 0), (3, 0), (4, 0), (6, 0), (10, 3)] {
+        let header = Header::decode_numbered([byte, 0, 0, length, 0, 0, 0, 1]);
         assert!(matches!(header, Err(FrameError::TooShort { .. })), "type {byte}");
     }
     assert_eq!(ResetCause::from_byte(0), Err(FrameError::UnknownResetCause(0)));
@@ -116,6 +150,6 @@ proptest! {
     #[test]
     fn headers_read_back(length in 1_usize..(1 << 24)) {
         let header = Header::encode(FrameType::Data, length).unwrap();
-        prop_assert_eq!(Header::decode(header), Ok(Header { frame_type: FrameType::Data, length }));
+        prop_assert_eq!(Header::decode(header), Ok(Header { frame_type: FrameType::Data, stream: 0, length }));
     }
 }

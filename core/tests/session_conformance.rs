@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use session_sentences::{Proof, SENTENCES};
+use session_sentences::{Proof, SENTENCES, multiplexed};
 
 /// What separates sentences here: the end of a paragraph, of an item, of a row or of a block, and a full stop
 /// before a word that begins like a sentence.
@@ -103,12 +103,16 @@ fn runs(source: &str, test: &str) -> bool {
     attribute || source.contains(&format!("    {test},\n")) || source.contains("proptest! {")
 }
 
+fn table() -> impl Iterator<Item = (&'static str, &'static [Proof])> {
+    SENTENCES.iter().chain(multiplexed::SENTENCES).copied()
+}
+
 #[test]
 fn every_sentence_of_the_specification_is_shown_by_something() {
     let page = fs::read_to_string(workspace().join("proto/SESSION.md")).unwrap();
     let written = sentences(&page);
-    let known: BTreeMap<&str, &[Proof]> = SENTENCES.iter().copied().collect();
-    assert_eq!(known.len(), SENTENCES.len(), "a sentence is in the table twice");
+    let known: BTreeMap<&str, &[Proof]> = table().collect();
+    assert_eq!(known.len(), table().count(), "a sentence is in the table twice");
     let new: Vec<_> =
         written.iter().filter(|sentence| !known.contains_key(sentence.as_str())).collect();
     assert!(new.is_empty(), "nothing shows these sentences of SESSION.md: {new:#?}");
@@ -129,9 +133,9 @@ fn what_shows_a_sentence_exists() {
         }
         by_crate.insert(name, files);
     }
-    for (sentence, proofs) in SENTENCES {
+    for (sentence, proofs) in table() {
         assert!(!proofs.is_empty(), "nothing shows {sentence:?}");
-        for proof in *proofs {
+        for proof in proofs {
             match proof {
                 Proof::Here(show) => show(),
                 Proof::Test(name) => {

@@ -54,6 +54,7 @@ fn events(machine: &mut Machine, mut bytes: &[u8]) -> Vec<String> {
         bytes = &bytes[received.used..];
         words.extend(received.event.map(|event| match event {
             Event::Open(_) => "open".to_owned(),
+            Event::Continue(_) => "continue".to_owned(),
             Event::Accept => "accept".to_owned(),
             Event::Refuse(refusal) => format!("refuse {}", refusal.owner),
             Event::Data(bytes) => format!("data {}", bytes.len()),
@@ -411,7 +412,9 @@ impl Side {
                     assert_eq!(self.got, *sent, "an end before the last byte");
                     self.got_fin = true;
                 }
-                Some(Event::Open(_)) => (self.got, self.got_fin) = (Vec::new(), false),
+                Some(Event::Open(_) | Event::Continue(_)) => {
+                    (self.got, self.got_fin) = (Vec::new(), false)
+                }
                 Some(Event::Reset(_) | Event::Refuse(_)) => {
                     self.say(|machine, out| machine.reset(ResetCause::Answer, out));
                 }

@@ -60,7 +60,7 @@ fn local(machine: &mut Machine, call: u8, out: &mut Vec<u8>) {
 fn check(event: Option<&Event<'_>>, is_source: bool, before: (bool, bool, bool)) {
     let (idle, expects_data, awaits_answer) = before;
     match event {
-        Some(Event::Open(_)) => assert!(!is_source && !expects_data),
+        Some(Event::Open(_) | Event::Continue(_)) => assert!(!is_source && !expects_data),
         Some(Event::Accept | Event::Refuse(_) | Event::NotTaken) => {
             assert!(is_source && awaits_answer);
         }

@@ -25,6 +25,9 @@ pub use record::{MAX_PLAINTEXT, RECORD_HEADER, RECORD_OVERHEAD};
 /// Records that one burst may hold: how far ahead of its limit a key is renewed.
 const BURST: u64 = 64;
 
+/// Application bytes of so many records.
+const BURST_LENGTH: usize = 64 * MAX_PLAINTEXT;
+
 /// Records without application bytes that a peer may send in a row: key updates, empty records.
 const FRUITLESS: u8 = 16;
 
@@ -153,11 +156,19 @@ impl Channel {
     /// least one.
     ///
     /// # Errors
-    /// If the lengths are wrong, or the channel has failed before.
+    /// If the lengths are wrong, [`prepare`](Self::prepare) was not called in time, or the channel has failed before.
     pub fn seal_in_place(&mut self, record: &mut [u8]) -> Result<(), Error> {
         self.check()?;
-        let sealed = self.sealing.seal_in_place(record);
+        let sealed = self.may_seal().and_then(|()| self.sealing.seal_in_place(record));
         self.guard(sealed)
+    }
+
+    /// A key protects no more records than its cipher allows, whatever the caller does.
+    fn may_seal(&self) -> Result<(), Error> {
+        if self.sealing.sequence() < self.key_limit.max(BURST) {
+            return Ok(());
+        }
+        Err(Error::General("the sending key has protected as many records as it may".to_owned()))
     }
 
     /// Seals bytes as records behind what is in `out`.
@@ -165,10 +176,14 @@ impl Channel {
     /// # Errors
     /// If the channel has failed before.
     pub fn seal(&mut self, bytes: &[u8], out: &mut Vec<u8>) -> Result<(), Error> {
-        self.prepare(out)?;
-        for chunk in bytes.chunks(MAX_PLAINTEXT) {
-            let sealed = self.sealing.seal_vec(ContentType::ApplicationData, chunk, out);
-            self.guard(sealed)?;
+        for burst in bytes.chunks(BURST_LENGTH) {
+            self.prepare(out)?;
+            for chunk in burst.chunks(MAX_PLAINTEXT) {
+                let sealed = self
+                    .may_seal()
+                    .and_then(|()| self.sealing.seal_vec(ContentType::ApplicationData, chunk, out));
+                self.guard(sealed)?;
+            }
         }
         Ok(())
     }

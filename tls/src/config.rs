@@ -34,9 +34,10 @@ pub fn provider() -> &'static Arc<CryptoProvider> {
 pub fn mesh_server_config(
     resolver: Arc<dyn ResolvesServerCert>,
     trust: Arc<TrustSlot>,
-    alpn: &[u8],
+    alpn: &[&[u8]],
 ) -> Result<ServerConfig, Error> {
-    let mut config = server(resolver, trust, alpn, true, Duration::ZERO)?;
+    let mut config = server(resolver, trust, &[], true, Duration::ZERO)?;
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     config.enable_secret_extraction = true;
     Ok(config)
 }
@@ -120,9 +121,10 @@ pub fn client_config(
 pub fn mesh_client_config(
     slot: Arc<CredentialSlot>,
     trust: Arc<TrustSlot>,
-    alpn: &[u8],
+    alpn: &[&[u8]],
 ) -> Result<ClientConfig, Error> {
-    let mut config = client_config(slot, trust, alpn)?;
+    let mut config = client_config(slot, trust, &[])?;
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     config.enable_secret_extraction = true;
     Ok(config)
 }

@@ -64,9 +64,9 @@ impl World {
         Self {
             ledger,
             client: Arc::new(
-                mesh_client_config(slot(CHECKOUT, &issuer), trust.clone(), ALPN).unwrap(),
+                mesh_client_config(slot(CHECKOUT, &issuer), trust.clone(), &[ALPN]).unwrap(),
             ),
-            server: Arc::new(mesh_server_config(Arc::new(names), trust, ALPN).unwrap()),
+            server: Arc::new(mesh_server_config(Arc::new(names), trust, &[ALPN]).unwrap()),
             bundle,
             issuer,
         }
@@ -197,10 +197,12 @@ fn both_ends_know_each_other_and_share_a_value_that_no_other_connection_has() {
     assert_eq!(client.peer.id().to_string(), LEDGER);
     assert_eq!(server.peer.id().to_string(), CHECKOUT);
     assert_eq!(client.binding, server.binding);
+    assert_eq!(client.name, server.name);
     assert_eq!((client.version, client.group), (Some("TLSv1.3"), Some("X25519MLKEM768")));
     assert_eq!(client.alpn.as_deref(), Some(ALPN));
     let (other, _) = world.connect();
     assert_ne!(client.binding, other.binding);
+    assert_ne!(client.name, other.name);
 }
 
 #[test]
@@ -248,6 +250,33 @@ fn keys_are_renewed_before_their_limit_in_both_directions() {
     }
     // Every 36 records, which is the limit less a burst.
     assert_eq!(renewals, 13);
+}
+
+#[test]
+fn a_key_protects_no_more_records_than_it_may() {
+    let (mut client, mut server) = World::new().connect();
+    client.channel.lower_key_limit(100);
+    let record = |bytes: &[u8]| {
+        let mut record = vec![0; bytes.len() + RECORD_OVERHEAD];
+        record[RECORD_HEADER..RECORD_HEADER + bytes.len()].copy_from_slice(bytes);
+        record
+    };
+    for number in 0..100_u8 {
+        let mut sealed = record(&[number]);
+        client.channel.seal_in_place(&mut sealed).unwrap();
+        assert_eq!(open_all(&mut server.channel, &sealed).unwrap(), [number]);
+    }
+    // Nobody has asked whether a new key is due.
+    client.channel.seal_in_place(&mut record(b"x")).expect_err("one more than it may");
+    client.channel.prepare(&mut Vec::new()).expect_err("it has failed for good");
+
+    let (mut client, mut server) = World::new().connect();
+    client.channel.lower_key_limit(100);
+    // More at once than are left to any key.
+    let bytes = pattern(200 * MAX_PLAINTEXT);
+    let records = sealed(&mut client.channel, &bytes);
+    assert_eq!(open_all(&mut server.channel, &records).unwrap(), bytes);
+    assert!(client.channel.take_renewals() >= 2);
 }
 
 #[test]
@@ -380,7 +409,7 @@ fn a_refused_client_learns_it_from_an_alert() {
     // Nobody's certificate: the configuration of a client without a credential.
     let empty = CredentialSlot::new(CHECKOUT.parse().unwrap());
     let trust = TrustSlot::new(world.bundle.clone());
-    let config = Arc::new(mesh_client_config(empty, trust, ALPN).unwrap());
+    let config = Arc::new(mesh_client_config(empty, trust, &[ALPN]).unwrap());
     let mut client = Handshake::client(config, ledger_name()).unwrap();
     let mut server = Handshake::server(world.server.clone()).unwrap();
     let (mut to_server, mut to_client) = (Vec::new(), Vec::new());

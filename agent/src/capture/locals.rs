@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use arc_swap::ArcSwap;
 use hauberk_tls::{ByServerName, limiter::Shares};
 
-use crate::{authorize, context::Local, policy::Snapshot};
+use crate::{authorize, context::Local, policy::Snapshot, pool::Edge};
 
 /// Incoming streams of one listener at once.
 const MAX_STREAMS: usize = 24_576;
@@ -48,15 +48,20 @@ impl Locals {
     pub(super) fn sweep_pools(&self, snapshot: &Snapshot) {
         for local in self.by_key.load().values() {
             let source = &local.workload.identity;
-            local.pool.sweep(|edge, port| {
+            let allows = |edge: &Edge, port| {
                 authorize::check(snapshot, source, &edge.destination, port).is_ok()
-            });
+            };
+            local.pool.sweep(allows);
+            local.trunks.sweep(allows);
         }
     }
 
     /// They open nothing new any more.
     pub(super) fn retire_pools(&self) {
-        self.by_key.load().values().for_each(|local| local.pool.retire());
+        for local in self.by_key.load().values() {
+            local.pool.retire();
+            local.trunks.retire();
+        }
     }
 
     pub(super) fn store(&self, locals: Vec<Arc<Local>>) {
@@ -68,6 +73,7 @@ impl Locals {
         for (key, old) in before.iter() {
             if now.get(key).is_none_or(|new| !Arc::ptr_eq(new, old)) {
                 old.pool.retire();
+                old.trunks.retire();
             }
         }
     }

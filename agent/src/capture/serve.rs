@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use hauberk_core::session;
+use hauberk_core::session::{ALPN, ALPN_MULTIPLEXED};
 use hauberk_linux::socket::reset_on_close;
 use hauberk_tls::mesh_server_config;
 use rustls::ServerConfig;
@@ -13,8 +13,11 @@ use super::{
 };
 use crate::{context::Context, inbound};
 
+/// The protocols of sessions. If the caller's agent knows both, it opens many streams at a time.
+const SERVED: [&[u8]; 2] = [ALPN_MULTIPLEXED, ALPN];
+
 pub(super) fn mesh_tls(context: &Context, locals: &Locals) -> anyhow::Result<Arc<ServerConfig>> {
-    let config = mesh_server_config(locals.names.clone(), context.trust.clone(), session::ALPN)?;
+    let config = mesh_server_config(locals.names.clone(), context.trust.clone(), &SERVED)?;
     Ok(Arc::new(config))
 }
 

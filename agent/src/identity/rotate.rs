@@ -37,6 +37,8 @@ pub(crate) struct LocalIdentity {
     pub(crate) slot: Arc<CredentialSlot>,
     /// For connections to other agents, as this workload.
     pub(crate) client_tls: Arc<ClientConfig>,
+    /// The same for sessions that carry one stream after another.
+    pub(crate) dedicated_tls: Arc<ClientConfig>,
     /// Counts up with each certificate that is put to use.
     pub(crate) installed: watch::Receiver<u64>,
     subject: Arc<ArcSwap<Subject>>,
@@ -107,8 +109,11 @@ impl Identities {
             return Ok(identity.clone());
         }
         let slot = CredentialSlot::new(workload.identity.clone());
-        let client_tls =
-            Arc::new(mesh_client_config(slot.clone(), self.trust.clone(), session::ALPN)?);
+        let client_tls = |protocols: &[&[u8]]| {
+            mesh_client_config(slot.clone(), self.trust.clone(), protocols).map(Arc::new)
+        };
+        let dedicated_tls = client_tls(&[session::ALPN])?;
+        let client_tls = client_tls(&[session::ALPN_MULTIPLEXED])?;
         let (sender, installed) = watch::channel(0);
         let subject = Arc::new(ArcSwap::from_pointee(Subject::of(workload, &self.folder)));
         let rotation = Rotation {
@@ -123,6 +128,7 @@ impl Identities {
         let identity = Arc::new(LocalIdentity {
             slot,
             client_tls,
+            dedicated_tls,
             installed,
             subject,
             task: tokio::spawn(rotation.run()),

@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 use crate::{
     capture::Locals,
     context::Context,
-    session::{self, HANDSHAKE_TIMEOUT, Session, SessionError},
+    session::{self, HANDSHAKE_TIMEOUT, New, SessionError},
 };
 
 /// Shakes hands, and says in whose room the session is from now on.
@@ -28,7 +28,7 @@ pub(super) async fn handshake(
     tls: Arc<ServerConfig>,
     stream: TcpStream,
     from: SocketAddr,
-) -> Result<(Box<Session>, Arc<Caller>), SessionError> {
+) -> Result<(New, Arc<Caller>), SessionError> {
     let (started, mut waited) = (Instant::now(), Duration::ZERO);
     let shaking = shake(context, locals, tls, stream, from, &mut waited);
     let session = match tokio::time::timeout(HANDSHAKE_TIMEOUT, shaking).await {
@@ -51,7 +51,7 @@ pub(super) async fn handshake(
     );
     let session = session?;
     let caller = caller_of(context, &session, from);
-    context.handshakes.remember(session.token(), &caller, hauberk_tls::now());
+    context.handshakes.remember(session.facts().token(), &caller, hauberk_tls::now());
     Ok((session, caller))
 }
 
@@ -63,7 +63,7 @@ async fn shake(
     mut stream: TcpStream,
     from: SocketAddr,
     waited: &mut Duration,
-) -> Result<Result<Box<Session>, SessionError>, RateLimited> {
+) -> Result<Result<New, SessionError>, RateLimited> {
     let mut admission = context.handshakes.enter(from.ip());
     let greeting = match admission.unless_displaced(session::greeting(&mut stream)).await? {
         Ok(greeting) => greeting,
@@ -83,8 +83,8 @@ async fn shake(
 }
 
 /// Whose room a session takes.
-fn caller_of(context: &Context, session: &Session, from: SocketAddr) -> Arc<Caller> {
-    let (snapshot, id) = (context.snapshot(), session.peer().id());
+fn caller_of(context: &Context, session: &New, from: SocketAddr) -> Arc<Caller> {
+    let (snapshot, id) = (context.snapshot(), session.facts().peer().id());
     // A certificate that is used elsewhere than at home takes none of the room of its node.
     let node = snapshot.node_of(id, from.ip()).cloned();
     Arc::new(Caller::proven(id.clone(), node, from.ip()))

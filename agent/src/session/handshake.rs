@@ -7,7 +7,7 @@ use std::{
 
 use hauberk_core::{
     policy::Reason,
-    session::{ALPN, Machine, ProofAllowance, Role},
+    session::{ALPN, ALPN_MULTIPLEXED, ProofAllowance, Role},
 };
 use hauberk_telemetry::record::TlsInfo;
 use hauberk_tls::{
@@ -22,7 +22,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{Facts, Session, SessionError};
+use super::{Facts, Link, Session, SessionError};
 
 /// How long a handshake may take. A peer that is silent for longer is given up.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -40,14 +40,14 @@ pub(crate) async fn connect(
     own: Option<Arc<Credential>>,
     trust: Arc<TrustBundle>,
     records_per_key: u64,
-) -> Result<Box<Session>, SessionError> {
+) -> Result<New, SessionError> {
     let mut handshake = Handshake::client(config, name)?;
     let mut out = Vec::with_capacity(BUFFER);
     let mut input = Vec::with_capacity(BUFFER);
     drive(&mut handshake, &mut socket, &mut input, &mut out, None).await?;
     let mut established = handshake.finish(&trust, hauberk_tls::now()).map_err(refused)?;
     established.channel.lower_key_limit(records_per_key);
-    Session::new(socket, established, Role::Source, None, own, trust, out)
+    New::of(socket, established, Role::Source, None, own, trust, &out)
 }
 
 /// What a caller has said first.
@@ -85,14 +85,14 @@ pub(crate) async fn accept(
     trust: Arc<TrustBundle>,
     records_per_key: u64,
     mut turns: CallerTurns<'_>,
-) -> Result<Box<Session>, SessionError> {
+) -> Result<New, SessionError> {
     let Greeting { bytes: mut input, server_name, .. } = greeting;
     let mut out = Vec::new();
     let mut handshake = Handshake::server(config)?;
     drive(&mut handshake, &mut socket, &mut input, &mut out, Some(&mut turns)).await?;
     let mut established = handshake.finish(&trust, hauberk_tls::now()).map_err(refused)?;
     established.channel.lower_key_limit(records_per_key);
-    Session::new(socket, established, Role::Destination, server_name, own, trust, out)
+    New::of(socket, established, Role::Destination, server_name, own, trust, &out)
 }
 
 /// To the end of the handshake. Whoever serves many callers does each step in a turn.
@@ -147,60 +147,83 @@ fn refused(error: FinishError) -> SessionError {
     SessionError::Refused(HandshakeFailure { reason, by_peer: false, detail: error.to_string() })
 }
 
-impl Session {
-    fn new(
+/// A session that has just been made: of the kind that the destination chose.
+pub(crate) enum New {
+    /// For one stream after another.
+    Dedicated(Box<Session>),
+    /// For many streams at a time.
+    Multiplexed(Box<Trunk>),
+}
+
+/// What a multiplexed session is made of.
+pub(crate) struct Trunk {
+    pub(crate) link: Link,
+    pub(crate) facts: Box<Facts>,
+    /// What the peer has said behind its handshake.
+    pub(crate) plain: Vec<u8>,
+}
+
+impl New {
+    /// What is proven of it.
+    pub(crate) fn facts(&self) -> &Facts {
+        match self {
+            Self::Dedicated(session) => session.facts(),
+            Self::Multiplexed(trunk) => &trunk.facts,
+        }
+    }
+
+    fn of(
         socket: TcpStream,
         established: Established,
         role: Role,
         server_name: Option<String>,
         own: Option<Arc<Credential>>,
         trust: Arc<TrustBundle>,
-        unsent: Vec<u8>,
-    ) -> Result<Box<Self>, SessionError> {
-        if established.alpn.as_deref() != Some(ALPN) {
-            return Err(SessionError::Refused(HandshakeFailure {
-                reason: Reason::Plaintext,
-                by_peer: false,
-                detail: "the peer does not speak hauberk/1".to_owned(),
-            }));
-        }
-        let facts = established.peer.facts();
+        unsent: &[u8],
+    ) -> Result<Self, SessionError> {
+        let is_multiplexed = match established.alpn.as_deref() {
+            Some(ALPN) => false,
+            Some(ALPN_MULTIPLEXED) => true,
+            Some(_) | None => {
+                return Err(SessionError::Refused(HandshakeFailure {
+                    reason: Reason::Plaintext,
+                    by_peer: false,
+                    detail: "the peer speaks neither hauberk/1 nor hauberk/2".to_owned(),
+                }));
+            }
+        };
+        let peer = established.peer.facts();
         let tls = TlsInfo {
             version: established.version.map(str::to_owned),
             group: established.group.map(str::to_owned),
             local_serial: own.as_ref().map(|own| own.facts().serial().to_string()),
-            peer_serial: Some(facts.serial().to_string()),
-            peer_not_after: Some(facts.not_after().to_string()),
+            peer_serial: Some(peer.serial().to_string()),
+            peer_not_after: Some(peer.not_after().to_string()),
         };
-        Ok(Box::new(Self {
-            socket,
-            channel: established.channel,
-            machine: Machine::new(role),
-            partial: established.ciphertext,
-            plain: established.plaintext,
-            plain_used: 0,
-            // An exact copy: the room that the handshake needed goes.
-            unsent: unsent.as_slice().to_vec(),
-            unsent_used: 0,
-            control: Vec::new(),
-            proof: None,
-            peer_closed: false,
-            facts: Box::new(Facts {
-                peer: established.peer,
-                binding: established.binding,
-                token: established.token,
-                is_source: role == Role::Source,
-                tls: Arc::new(tls),
-                server_name,
-                shown_until: own.as_ref().map(|own| own.facts().not_after()),
-                own,
-                trust,
-                made: Instant::now(),
-                proofs_sent: 0,
-                proofs_taken: 0,
-                proofs_allowed: ProofAllowance::new(hauberk_tls::now()),
-            }),
-            closed: false,
-        }))
+        let facts = Box::new(Facts {
+            peer: established.peer,
+            binding: established.binding,
+            token: established.token,
+            name: established.name,
+            is_source: role == Role::Source,
+            tls: Arc::new(tls),
+            server_name,
+            shown_until: own.as_ref().map(|own| own.facts().not_after()),
+            own,
+            trust,
+            made: Instant::now(),
+            proofs_sent: 0,
+            proofs_taken: 0,
+            proofs_allowed: ProofAllowance::new(hauberk_tls::now()),
+        });
+        // An exact copy: the room that the handshake needed goes.
+        let unsent = unsent.to_vec();
+        let link = Link::new(socket, established.channel, established.ciphertext, unsent);
+        let plain = established.plaintext;
+        Ok(if is_multiplexed {
+            Self::Multiplexed(Box::new(Trunk { link, facts, plain }))
+        } else {
+            Self::Dedicated(Session::new(link, facts, plain))
+        })
     }
 }

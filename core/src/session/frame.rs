@@ -1,10 +1,18 @@
 //! Frame headers: what may follow, and how long it may be.
 
-/// The application protocol negotiated in the TLS handshake; versions everything here.
+use super::reader::ReadHeader;
+
+/// The application protocol of a dedicated session, negotiated in the TLS handshake: one stream after another.
 pub const ALPN: &[u8] = b"hauberk/1";
 
-/// Bytes of a frame header.
+/// The application protocol of a multiplexed session: many streams at a time.
+pub const ALPN_MULTIPLEXED: &[u8] = b"hauberk/2";
+
+/// Bytes of a frame header on a dedicated session.
 pub const HEADER_LENGTH: usize = 4;
+
+/// Bytes of a frame header on a multiplexed session: as the others, and the stream's number.
+pub const NUMBERED_HEADER_LENGTH: usize = 8;
 
 /// The longest run of application bytes in one frame. A run is relayed as it arrives, never
 /// gathered, so that this bounds no buffer; it is what three length bytes can say.
@@ -33,6 +41,14 @@ pub enum FrameType {
     Reauthenticate,
     /// The destination takes no further streams on this session.
     GoingAway,
+    /// The source has a dedicated session carry on with a stream of a multiplexed one.
+    Continue,
+    /// The sender takes more bytes of a stream; on a multiplexed session.
+    Credit,
+    /// The destination has more for a stream than a multiplexed session should carry.
+    Bulk,
+    /// What follows in this direction of a stream comes on the session that carries on with it.
+    Moved,
 }
 
 impl FrameType {
@@ -46,6 +62,10 @@ impl FrameType {
             6 => Self::Reset,
             7 => Self::Reauthenticate,
             8 => Self::GoingAway,
+            9 => Self::Continue,
+            10 => Self::Credit,
+            11 => Self::Bulk,
+            12 => Self::Moved,
             _ => return None,
         })
     }
@@ -60,6 +80,10 @@ impl FrameType {
             Self::Reset => 6,
             Self::Reauthenticate => 7,
             Self::GoingAway => 8,
+            Self::Continue => 9,
+            Self::Credit => 10,
+            Self::Bulk => 11,
+            Self::Moved => 12,
         }
     }
 }
@@ -71,35 +95,66 @@ pub struct Header {
     pub frame_type: FrameType,
     /// How many bytes follow.
     pub length: usize,
+    /// The stream it is about; 0 if it is about none, and on a dedicated session.
+    pub stream: u32,
 }
 
 impl Header {
-    /// Reads a header and checks the length against the type's limit.
+    /// Reads a header of a dedicated session, and checks the length against the type's limit.
     ///
     /// # Errors
     /// If the type is unknown or the length is over its limit: the session must end.
     pub fn decode(bytes: [u8; HEADER_LENGTH]) -> Result<Self, FrameError> {
-        let [type_byte, a, b, c] = bytes;
-        let length = (usize::from(a) << 16) | (usize::from(b) << 8) | usize::from(c);
-        let frame_type =
-            FrameType::from_byte(type_byte).ok_or(FrameError::UnknownType(type_byte))?;
-        let (least, limit) = match frame_type {
-            FrameType::Data => (1, MAX_DATA),
-            FrameType::Open | FrameType::Refuse | FrameType::Reauthenticate => (1, MAX_CONTROL),
-            FrameType::Accept | FrameType::Fin => (0, 0),
+        let (frame_type, length) = begin(bytes)?;
+        let bounds = match frame_type {
             FrameType::Reset => (5, 5),
-            FrameType::GoingAway => (4, 4),
+            FrameType::Continue => (20, 20),
+            FrameType::Credit | FrameType::Bulk | FrameType::Moved => {
+                return Err(FrameError::UnknownType(frame_type.byte()));
+            }
+            other @ (FrameType::Data
+            | FrameType::Open
+            | FrameType::Refuse
+            | FrameType::Reauthenticate
+            | FrameType::Accept
+            | FrameType::Fin
+            | FrameType::GoingAway) => common_bounds(other),
         };
-        if length > limit {
-            return Err(FrameError::TooLong { frame_type, length, limit });
-        }
-        if length < least {
-            return Err(FrameError::TooShort { frame_type, length, least });
-        }
-        Ok(Self { frame_type, length })
+        check(frame_type, length, bounds)?;
+        Ok(Self { frame_type, length, stream: 0 })
     }
 
-    /// Writes the header of a frame with `length` body bytes.
+    /// Reads a header of a multiplexed session.
+    ///
+    /// # Errors
+    /// If the type is unknown, the length is over its limit, or a stream is named where there can be none or
+    /// the other way round: the session must end.
+    pub fn decode_numbered(bytes: [u8; NUMBERED_HEADER_LENGTH]) -> Result<Self, FrameError> {
+        let [a, b, c, d, number @ ..] = bytes;
+        let (frame_type, length) = begin([a, b, c, d])?;
+        let stream = u32::from_be_bytes(number);
+        let bounds = match frame_type {
+            FrameType::Reset => (1, 1),
+            FrameType::Credit => (4, 4),
+            FrameType::Bulk | FrameType::Moved => (0, 0),
+            FrameType::Continue => return Err(FrameError::UnknownType(frame_type.byte())),
+            other @ (FrameType::Data
+            | FrameType::Open
+            | FrameType::Refuse
+            | FrameType::Reauthenticate
+            | FrameType::Accept
+            | FrameType::Fin
+            | FrameType::GoingAway) => common_bounds(other),
+        };
+        check(frame_type, length, bounds)?;
+        let of_session = matches!(frame_type, FrameType::Reauthenticate | FrameType::GoingAway);
+        if of_session != (stream == 0) {
+            return Err(FrameError::WrongNumber { frame_type, stream });
+        }
+        Ok(Self { frame_type, length, stream })
+    }
+
+    /// Writes the header of a frame with `length` body bytes, on a dedicated session.
     ///
     /// # Errors
     /// If the length does not fit into three bytes.
@@ -110,6 +165,68 @@ impl Header {
             [0, a, b, c] => Ok([frame_type.byte(), a, b, c]),
             _ => Err(too_long),
         }
+    }
+
+    /// The same on a multiplexed session.
+    ///
+    /// # Errors
+    /// If the length does not fit into three bytes.
+    pub fn encode_numbered(
+        frame_type: FrameType,
+        stream: u32,
+        length: usize,
+    ) -> Result<[u8; NUMBERED_HEADER_LENGTH], FrameError> {
+        let [a, b, c, d] = Self::encode(frame_type, length)?;
+        let [e, f, g, h] = stream.to_be_bytes();
+        Ok([a, b, c, d, e, f, g, h])
+    }
+}
+
+fn begin([type_byte, a, b, c]: [u8; 4]) -> Result<(FrameType, usize), FrameError> {
+    let length = (usize::from(a) << 16) | (usize::from(b) << 8) | usize::from(c);
+    let frame_type = FrameType::from_byte(type_byte).ok_or(FrameError::UnknownType(type_byte))?;
+    Ok((frame_type, length))
+}
+
+/// The least and the greatest length, of what has the same on both kinds of session.
+fn common_bounds(frame_type: FrameType) -> (usize, usize) {
+    match frame_type {
+        FrameType::Data => (1, MAX_DATA),
+        FrameType::Open | FrameType::Refuse | FrameType::Reauthenticate => (1, MAX_CONTROL),
+        FrameType::GoingAway => (4, 4),
+        FrameType::Accept
+        | FrameType::Fin
+        | FrameType::Reset
+        | FrameType::Continue
+        | FrameType::Credit
+        | FrameType::Bulk
+        | FrameType::Moved => (0, 0),
+    }
+}
+
+fn check(
+    frame_type: FrameType,
+    length: usize,
+    (least, limit): (usize, usize),
+) -> Result<(), FrameError> {
+    if length > limit {
+        return Err(FrameError::TooLong { frame_type, length, limit });
+    }
+    if length < least {
+        return Err(FrameError::TooShort { frame_type, length, least });
+    }
+    Ok(())
+}
+
+impl ReadHeader for [u8; HEADER_LENGTH] {
+    fn read_header(&self) -> Result<Header, FrameError> {
+        Header::decode(*self)
+    }
+}
+
+impl ReadHeader for [u8; NUMBERED_HEADER_LENGTH] {
+    fn read_header(&self) -> Result<Header, FrameError> {
+        Header::decode_numbered(*self)
     }
 }
 
@@ -171,6 +288,28 @@ pub enum FrameError {
         /// The last stream of the session.
         last: u32,
     },
+    /// A stream is named where none can be, or none is where one must be.
+    #[error("{frame_type:?} frame about stream {stream}")]
+    WrongNumber {
+        /// The type.
+        frame_type: FrameType,
+        /// The stream.
+        stream: u32,
+    },
+    /// More bytes of a stream than this side has said that it takes.
+    #[error("{length} bytes of a stream, at most {credit} are taken now")]
+    OverCredit {
+        /// What came.
+        length: usize,
+        /// What was allowed.
+        credit: u32,
+    },
+    /// The peer allows more bytes of a stream than can be counted.
+    #[error("more credit than a stream can have")]
+    TooMuchCredit,
+    /// More streams at a time than a session can carry.
+    #[error("more than {0} streams at a time")]
+    TooManyAtATime(usize),
     /// More streams than a session can count.
     #[error("the session has had its last stream")]
     TooManyStreams,

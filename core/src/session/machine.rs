@@ -5,8 +5,9 @@
 //! destination's side, with `Refuse`. Then the session is idle and the source may open the next one.
 
 use super::{
-    FrameError, FrameType, HEADER_LENGTH, Header, MAX_DATA, Open, Reauthenticate, Refusal,
-    ResetCause,
+    Continue, FrameError, FrameType, HEADER_LENGTH, Header, MAX_DATA, Open, Reauthenticate,
+    Refusal, ResetCause,
+    reader::{Part, Reader},
 };
 
 /// Which side of the session this is.
@@ -23,6 +24,8 @@ pub enum Role {
 pub enum Event<'a> {
     /// The source wants a stream.
     Open(Open),
+    /// The source wants this session to carry on with a stream of a multiplexed one.
+    Continue(Continue),
     /// The destination took it.
     Accept,
     /// The destination refused it. The source owes the end of its own direction: [`Machine::reset`].
@@ -60,7 +63,7 @@ pub struct Misuse(pub FrameType);
 #[derive(Debug)]
 pub struct Machine {
     role: Role,
-    reader: Reader,
+    reader: Reader<HEADER_LENGTH>,
     sending: Sending,
     receiving: Receiving,
     /// The number of the last stream; the first is 1.
@@ -169,16 +172,16 @@ impl Machine {
                 self.check_turn(header.frame_type)?;
                 None
             }
-            Part::Data(bytes) => match self.receiving {
+            Part::Data(_, bytes) => match self.receiving {
                 Receiving::Active(Wanted::Yes) => Some(Event::Data(bytes)),
                 Receiving::Active(Wanted::No) => None,
                 Receiving::Idle | Receiving::Answer(_) | Receiving::Done => {
                     return Err(FrameError::OutOfTurn(FrameType::Data));
                 }
             },
-            Part::Frame(frame_type, body) => {
-                self.check_turn(frame_type)?;
-                self.take(frame_type, &body)?
+            Part::Frame(header, body) => {
+                self.check_turn(header.frame_type)?;
+                self.take(header.frame_type, &body)?
             }
         };
         Ok(Received { used, event })
@@ -192,12 +195,28 @@ impl Machine {
         if self.role != Role::Source || !self.is_reusable() {
             return Err(Misuse(FrameType::Open));
         }
-        put_frame(out, FrameType::Open, &open.encode());
+        self.ask(FrameType::Open, &open.encode(), out);
+        Ok(())
+    }
+
+    /// Source: asks that this session carries on with a stream of a multiplexed one.
+    ///
+    /// # Errors
+    /// If a stream is under way, or the session takes no more.
+    pub fn carry_on(&mut self, stream: &Continue, out: &mut Vec<u8>) -> Result<(), Misuse> {
+        if self.role != Role::Source || !self.is_reusable() {
+            return Err(Misuse(FrameType::Continue));
+        }
+        self.ask(FrameType::Continue, &stream.encode(), out);
+        Ok(())
+    }
+
+    fn ask(&mut self, frame_type: FrameType, body: &[u8], out: &mut Vec<u8>) {
+        put_frame(out, frame_type, body);
         self.stream += 1;
         self.reset_sent = false;
         self.sending = Sending::Active;
         self.receiving = Receiving::Answer(Wanted::Yes);
-        Ok(())
     }
 
     /// Destination: takes the stream.
@@ -298,12 +317,16 @@ impl Machine {
     fn check_turn(&self, frame_type: FrameType) -> Result<(), FrameError> {
         let source = self.role == Role::Source;
         let in_turn = match frame_type {
-            FrameType::Open => !source && self.sending == Sending::Idle && self.is_receiving_idle(),
+            FrameType::Open | FrameType::Continue => {
+                !source && self.sending == Sending::Idle && self.is_receiving_idle()
+            }
             FrameType::Accept | FrameType::Refuse => self.awaits_answer(),
             FrameType::Data | FrameType::Fin => matches!(self.receiving, Receiving::Active(_)),
             FrameType::Reset => self.stream > 0,
             FrameType::Reauthenticate => true,
             FrameType::GoingAway => source && !self.going_away,
+            // Their reader alone knows them.
+            FrameType::Credit | FrameType::Bulk | FrameType::Moved => false,
         };
         if in_turn { Ok(()) } else { Err(FrameError::OutOfTurn(frame_type)) }
     }
@@ -320,15 +343,11 @@ impl Machine {
         Ok(match frame_type {
             FrameType::Open => {
                 let open = Open::decode(body)?;
-                if self.going_away {
-                    // Its header had come before we said so.
-                    return Ok(None);
-                }
-                self.stream = self.stream.checked_add(1).ok_or(FrameError::TooManyStreams)?;
-                self.reset_sent = false;
-                self.sending = Sending::Answering;
-                self.receiving = Receiving::Active(Wanted::Yes);
-                Some(Event::Open(open))
+                self.begin()?.then_some(Event::Open(open))
+            }
+            FrameType::Continue => {
+                let stream = Continue::decode(body)?;
+                self.begin()?.then_some(Event::Continue(stream))
             }
             FrameType::Accept => {
                 let Receiving::Answer(wanted) = self.receiving else {
@@ -366,8 +385,22 @@ impl Machine {
                     Some(Event::GoingAway)
                 }
             }
-            FrameType::Data => return Err(FrameError::OutOfTurn(frame_type)),
+            FrameType::Data | FrameType::Credit | FrameType::Bulk | FrameType::Moved => {
+                return Err(FrameError::OutOfTurn(frame_type));
+            }
         })
+    }
+
+    /// Destination: another stream begins, unless its header had come before this side said that it takes no more.
+    fn begin(&mut self) -> Result<bool, FrameError> {
+        if self.going_away {
+            return Ok(false);
+        }
+        self.stream = self.stream.checked_add(1).ok_or(FrameError::TooManyStreams)?;
+        self.reset_sent = false;
+        self.sending = Sending::Answering;
+        self.receiving = Receiving::Active(Wanted::Yes);
+        Ok(true)
     }
 
     fn take_reset(&mut self, body: &[u8]) -> Result<Option<Event<'static>>, FrameError> {
@@ -413,111 +446,13 @@ impl Machine {
 }
 
 fn put_frame(out: &mut Vec<u8>, frame_type: FrameType, body: &[u8]) {
-    // Every body we make is below the limit of its type: texts and chains are cut when encoded.
-    let header = Header::encode(frame_type, body.len()).unwrap_or_default();
+    #[allow(
+        clippy::expect_used,
+        reason = "every body that is made here is below the limit of its type: texts and chains are cut when encoded"
+    )]
+    let header = Header::encode(frame_type, body.len()).expect("a body below its limit");
     out.extend_from_slice(&header);
     out.extend_from_slice(body);
-}
-
-/// Takes frames apart. Gathers control frames; runs of data pass through as they come.
-#[derive(Debug)]
-struct Reader {
-    header: [u8; HEADER_LENGTH],
-    header_read: u8,
-    state: InFrame,
-}
-
-#[derive(Debug)]
-enum InFrame {
-    Header,
-    /// This much of a data frame is still to come.
-    Data(u32),
-    Control(Box<Gathering>),
-}
-
-#[derive(Debug)]
-struct Gathering {
-    header: Header,
-    body: Vec<u8>,
-}
-
-enum Part<'a> {
-    Nothing,
-    /// A frame begins whose body is still to come.
-    Begin(Header),
-    Data(&'a [u8]),
-    Frame(FrameType, Vec<u8>),
-}
-
-impl Reader {
-    fn new() -> Self {
-        Self { header: [0; HEADER_LENGTH], header_read: 0, state: InFrame::Header }
-    }
-
-    fn is_between_frames(&self) -> bool {
-        self.header_read == 0 && matches!(self.state, InFrame::Header)
-    }
-
-    fn read<'a>(&mut self, input: &'a [u8]) -> Result<(usize, Part<'a>), FrameError> {
-        match &mut self.state {
-            InFrame::Header => {
-                let have = usize::from(self.header_read);
-                let missing = self.header.get_mut(have..).unwrap_or_default();
-                let count = missing.len().min(input.len());
-                for (to, from) in missing.iter_mut().zip(input) {
-                    *to = *from;
-                }
-                // At most four.
-                self.header_read += u8::try_from(count).unwrap_or(0);
-                if usize::from(self.header_read) < HEADER_LENGTH {
-                    return Ok((count, Part::Nothing));
-                }
-                self.header_read = 0;
-                let header = Header::decode(self.header)?;
-                Ok((count, self.begin(header)))
-            }
-            InFrame::Data(left) => {
-                let length = u32::try_from(input.len()).unwrap_or(u32::MAX).min(*left);
-                *left -= length;
-                if *left == 0 {
-                    self.state = InFrame::Header;
-                }
-                let count = usize::try_from(length).unwrap_or(0);
-                Ok((count, Part::Data(input.get(..count).unwrap_or_default())))
-            }
-            InFrame::Control(gathering) => {
-                let Gathering { header, body } = gathering.as_mut();
-                let count = input.len().min(header.length - body.len());
-                body.extend_from_slice(input.get(..count).unwrap_or_default());
-                if body.len() < header.length {
-                    return Ok((count, Part::Nothing));
-                }
-                let part = Part::Frame(header.frame_type, std::mem::take(body));
-                self.state = InFrame::Header;
-                Ok((count, part))
-            }
-        }
-    }
-
-    fn begin(&mut self, header: Header) -> Part<'static> {
-        if header.length == 0 {
-            return Part::Frame(header.frame_type, Vec::new());
-        }
-        self.state = match header.frame_type {
-            FrameType::Data => InFrame::Data(u32::try_from(header.length).unwrap_or(0)),
-            FrameType::Open
-            | FrameType::Accept
-            | FrameType::Refuse
-            | FrameType::Fin
-            | FrameType::Reset
-            | FrameType::Reauthenticate
-            | FrameType::GoingAway => {
-                // Grows with what really comes, not with what the header says.
-                InFrame::Control(Box::new(Gathering { header, body: Vec::new() }))
-            }
-        };
-        Part::Begin(header)
-    }
 }
 
 /// A session's part of an idle connection's memory.

@@ -21,6 +21,15 @@ pub struct Open {
     pub source_address: SocketAddr,
 }
 
+/// The first frame on a session that carries on with a stream of a multiplexed one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Continue {
+    /// The name of that session, which only its two ends know.
+    pub session: [u8; 16],
+    /// The stream's number there.
+    pub stream: u32,
+}
+
 /// What the destination tells the caller's agent when it refuses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
@@ -139,6 +148,26 @@ impl Open {
         };
         reader.end()?;
         Ok(open)
+    }
+}
+
+impl Continue {
+    /// The body of the frame.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        [&self.session[..], &self.stream.to_be_bytes()].concat()
+    }
+
+    /// Reads the body of the frame.
+    ///
+    /// # Errors
+    /// If it is not exactly such a frame.
+    pub fn decode(body: &[u8]) -> Result<Self, FrameError> {
+        let mut reader = Reader { frame: "continue", rest: body };
+        let session = reader.array("session")?;
+        let stream = u32::from_be_bytes(reader.array("stream")?);
+        reader.end()?;
+        Ok(Self { session, stream })
     }
 }
 

@@ -1,12 +1,15 @@
-//! The table of [`super`], and those of its cases that need nothing but the state machine.
+//! The table of [`super`], and those of its cases that need nothing but the state machine of a dedicated session.
+//! `multiplexed.rs` has what is said of the other kind.
+
+pub(crate) mod multiplexed;
 
 use std::net::SocketAddr;
 
 use hauberk_core::{
     policy::Reason,
     session::{
-        ALPN, Event, FrameError, FrameType, HEADER_LENGTH, Header, Machine, Misuse, Open,
-        Reauthenticate, Refusal, RefusalCause, ResetCause, Role,
+        ALPN, ALPN_MULTIPLEXED, Continue, Event, FrameError, FrameType, HEADER_LENGTH, Header,
+        Machine, Misuse, Open, Reauthenticate, Refusal, RefusalCause, ResetCause, Role,
     },
 };
 
@@ -68,9 +71,19 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
         "After the handshake the only handshake message that may come is KeyUpdate.",
         &[Proof::Test("key_updates_are_those_of_tls"), Proof::Test("session_tickets_are_refused")],
     ),
-    ("ALPN `hauberk/1`.", &[Proof::Here(the_protocol_has_its_name)]),
     (
-        "A peer that does not agree to it is not spoken to.",
+        "ALPN `hauberk/1` for a *dedicated* session, which carries one stream after another, and `hauberk/2` for a *multiplexed* one, which carries many at a time.",
+        &[Proof::Here(the_protocols_have_their_names)],
+    ),
+    (
+        "A source MAY offer both, and a destination that knows both takes the multiplexed one.",
+        &[
+            Proof::Test("connections_at_once_share_a_session"),
+            Proof::Source("agent", "const SERVED: [&[u8]; 2] = [ALPN_MULTIPLEXED, ALPN];"),
+        ],
+    ),
+    (
+        "A peer that agrees to neither is not spoken to.",
         &[Proof::Test("a_caller_without_our_protocol_is_refused")],
     ),
     (
@@ -136,6 +149,10 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
         &[Proof::Here(going_away_has_its_type_and_bounds)],
     ),
     (
+        "| 9 | Continue | source | session name (16), stream number (4) | 20 |",
+        &[Proof::Here(continue_has_its_type_and_bounds)],
+    ),
+    (
         "An unknown type, a length outside its bounds, or a frame out of turn ends the session.",
         &[
             Proof::Here(what_breaks_the_protocol_ends_the_session),
@@ -186,11 +203,11 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
         ],
     ),
     (
-        "A session carries one stream after another.",
+        "A dedicated session carries one stream after another.",
         &[Proof::Here(a_session_carries_one_stream_after_another)],
     ),
     (
-        "Streams are numbered from 1 by counting Opens.",
+        "Streams are numbered from 1 by counting Opens and Continues.",
         &[Proof::Here(a_session_carries_one_stream_after_another)],
     ),
     (
@@ -299,6 +316,13 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
         ],
     ),
     (
+        "The same goes for a session that ended before the answer, if nothing but Open was sent of the stream.",
+        &[
+            Proof::Test("a_stream_that_was_not_answered_is_opened_again"),
+            Proof::Test("a_restarted_destination_costs_no_later_connection"),
+        ],
+    ),
+    (
         "In no other case may it: without GoingAway the application may have seen the first bytes.",
         &[Proof::Here(only_going_away_says_that_a_stream_was_not_taken)],
     ),
@@ -321,8 +345,11 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
         ],
     ),
     (
-        "It SHOULD spread these over time, well before the certificate that the peer was shown ends: this implementation over a quarter of what is left, at most 10 s.",
-        &[Proof::Test("a_proof_comes_well_before_the_certificate_that_it_follows_has_ended")],
+        "It SHOULD spread these over time, well before the certificate that the peer was shown ends: this implementation over a quarter of what is left, at most 10 s, and on a multiplexed session within 5 s.",
+        &[
+            Proof::Source("agent", "const LOOK: Duration = Duration::from_secs(5);"),
+            Proof::Test("a_proof_comes_well_before_the_certificate_that_it_follows_has_ended"),
+        ],
     ),
     (
         "Sequences go up, and may leave numbers out.",
@@ -347,7 +374,7 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
         "The source address in Open, unless the directory has it for the proven identity.",
         &[Proof::Source(
             "agent",
-            "if snapshot.owns_address(session.peer().id(), claimed.ip()) { claimed } else { from }",
+            "if snapshot.owns_address(peer, claimed.ip()) { claimed } else { from }",
         )],
     ),
     (
@@ -457,9 +484,9 @@ pub(crate) const SENTENCES: &[(&str, &[Proof])] = &[
             Proof::Source("tls", "const BURST: u64 = 64;"),
         ],
     ),
-    ("The ALPN name is the version.", &[Proof::Here(the_protocol_has_its_name)]),
+    ("The ALPN name is the version.", &[Proof::Here(the_protocols_have_their_names)]),
     (
-        "A change that an older peer would refuse gets a new name (`hauberk/2`), offered beside the old one; unknown frames are never skipped.",
+        "A change that an older peer would refuse gets a new name (`hauberk/3`), offered beside the old one; unknown frames are never skipped.",
         &[Proof::Here(what_breaks_the_protocol_ends_the_session)],
     ),
 ];
@@ -505,6 +532,7 @@ fn hear(machine: &mut Machine, mut bytes: &[u8]) -> Result<Vec<String>, FrameErr
         bytes = &bytes[received.used..];
         said.extend(received.event.map(|event| match event {
             Event::Open(_) => "Open".to_owned(),
+            Event::Continue(_) => "Continue".to_owned(),
             Event::Accept => "Accept".to_owned(),
             Event::Refuse(_) => "Refuse".to_owned(),
             Event::Data(bytes) => format!("Data {}", bytes.len()),
@@ -535,14 +563,14 @@ fn opened() -> (Machine, Machine) {
     (source, destination)
 }
 
-fn the_protocol_has_its_name() {
-    assert_eq!(ALPN, b"hauberk/1");
+fn the_protocols_have_their_names() {
+    assert_eq!((ALPN, ALPN_MULTIPLEXED), (&b"hauberk/1"[..], &b"hauberk/2"[..]));
 }
 
 fn a_header_is_a_type_and_a_length() {
     let bytes = Header::encode(FrameType::Data, 0x01_02_03).unwrap();
     assert_eq!((HEADER_LENGTH, bytes), (4, [4, 1, 2, 3]));
-    let read = Header { frame_type: FrameType::Data, length: 0x01_02_03 };
+    let read = Header { frame_type: FrameType::Data, length: 0x01_02_03, stream: 0 };
     assert_eq!(Header::decode(bytes), Ok(read));
 }
 
@@ -630,9 +658,19 @@ fn going_away_has_its_type_and_bounds() {
     is_never_heard_by(Role::Destination, FrameType::GoingAway, &[0, 0, 0, 0]);
 }
 
+fn continue_has_its_type_and_bounds() {
+    let body = Continue { session: [7; 16], stream: 3 }.encode();
+    assert_eq!(body, [&[7; 16][..], &[0, 0, 0, 3]].concat());
+    has(FrameType::Continue, 9, 20, 20);
+    let (mut source, mut destination) = fresh();
+    let wire = frame(FrameType::Continue, &body);
+    assert_eq!(hear(&mut destination, &wire).unwrap(), ["Continue"]);
+    assert_eq!(hear(&mut source, &wire).unwrap_err(), FrameError::OutOfTurn(FrameType::Continue));
+}
+
 fn what_breaks_the_protocol_ends_the_session() {
     let cases = [
-        (vec![9, 0, 0, 0], FrameError::UnknownType(9)),
+        (vec![13, 0, 0, 0], FrameError::UnknownType(13)),
         (
             vec![4, 0, 0, 0],
             FrameError::TooShort { frame_type: FrameType::Data, length: 0, least: 1 },

@@ -39,6 +39,7 @@ pub struct AgentMetrics {
     open: PerDirection<IntGauge>,
     open_duration: PerDirection<Histogram>,
     captured: PerDirection<IntCounter>,
+    moved: IntCounter,
     capture_restored: IntCounter,
     capture_unreported: IntGauge,
     handshakes: Handshakes,
@@ -93,9 +94,9 @@ struct Handshakes {
 /// Where a connection found its session to the other agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SessionKind {
-    /// It was made for it.
+    /// It was made while it waited.
     New,
-    /// It had carried others before.
+    /// It was there before.
     Reused,
     /// There was none: both workloads are on this node, under `verified-local`.
     VerifiedLocal,
@@ -187,14 +188,14 @@ impl AgentMetrics {
         )?;
         let streams = make.counters(
             "hauberk_streams_opened_total",
-            "Outgoing connections by the session to the other agent they went over: made for \
-             them (new), idle before (reused), or none, between two workloads of this node \
+            "Outgoing connections by the session to the other agent they went over: made while \
+             they waited (new), there before (reused), or none, between two workloads of this node \
              (verified_local).",
             &["session"],
         )?;
         let idle_sessions = make.gauges(
             "hauberk_idle_sessions",
-            "Sessions with other agents that are kept for the next connection, by the direction \
+            "Sessions with other agents that carry nothing now, by the direction \
              of their connections.",
             &["direction"],
         )?;
@@ -203,6 +204,11 @@ impl AgentMetrics {
             edges,
             open: PerDirection::resolve(|direction| open.with_label_values(&[direction])),
             open_duration: PerDirection::resolve(|direction| child(&open_duration, &[direction])),
+            moved: make.counter(
+                "hauberk_streams_moved_total",
+                "Outgoing connections that went on over a session of their own, since they had \
+                 much to say.",
+            )?,
             capture_restored: make.counter(
                 "hauberk_capture_restored_total",
                 "Times that capture rules were found altered by somebody else, and were restored.",
@@ -228,7 +234,7 @@ impl AgentMetrics {
             keys_renewed: make.counter(
                 "hauberk_session_keys_renewed_total",
                 "Sending keys of sessions with other agents that were renewed before their cipher's \
-                 limit, noted when a connection ends.",
+                 limit, noted when a connection with a session of its own ends, and on a shared one every few seconds.",
             )?,
             certificate_expiry: make.capped(
                 "hauberk_certificate_expiry_timestamp_seconds",
@@ -349,6 +355,11 @@ impl AgentMetrics {
             SessionKind::Reused => self.streams.reused.inc(),
             SessionKind::VerifiedLocal => self.streams.verified_local.inc(),
         }
+    }
+
+    /// Counts an outgoing connection that has moved to a session of its own.
+    pub fn stream_moved(&self) {
+        self.moved.inc();
     }
 
     /// Notes how long an incoming handshake waited for its turn.

@@ -1,6 +1,6 @@
 //! Where record lines go, and what happens when they cannot.
 //!
-//! A line is written whole with one call, or it counts as not written. What a full disk cut short
+//! A line is written whole, or it counts as not written. What a full disk cut short
 //! is closed with a line break before the next line, so that one lost record never spoils another.
 
 use std::fs::{self, File, OpenOptions};
@@ -8,6 +8,12 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+/// Bytes that one call writes to a file.
+const AT_ONCE: usize = 64 * 1024;
+
+/// Bytes that others cannot write into, who write to the same pipe (`PIPE_BUF`).
+const AT_ONCE_TO_PIPE: usize = 4096;
 
 /// Where record lines go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,25 +60,32 @@ impl Output {
         }
     }
 
-    /// Writes a line, which must end in a line break.
-    pub(super) fn write_line(&mut self, line: &[u8]) -> io::Result<()> {
+    /// How many bytes of lines are best written at once, if one alone is not longer.
+    pub(super) fn at_once(&self) -> usize {
+        if self.path.is_some() { AT_ONCE } else { AT_ONCE_TO_PIPE }
+    }
+
+    /// Writes lines, each of which must end in a line break. How many bytes of them were written.
+    pub(super) fn write_lines(&mut self, lines: &[u8]) -> (usize, io::Result<()>) {
         if self.torn {
-            self.file.write_all(b"\n")?;
+            if let Err(error) = self.file.write_all(b"\n") {
+                return (0, Err(error));
+            }
             self.torn = false;
         }
-        let mut rest = line;
-        while !rest.is_empty() {
+        let mut used = 0;
+        while let Some(rest) = lines.get(used..).filter(|rest| !rest.is_empty()) {
             match self.file.write(rest) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(0) => return (used, Err(io::ErrorKind::WriteZero.into())),
                 Ok(written) => {
-                    rest = rest.get(written..).unwrap_or_default();
-                    self.torn = !rest.is_empty();
+                    used += written;
+                    self.torn = lines.get(..used).is_some_and(|done| !done.ends_with(b"\n"));
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(error) => return (used, Err(error)),
             }
         }
-        Ok(())
+        (used, Ok(()))
     }
 
     /// Opens the path again when the open file is no longer the one found there.
@@ -131,7 +144,7 @@ mod tests {
         let path = folder.path().join("records.jsonl");
         fs::write(&path, "{\"a\":1}\n{\"b\":").unwrap();
         let mut output = Output::open(&Destination::File(path.clone())).unwrap();
-        output.write_line(b"{\"c\":3}\n").unwrap();
+        output.write_lines(b"{\"c\":3}\n").1.unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "{\"a\":1}\n{\"b\":\n{\"c\":3}\n");
     }
 
@@ -140,10 +153,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("records.jsonl");
         let mut output = Output::open(&Destination::File(path.clone())).unwrap();
-        output.write_line(b"1\n").unwrap();
+        output.write_lines(b"1\n").1.unwrap();
         fs::rename(&path, folder.path().join("records.jsonl.1")).unwrap();
         output.follow_rotation().unwrap();
-        output.write_line(b"2\n").unwrap();
+        output.write_lines(b"2\n").1.unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "2\n");
     }
 }

@@ -27,6 +27,9 @@ const TICK: Duration = Duration::from_secs(1);
 /// of them, where connections and the writer share a processor.
 const GATHER: Duration = Duration::from_millis(3);
 
+/// Records that are taken together: as many as gather in one pause on a busy node.
+const TOGETHER: usize = 256;
+
 /// A record on its way to the writer. One that is dropped unwritten counts itself as lost,
 /// whichever way it went: queue full, writer gone, or error.
 #[derive(Debug)]
@@ -108,19 +111,11 @@ impl Writer {
                     if waited {
                         thread::sleep(GATHER);
                     }
-                    self.write_record(queued);
-                }
-                Ok(Message::Stop(done)) => {
-                    // Callers that raced with the shutdown; none waits for the channel.
-                    while let Ok(Message::Write(queued)) = messages.try_recv() {
-                        self.write_record(queued);
+                    if let Some(done) = self.write_with(queued, messages) {
+                        return self.stop(&done, messages, &mut window);
                     }
-                    self.end_window(&mut window);
-                    if done.send(()).is_err() {
-                        tracing::debug!("connection records written after the shutdown's limit");
-                    }
-                    return;
                 }
+                Ok(Message::Stop(done)) => return self.stop(&done, messages, &mut window),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     self.end_window(&mut window);
@@ -141,17 +136,73 @@ impl Writer {
         }
     }
 
-    fn write_record(&mut self, queued: Queued) {
-        log_connection(&queued.record);
-        match self.write(&*queued.record) {
-            Ok(()) => {
-                queued.written();
-                self.recovered();
+    /// Writes what is left, and says so.
+    fn stop(&mut self, done: &SyncSender<()>, messages: &Receiver<Message>, window: &mut Window) {
+        // Callers that raced with the shutdown; none waits for the channel.
+        while let Ok(Message::Write(queued)) = messages.try_recv() {
+            // Only the first one stops it.
+            let _second = self.write_with(queued, messages);
+        }
+        self.end_window(window);
+        if done.send(()).is_err() {
+            tracing::debug!("connection records written after the shutdown's limit");
+        }
+    }
+
+    /// Writes a record and those that wait behind it. Whom to answer, if it is to stop then.
+    fn write_with(
+        &mut self,
+        first: Queued,
+        messages: &Receiver<Message>,
+    ) -> Option<SyncSender<()>> {
+        let (mut records, mut stop) = (vec![first], None);
+        while records.len() < TOGETHER {
+            match messages.try_recv() {
+                Ok(Message::Write(queued)) => records.push(queued),
+                Ok(Message::Stop(done)) => {
+                    stop = Some(done);
+                    break;
+                }
+                Err(_) => break,
             }
-            Err(error) => {
+        }
+        let (mut lines, mut ends) = (Vec::new(), Vec::new());
+        for queued in records {
+            log_connection(&queued.record);
+            let before = lines.len();
+            if let Err(error) = append(&mut lines, &*queued.record) {
+                lines.truncate(before);
                 drop(queued);
                 self.failed(&error, 1);
+                continue;
             }
+            if before > 0 && lines.len() > self.output.at_once() {
+                let rest = lines.split_off(before);
+                self.write_lines(&mem::replace(&mut lines, rest), mem::take(&mut ends));
+            }
+            ends.push((queued, lines.len()));
+        }
+        self.write_lines(&lines, ends);
+        stop
+    }
+
+    /// Writes the lines of records, each with where it ends.
+    fn write_lines(&mut self, lines: &[u8], ends: Vec<(Queued, usize)>) {
+        if ends.is_empty() {
+            return;
+        }
+        let (used, outcome) = self.output.write_lines(lines);
+        let mut lost = 0;
+        for (queued, end) in ends {
+            if end <= used {
+                queued.written();
+            } else {
+                lost += 1;
+            }
+        }
+        match outcome {
+            Ok(()) => self.recovered(),
+            Err(error) => self.failed(&error, lost),
         }
     }
 
@@ -180,9 +231,9 @@ impl Writer {
     }
 
     fn write<T: Serialize>(&mut self, line: &T) -> io::Result<()> {
-        let mut text = serde_json::to_vec(line)?;
-        text.push(b'\n');
-        self.output.write_line(&text)
+        let mut text = Vec::new();
+        append(&mut text, line)?;
+        self.output.write_lines(&text).1
     }
 
     fn failed(&mut self, error: &io::Error, records: u64) {
@@ -209,6 +260,13 @@ impl Writer {
             );
         }
     }
+}
+
+/// One line.
+fn append<T: Serialize>(lines: &mut Vec<u8>, line: &T) -> io::Result<()> {
+    serde_json::to_writer(&mut *lines, line)?;
+    lines.push(b'\n');
+    Ok(())
 }
 
 #[derive(Debug)]

@@ -242,18 +242,21 @@ fn a_caller_that_is_known_keeps_its_place_in_a_flood() -> anyhow::Result<()> {
 
 fn a_source_tells_who_it_was_in_its_next_hello() -> anyhow::Result<()> {
     const TOKEN: &[u8] = b"hauberk/1 caller ";
-    let mesh = Mesh::start()?;
+    let mut mesh = Mesh::start()?;
     let to = echoing(&mesh, 8080)?;
-    let mut held = Vec::new();
     for (number, has_token) in [(1, false), (2, true)] {
         let capture = mesh.wire().run(|| PacketCapture::start(&CaptureOptions::default()))??;
-        held.push(echoed(&mesh, "checkout", to)?);
+        end(echoed(&mesh, "checkout", to)?)?;
         let captured = capture.stop()?;
         ensure!(captured.is_complete(), "the capture is not whole");
         ensure!(!captured.handshakes(15_008).is_empty(), "session {number} was not seen");
         ensure!(captured.contains(TOKEN) == has_token, "session {number}");
+        // The next connection needs another session.
+        mesh.stop("machine-b");
+        mesh.start_agent("machine-b", &[])?;
+        mesh.wait_ready()?;
     }
-    held.into_iter().try_for_each(end)
+    Ok(())
 }
 
 /// Above what an honest agent keeps for one of its workloads at one other agent.

@@ -116,12 +116,27 @@ fn while_calling(
         acted?;
         server.join().map_err(|_| anyhow::anyhow!("the server panicked"))??;
         for count in counts {
-            let count = count.map_err(|_| anyhow::anyhow!("a caller panicked"))??;
+            let count = count
+                .map_err(|_| anyhow::anyhow!("a caller panicked"))?
+                .with_context(|| told(mesh))?;
             println!("{count} connections");
             ensure!(count > 20, "only {count} connections were made meanwhile");
         }
         anyhow::Ok(())
     })
+}
+
+/// What the agents said of connections that did not go well, and did.
+fn told(mesh: &Mesh) -> String {
+    let mut text = mesh.logs();
+    for machine in ["machine-a", "machine-b"] {
+        for record in mesh.all_records(machine).unwrap_or_default() {
+            if !is(&record, "close_reason", "complete") {
+                text.push_str(&format!("{machine}: {record}\n"));
+            }
+        }
+    }
+    text
 }
 
 /// The agents that run now follow the control plane, and tell it so.

@@ -12,7 +12,10 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use base64::{Engine, engine::general_purpose::STANDARD};
-use hauberk_core::{identity::SpiffeId, session::ALPN};
+use hauberk_core::{
+    identity::SpiffeId,
+    session::{ALPN, ALPN_MULTIPLEXED},
+};
 use hauberk_proto::v1::{
     IssueRequest, JoinRequest, enrollment_client::EnrollmentClient,
     workload_identity_client::WorkloadIdentityClient,
@@ -60,7 +63,7 @@ impl Forged {
                 .with_protocol_versions(&[&rustls::version::TLS13])?
                 .with_no_client_auth()
                 .with_single_cert(self.chain, key.into())?;
-        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.alpn_protocols = vec![ALPN_MULTIPLEXED.to_vec(), ALPN.to_vec()];
         Ok(config)
     }
 

@@ -24,12 +24,14 @@ mod identity;
 mod learn;
 mod local_edges;
 mod manifests;
+mod multiplexed;
 mod policy;
 mod programs;
 mod published;
 mod relay;
 mod restart;
 mod sessions;
+mod system_calls;
 mod systemd;
 mod tls;
 
@@ -79,11 +81,13 @@ fn main() -> std::process::ExitCode {
         control_plane::trials(),
         clock::trials(),
         manifests::trials(),
+        multiplexed::trials(),
         command::trials(),
         learn::trials(),
         demo::trials(),
         programs::trials(),
         published::trials(),
+        system_calls::trials(),
         systemd::trials(),
     ]
     .concat_trials();

@@ -510,8 +510,9 @@ pub(crate) fn answers_lost(mesh: &Mesh, from: &str, to: SocketAddr) -> anyhow::R
     refusing(mesh.listen(owner, to)?);
     let mut lost = 0;
     for round in 0..ROUNDS {
-        let client = mesh.connect(from, to)?;
-        let answer = upload(client).with_context(|| format!("round {round}"))?;
+        let told = || format!("round {round}\n{}", mesh.logs());
+        let client = mesh.connect(from, to).with_context(told)?;
+        let answer = upload(client).with_context(told)?;
         lost += usize::from(answer != REFUSAL);
     }
     Ok(lost)

@@ -273,7 +273,7 @@ fn a_caller_without_our_protocol_is_refused() -> anyhow::Result<()> {
     let listener = mesh.listen("ledger", mesh.ledger(8080))?;
     let forger = Forger::with_the_key_of(&mesh)?;
     let cases: [(&str, &[&[u8]], &str); 2] = [
-        ("none", &[], "the peer does not speak hauberk/1"),
+        ("none", &[], "the peer speaks neither hauberk/1 nor hauberk/2"),
         ("another", &[b"h2".as_slice()], "peer doesn't support any known protocol"),
     ];
     for (name, protocols, wanted) in cases {

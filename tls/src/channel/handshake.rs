@@ -57,6 +57,8 @@ pub struct Established {
     pub binding: [u8; 32],
     /// What tells the destination of a later connection who called in this one.
     pub token: CallerToken,
+    /// What the connection is called among those of the destination.
+    pub name: [u8; 16],
     /// Application bytes that came along with the handshake.
     pub plaintext: Vec<u8>,
     /// The beginning of a record that did.
@@ -190,6 +192,7 @@ impl Handshake {
             channel,
             peer,
             token: CallerToken::of(&binding)?,
+            name: name_of(&binding)?,
             binding,
             // An exact copy: the room that the handshake needed goes.
             plaintext: self.early.as_slice().to_vec(),
@@ -273,6 +276,13 @@ fn binding(
     let mut value = [0; 32];
     derive(&keys, b"channel binding", &mut value)?;
     Ok(value)
+}
+
+/// A name for a connection that only its two ends know. It tells nothing of any other value of it.
+fn name_of(binding: &[u8; 32]) -> Result<[u8; 16], Error> {
+    let mut name = [0; 16];
+    derive(binding, b"session name", &mut name)?;
+    Ok(name)
 }
 
 /// Derives at most 32 bytes of a secret.
