@@ -108,13 +108,18 @@ impl Drop for Removed {
 }
 
 impl Servers {
-    /// Starts them and waits until they answer.
-    pub(crate) fn start(lab: &Lab, namespace: &str, address: IpAddr) -> anyhow::Result<Self> {
+    /// Starts them for a contender and waits until they answer.
+    pub(crate) fn start(
+        lab: &Lab,
+        contender: &str,
+        namespace: &str,
+        address: IpAddr,
+    ) -> anyhow::Result<Self> {
         let host = address.to_string();
         let user =
             nix::unistd::User::from_name("postgres")?.context("there is no user postgres")?;
         // Of the server's own user, who may not look into the lab's folder.
-        let data = PathBuf::from(format!("/tmp/hauberk-apps-{}-{namespace}", std::process::id()));
+        let data = PathBuf::from(format!("/tmp/hauberk-apps-{}-{contender}", std::process::id()));
         fs::create_dir(&data)?;
         let removed = Removed(data.clone());
         // PostgreSQL refuses to run as root.

@@ -235,7 +235,7 @@ impl Field {
             | Contender::OneNode
             | Contender::VerifiedLocal => bail!("{} carries no apps", contender.name()),
         };
-        Servers::start(self.lab_of(contender)?, namespace, ipv4(number))
+        Servers::start(self.lab_of(contender)?, contender.word(), namespace, ipv4(number))
             .with_context(|| format!("the apps for {}", contender.name()))
     }
 
