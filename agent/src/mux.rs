@@ -44,8 +44,8 @@ use crate::session::{Facts, ProofRefused, Session, SessionError, Trunk};
 /// Bytes of frames that wait to be sealed, above which streams wait.
 const MOST_WAITING: usize = 128 * 1024;
 
-/// The same with all that does not wait, such as answers: whoever asks for more of them and does not read is given up. All
-/// streams that a session may have at a time can be answered within it.
+/// The same with all that does not wait, such as answers: whoever asks for more of them and does not read is given up. A
+/// kilobyte for each stream that a session may have at a time.
 const MOST_UNREAD: usize = 16 * 1024 * 1024;
 
 /// Streams for which there is room while there are none.
