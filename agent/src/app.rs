@@ -35,9 +35,8 @@ use crate::{
     policy::{Enforcer, Owner, POLICY_CHECK, Subscription, kept_owner},
 };
 
-/// Turns of tasks between two looks for what the network has. A turn of a bulk stream is some 150 µs: at
-/// tokio's 61 of them, small exchanges would wait for 9 ms.
-const EVENT_INTERVAL: u32 = 8;
+/// Threads for everything that is not a connection: certificates, policies, captures, pages.
+const CONTROL_THREADS: usize = 2;
 
 /// How long closing records may take to be written.
 const RECORDS_GRACE: Duration = Duration::from_secs(2);
@@ -57,8 +56,8 @@ pub fn main(args: Args) -> ExitCode {
         hauberk_telemetry::process::raise_file_limit();
         hauberk_telemetry::process::keep_memory_private();
         let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(CONTROL_THREADS)
             .enable_all()
-            .event_interval(EVENT_INTERVAL)
             .build()
             .context("start the runtime")?;
         let outcome = runtime.block_on(async {
@@ -132,7 +131,7 @@ pub async fn run(
         health.clone(),
         replaced.clone(),
     ));
-    let context = Arc::new(Context::new(
+    let context = Arc::new(Context::start(
         node.name.clone(),
         node.trust.clone(),
         metrics.clone(),
@@ -140,7 +139,7 @@ pub async fn run(
         args.local_edges,
         args.records_per_key.unwrap_or(u64::MAX),
         enforcer.subscribe(),
-    ));
+    )?);
     let board = StatusBoard::new(context.clone(), node.slot.clone());
     let starting = Starting::default();
     let (server, installation) = match &args.cni_plugin {

@@ -29,9 +29,10 @@ use crate::{
     edges::Edges,
     identity::LocalIdentity,
     inbound::{MAX_IDLE, MAX_IDLE_OF_IDENTITY},
+    lanes::Lanes,
     mux::Multiplexes,
     policy::Snapshot,
-    pool::Pool,
+    pool::{OfNode, Pool},
     published::PublishedPorts,
     services::Balancer,
     trunks::Trunks,
@@ -70,6 +71,10 @@ pub(crate) struct Context {
     pub(crate) stopping: CancellationToken,
     /// End the open ones.
     pub(crate) cut: CancellationToken,
+    /// The threads that carry connections.
+    pub(crate) lanes: Lanes,
+    /// Idle dedicated sessions of all workloads.
+    pooled: OfNode,
     open: AtomicUsize,
     snapshots: watch::Receiver<Arc<Snapshot>>,
 }
@@ -84,7 +89,11 @@ impl Drop for Open {
 }
 
 impl Context {
-    pub(crate) fn new(
+    /// Starts the threads that carry connections.
+    ///
+    /// # Errors
+    /// If there can be no thread.
+    pub(crate) fn start(
         node: String,
         trust: Arc<TrustSlot>,
         metrics: AgentMetrics,
@@ -92,8 +101,8 @@ impl Context {
         local_edges: LocalEdges,
         records_per_key: u64,
         snapshots: watch::Receiver<Arc<Snapshot>>,
-    ) -> Self {
-        Self {
+    ) -> anyhow::Result<Self> {
+        Ok(Self {
             node,
             trust,
             metrics,
@@ -110,9 +119,11 @@ impl Context {
             },
             stopping: CancellationToken::new(),
             cut: CancellationToken::new(),
+            lanes: Lanes::start()?,
+            pooled: OfNode::default(),
             open: AtomicUsize::new(0),
             snapshots,
-        }
+        })
     }
 
     /// Connections open now.
@@ -194,8 +205,10 @@ impl Local {
         identity: Arc<LocalIdentity>,
         place: Place,
     ) -> Self {
-        let pool = Pool::new(identity.slot.clone(), context.trust.clone(), context.metrics.clone());
-        let trunks = Trunks::new(identity.slot.clone(), context.trust.clone());
+        let (own, trust) = (identity.slot.clone(), context.trust.clone());
+        let pool = Pool::new(own, trust, context.metrics.clone(), context.pooled.clone());
+        let lanes = context.lanes.count();
+        let trunks = Trunks::new(identity.slot.clone(), context.trust.clone(), lanes);
         Self { workload, identity, place, pool, trunks }
     }
 

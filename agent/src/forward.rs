@@ -1,28 +1,28 @@
 //! Forwarding under a permit: the relay, raced against everything that can end the permission.
 
+mod carried;
+mod ending;
+
 use std::{
     ops::ControlFlow,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use hauberk_core::{
-    policy::{Denial, Reason},
-    session::{Reauthenticate, RefusalCause, ResetCause},
-    time::Timestamp,
-};
+use hauberk_core::{session::Reauthenticate, time::Timestamp};
 use hauberk_telemetry::record::Path;
 use tokio::sync::{oneshot, watch};
 
+pub(crate) use self::carried::Carried;
+use self::ending::{Cut, Ending, failed, wind_up};
 use crate::{
     authorize::Permit,
     context::{Context, Local},
-    mux,
     policy::Snapshot,
     quietly::Quietly,
     relay::{Application, End, Event, Relay},
     report::Report,
-    session::{OPEN_TIMEOUT, ProofRefused, Session, SessionError},
+    session::{OPEN_TIMEOUT, Session, SessionError},
     trunks::Mover,
 };
 
@@ -66,49 +66,14 @@ pub(crate) struct Forward<'a> {
     back: Option<oneshot::Sender<Box<Session>>>,
 }
 
-/// What carries the bytes.
-pub(crate) enum Carried {
-    /// A session of its own.
-    Dedicated(Box<Relay>),
-    /// One of many streams of a session.
-    Stream(Box<mux::Relay>),
-}
-
-/// The same without the application.
-enum Road {
-    Dedicated(Box<Session>),
-    Stream(mux::Stream),
-}
-
 /// How it went.
 pub(crate) enum Outcome {
     /// The stream is over. The session, if another stream may come on it.
     Over(Option<Box<Session>>),
+    /// The destination's agent did not answer.
+    Unanswered,
     /// The destination went away before it saw the stream, which may be opened anew elsewhere.
     NotTaken(Application),
-}
-
-enum Cut {
-    Policy(Denial),
-    Unregistered,
-    Certificate,
-    Draining,
-    Proof(ProofRefused),
-    Unanswered,
-    Silent,
-}
-
-impl Cut {
-    /// The new certificate of the own workload cannot be shown.
-    fn unproven(detail: String) -> Self {
-        Self::Proof(ProofRefused { reason: Reason::BadSvid, detail })
-    }
-}
-
-/// Why nothing is copied any more.
-enum Ending {
-    Cut(Cut),
-    Relay(End),
 }
 
 impl<'a> Forward<'a> {
@@ -363,30 +328,6 @@ impl<'a> Forward<'a> {
     }
 }
 
-/// What becomes of the relay that is over.
-async fn wind_up(
-    context: &Context,
-    mut relay: Carried,
-    ending: Box<Ending>,
-    report: &mut Report<'_>,
-) -> Outcome {
-    match *ending {
-        Ending::Relay(End::NotTaken) => Outcome::NotTaken(relay.into_parts().0),
-        Ending::Relay(end) => {
-            relay.tell_bytes(report);
-            if let Carried::Dedicated(relay) = &mut relay {
-                context.metrics.keys_renewed(relay.session.take_renewals());
-            }
-            Outcome::Over(finish(relay, end, report).await)
-        }
-        Ending::Cut(cut) => {
-            relay.tell_bytes(report);
-            cut_off(relay, &cut, report).await;
-            Outcome::Over(None)
-        }
-    }
-}
-
 /// A chance part of the time that there is: the peer goes by the certificate it was shown for `left` more.
 fn proof_delay(left: Duration) -> Duration {
     let share = getrandom::u32().map_or(0.0, |chance| f64::from(chance) / f64::from(u32::MAX));
@@ -437,242 +378,6 @@ async fn interruption(
             Err(_) => Interrupt::Cut(Cut::Unregistered),
         },
         () = tokio::time::sleep(pause) => Interrupt::Look,
-    }
-}
-
-async fn cut_off(relay: Carried, cut: &Cut, report: &mut Report<'_>) {
-    let cause = match cut {
-        // Nothing was open: its application waits.
-        Cut::Policy(denial) if !report.is_open() => {
-            report.denied(denial, None);
-            ResetCause::PolicyRevoked
-        }
-        Cut::Policy(denial) => {
-            report.terminated(Reason::PolicyRevoked, format!("{}: {}", denial.reason, denial.mend));
-            ResetCause::PolicyRevoked
-        }
-        Cut::Unregistered => {
-            let text = "the workload is no longer registered here".to_owned();
-            report.terminated(Reason::PolicyRevoked, text);
-            ResetCause::PolicyRevoked
-        }
-        Cut::Certificate => {
-            let text = "the peer's certificate ended and it showed no newer one".to_owned();
-            report.terminated(Reason::ExpiredCert, text);
-            ResetCause::CertificateExpired
-        }
-        Cut::Proof(ProofRefused { reason, detail }) => {
-            report.terminated(*reason, detail.clone());
-            ResetCause::Protocol
-        }
-        Cut::Draining => {
-            report.closed("draining", Some("the agent is stopping".to_owned()));
-            ResetCause::Draining
-        }
-        Cut::Unanswered => {
-            let text = "the destination's agent did not answer in time".to_owned();
-            report.closed("unreachable", Some(text));
-            if let Carried::Stream(stream) = &relay {
-                stream.distrust_session();
-            }
-            ResetCause::Application
-        }
-        Cut::Silent => {
-            let text = "the peer's machine acknowledges nothing any more".to_owned();
-            report.closed("session_failed", Some(text));
-            ResetCause::Application
-        }
-    };
-    break_off(relay, cause).await;
-}
-
-/// Resets the application, tells the peer why, and gives the session up.
-async fn break_off(relay: Carried, cause: ResetCause) {
-    let (application, road) = relay.into_parts();
-    application.reset();
-    if let Some(session) = road.reset(cause).await {
-        session.close().await;
-    }
-}
-
-impl Carried {
-    async fn run(&mut self) -> Event {
-        match self {
-            Self::Dedicated(relay) => relay.run().await,
-            Self::Stream(relay) => match relay.run().await {
-                mux::Fate::Accepted => Event::Accepted,
-                mux::Fate::Bulk => Event::Bulk,
-                mux::Fate::Moved => Event::Moved,
-                mux::Fate::End(end) => Event::End(end),
-            },
-        }
-    }
-
-    async fn connect_application(&mut self) -> std::io::Result<()> {
-        match self {
-            Self::Dedicated(relay) => relay.connect_application().await,
-            Self::Stream(relay) => relay.connect_application().await,
-        }
-    }
-
-    fn keep_alive(&mut self) {
-        match self {
-            Self::Dedicated(relay) => relay.keep_alive(),
-            Self::Stream(relay) => relay.keep_alive(),
-        }
-    }
-
-    fn awaits_answer(&self) -> bool {
-        match self {
-            Self::Dedicated(relay) => relay.session.machine.awaits_answer(),
-            Self::Stream(relay) => relay.awaits_answer(),
-        }
-    }
-
-    fn tell_bytes(&self, report: &mut Report<'_>) {
-        match self {
-            Self::Dedicated(relay) => report.bytes(relay.sent, relay.received),
-            Self::Stream(relay) => report.bytes(relay.sent, relay.received),
-        }
-    }
-
-    fn into_parts(self) -> (Application, Road) {
-        match self {
-            Self::Dedicated(relay) => {
-                let (application, session) = relay.into_parts();
-                (application, Road::Dedicated(session))
-            }
-            Self::Stream(relay) => {
-                let (application, stream) = relay.into_parts();
-                (application, Road::Stream(stream))
-            }
-        }
-    }
-}
-
-impl Road {
-    /// Breaks the stream off. The session, if another stream may come on it.
-    async fn reset(self, cause: ResetCause) -> Option<Box<Session>> {
-        match self {
-            Self::Dedicated(mut session) => {
-                session.reset(cause);
-                session.settle().await.then_some(session)
-            }
-            Self::Stream(stream) => {
-                stream.reset(cause);
-                None
-            }
-        }
-    }
-}
-
-/// The session, if another stream may come on it.
-async fn finish(relay: Carried, end: End, report: &mut Report<'_>) -> Option<Box<Session>> {
-    let by_application = matches!(end, End::Reset(ResetCause::Application | ResetCause::Answer));
-    let answer = match end {
-        End::Complete => {
-            report.closed("complete", None);
-            return match relay.into_parts().1 {
-                Road::Dedicated(session) => Some(session),
-                Road::Stream(_) => None,
-            };
-        }
-        End::ApplicationFailed(error) => {
-            report.closed("application_reset", Some(error.to_string()));
-            ResetCause::Application
-        }
-        End::Refused(refusal) => {
-            match refusal.cause {
-                RefusalCause::Denied(reason) => report.denied_by_peer(reason, &refusal),
-                RefusalCause::Unreachable => {
-                    report.closed("unreachable", Some(refusal.mend.clone()));
-                }
-            }
-            ResetCause::Answer
-        }
-        End::Reset(cause) => {
-            reset_by_peer(cause, report);
-            ResetCause::Answer
-        }
-        End::Truncated => {
-            report.closed("truncated", Some("the session ended before the stream did".to_owned()));
-            relay.into_parts().0.reset_when_delivered().await;
-            return None;
-        }
-        End::SessionFailed(error) => {
-            failed(&error, report);
-            relay.into_parts().0.reset_when_delivered().await;
-            return None;
-        }
-        End::Protocol(error) => {
-            report.closed("protocol_error", Some(error.to_string()));
-            let (application, road) = relay.into_parts();
-            application.reset();
-            if let Road::Dedicated(mut session) = road {
-                session.reset(ResetCause::Protocol);
-                // Nothing more is read of it. It may be gone.
-                drop(session.flush().await);
-            }
-            return None;
-        }
-        End::Cut(ProofRefused { reason, detail }) => {
-            report.terminated(reason, detail);
-            relay.into_parts().0.reset();
-            return None;
-        }
-        // The caller has taken care of it.
-        End::NotTaken => return None,
-    };
-    let (application, road) = relay.into_parts();
-    let reset = async {
-        if by_application {
-            application.reset_when_delivered().await;
-        } else {
-            application.reset();
-        }
-    };
-    // Neither waits for the other: an application that does not read costs no session.
-    tokio::join!(road.reset(answer), reset).0
-}
-
-fn reset_by_peer(cause: ResetCause, report: &mut Report<'_>) {
-    let word = match cause {
-        ResetCause::Application | ResetCause::Answer => "peer_application_reset",
-        ResetCause::PolicyRevoked => {
-            let text = "cut by the peer's agent after a policy change".to_owned();
-            report.terminated(Reason::PolicyRevoked, text);
-            "policy_revoked"
-        }
-        ResetCause::CertificateExpired => "peer_certificate_expired",
-        ResetCause::Draining => "peer_draining",
-        ResetCause::Protocol => "peer_protocol_error",
-    };
-    report.closed(word, None);
-}
-
-/// The peer may refuse us after our side of the handshake is done.
-fn failed(error: &SessionError, report: &mut Report<'_>) {
-    match error {
-        SessionError::Refused(failure) if !report.is_open() => {
-            let denial = crate::authorize::without_policy(failure.reason, "");
-            report.denied(&denial, Some(failure.detail.clone()));
-        }
-        SessionError::Refused(_)
-        | SessionError::Io(_)
-        | SessionError::TimedOut
-        | SessionError::Protocol(_)
-        | SessionError::Closed
-            if report.is_open() =>
-        {
-            report.closed("session_failed", Some(error.to_string()));
-        }
-        SessionError::Refused(_)
-        | SessionError::Io(_)
-        | SessionError::TimedOut
-        | SessionError::Protocol(_)
-        | SessionError::Closed => {
-            report.closed("unreachable", Some(format!("the destination's agent: {error}")));
-        }
     }
 }
 

@@ -46,7 +46,8 @@ pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 /// that has been idle for longest of the identity with most, at the node with most.
 pub(crate) const MAX_IDLE: usize = 8_192;
 
-/// Those of one identity of one node. An honest agent keeps 256 for one of its workloads and one of ours.
+/// Those of one identity of one node. An honest agent keeps 256 for one of its workloads and one of ours, and one for each
+/// of its cores.
 pub(crate) const MAX_IDLE_OF_IDENTITY: usize = 1_024;
 
 /// How often an idle session is held against what is current.
@@ -98,13 +99,20 @@ async fn serve_dedicated(
         let next = Box::pin(next).await;
         let open = match next {
             Next::Stream(open) => open,
-            Next::CarryOn(stream) => match Box::pin(carry_on(context, session, &stream)).await {
-                Some(again) => {
-                    session = again;
-                    continue;
+            Next::CarryOn(stream) => {
+                // The stream has it, wherever that is.
+                let lent = context.lanes.lent();
+                let again = Box::pin(carry_on(context, session, &stream)).await;
+                drop(lent);
+                match again {
+                    Some(again) => {
+                        session = again;
+                        session.come_here();
+                        continue;
+                    }
+                    None => return,
                 }
-                None => return,
-            },
+            }
             Next::Leave => {
                 // The caller's agent may be gone.
                 if session.go_away().is_ok() {
@@ -156,7 +164,9 @@ async fn serve_multiplexed(
         let (context, locals, caller) = (context.clone(), locals.clone(), caller.clone());
         let last = last.clone();
         let counted = context.opened();
-        tokio::spawn(async move {
+        // What their session says is theirs.
+        let lanes = context.clone();
+        lanes.lanes.here().carry(async move {
             let entrance = Entrance::Stream(stream);
             let admitted = Box::pin(admit(&context, &locals, entrance, &caller, from, open)).await;
             if let Admitted::Stream(stream) = admitted {
@@ -309,8 +319,8 @@ impl Stream<'_> {
         let Self { mut report, carried, mut forward, _share } = *self;
         match forward.run(carried, &mut report).await {
             Outcome::Over(session) => (session, forward.permit.asked()),
-            // Only a destination takes no streams, and that is us.
-            Outcome::NotTaken(_) => (None, forward.permit.asked()),
+            // Only a destination answers, and takes no streams, and that is us.
+            Outcome::NotTaken(_) | Outcome::Unanswered => (None, forward.permit.asked()),
         }
     }
 }

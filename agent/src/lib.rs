@@ -26,6 +26,7 @@ mod forward;
 mod handover;
 mod identity;
 mod inbound;
+mod lanes;
 mod local_edge;
 mod mux;
 mod outbound;

@@ -1,9 +1,10 @@
 //! A multiplexed session: one mutual TLS connection between two workload identities that carries many streams at a
 //! time, so that what many connections have to say goes out in one record, and an idle one costs next to nothing.
 //!
-//! `driver.rs` has the socket, in a task of its own (`tend.rs`); `stream.rs` is one stream, of the task of its connection.
-//! Between them stands what is here, behind a lock that is held for as long as it takes to copy a frame. What a stream has to
-//! say is gathered until everything else that is ready has had its turn, then sealed and written at once.
+//! `driver.rs` reads and writes for all of them, in a task of its own (`tend.rs`); `stream.rs` is one stream, of the task of
+//! its connection. Between them stands what is here, behind a lock that is held for as long as it takes to copy a frame. What
+//! several streams have to say is gathered until everything else that is ready has had its turn, then sealed and written at
+//! once; where one alone speaks, its own task sends it (`wire.rs`).
 //!
 //! A stream with much to say moves to a dedicated session (`session.rs`), where bytes are not copied once more:
 //! `stream.rs` tells how.
@@ -14,6 +15,7 @@ mod tend;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 mod tests;
+mod wire;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -39,7 +41,8 @@ pub(crate) use driver::Driver;
 pub(crate) use stream::{Fate, Moved, Relay, Stream};
 pub(crate) use tend::{Multiplexes, tend_destination, tend_source};
 
-use crate::session::{Facts, ProofRefused, Session, SessionError, Trunk};
+use crate::session::{Facts, ProofRefused, Session, SessionError, Trunk, with_scratch};
+use wire::Wire;
 
 /// Bytes of frames that wait to be sealed, above which streams wait.
 const MOST_WAITING: usize = 128 * 1024;
@@ -54,6 +57,8 @@ const SPARE: usize = 64;
 /// What the tasks of its streams and its driver share.
 pub(crate) struct Mux {
     state: Mutex<State>,
+    /// For as long as there is a driver. Who has both locks has taken this one first.
+    wire: Mutex<Option<Wire>>,
     peer: SpiffeId,
     server_name: Option<String>,
     tls: Arc<TlsInfo>,
@@ -69,6 +74,9 @@ struct State {
     out: Vec<u8>,
     /// Whose they are.
     speakers: Speakers,
+    /// Flushes in a row that had the frames of one stream alone.
+    alone: u32,
+    /// Who wakes it; nobody after it was woken, until it has looked for what was said.
     driver: Option<Waker>,
     /// Streams that wait for room in `out`, each once.
     waiting: Vec<u32>,
@@ -136,12 +144,14 @@ impl Mux {
             tls: facts.tls().clone(),
             name: facts.name(),
             made: facts.made(),
+            wire: Mutex::new(Some(Wire::new(link))),
             state: Mutex::new(State {
                 machine: Multiplex::new(facts.role()),
                 facts,
                 streams: HashMap::new(),
                 out: Vec::new(),
                 speakers: Speakers::None,
+                alone: 0,
                 driver: None,
                 waiting: Vec::new(),
                 owed: VecDeque::new(),
@@ -152,7 +162,7 @@ impl Mux {
             }),
         });
         mux.lock().note_idle();
-        let driver = Driver::new(mux.clone(), link, plain);
+        let driver = Driver::new(mux.clone(), plain);
         (mux, driver)
     }
 
@@ -231,7 +241,11 @@ impl Mux {
         let State { machine, out, .. } = &mut *state;
         let number = machine.open(open, out).map_err(misuse)?;
         state.streams.insert(number, Entry::default());
-        state.spoken(number);
+        let at_once = state.speaks(number);
+        drop(state);
+        if at_once {
+            with_scratch(|scratch| self.send_at_once(scratch));
+        }
         Ok(Stream::new(self.clone(), number))
     }
 
@@ -300,17 +314,35 @@ impl Mux {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn wire(&self) -> MutexGuard<'_, Option<Wire>> {
+        self.wire.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl State {
-    /// A stream has said something.
-    fn spoken(&mut self, number: u32) {
+    /// A stream has said something. Whether its task is to send that at once, with [`Mux::send_at_once`]; otherwise the
+    /// driver will.
+    fn speaks(&mut self, number: u32) -> bool {
         self.speakers = match self.speakers {
             Speakers::None => Speakers::One(number),
             Speakers::One(other) if other == number => Speakers::One(number),
             Speakers::One(_) | Speakers::Several => Speakers::Several,
         };
-        self.wake_driver();
+        self.note_idle();
+        // The driver sees to it that a session ends whose last stream has.
+        let at_once = self.driver.is_some() && !self.gathers() && !self.retiring;
+        if !at_once {
+            self.wake_driver();
+        }
+        at_once
+    }
+
+    /// The same where the driver is to send it in any case.
+    fn spoken(&mut self, number: u32) {
+        if self.speaks(number) {
+            self.wake_driver();
+        }
     }
 
     /// Something has changed that the driver has to see to.

@@ -254,6 +254,12 @@ async fn carry(
                 local.pool.put(&way.edge, session, way.port());
                 return;
             }
+            Outcome::Unanswered => {
+                // Its machine may be gone, and no session to it can be told from a good one.
+                local.trunks.distrust(&way.edge);
+                local.pool.forget(&way.edge);
+                return;
+            }
             Outcome::Over(None) => {
                 if reused && !report.is_open() {
                     // The destination's machine may have gone without a word, and all sessions with it.
@@ -341,7 +347,8 @@ pub(crate) async fn dedicated(
     local: &Local,
     edge: &Edge,
 ) -> Result<Box<Session>, SessionError> {
-    if let Some(session) = local.pool.take(edge) {
+    if let Some(mut session) = local.pool.take(edge) {
+        session.come_here();
         return Ok(session);
     }
     match connect(context, local, edge, &local.identity.dedicated_tls).await? {

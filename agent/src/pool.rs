@@ -8,7 +8,10 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -21,7 +24,7 @@ use crate::session::Session;
 /// Idle sessions of one edge: what many bulk transfers at once leave behind.
 const MAX_OF_EDGE: usize = 256;
 
-/// Idle sessions of all workloads of this node.
+/// The same of all workloads of this node.
 const MAX_OF_NODE: usize = 4_096;
 
 /// A session that nobody used for this long is closed. Below the destination's patience
@@ -50,7 +53,30 @@ pub(crate) struct Pool {
     own: Arc<CredentialSlot>,
     trust: Arc<TrustSlot>,
     metrics: AgentMetrics,
+    of_node: OfNode,
     state: Mutex<State>,
+}
+
+/// How many idle sessions all pools of a node have.
+#[derive(Clone, Default)]
+pub(crate) struct OfNode(Arc<AtomicUsize>);
+
+/// One of them.
+struct Pooled(OfNode);
+
+impl OfNode {
+    /// One more, if there may be more.
+    fn add(&self) -> Option<Pooled> {
+        // Counted again when it is dropped.
+        let pooled = Pooled(self.clone());
+        (self.0.fetch_add(1, Ordering::Relaxed) < MAX_OF_NODE).then_some(pooled)
+    }
+}
+
+impl Drop for Pooled {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 #[derive(Default)]
@@ -68,7 +94,7 @@ struct Idle {
     /// The port of its last stream.
     port: u16,
     since: Instant,
-    _counted: IdleSession,
+    _counted: (Pooled, IdleSession),
 }
 
 impl Pool {
@@ -76,8 +102,9 @@ impl Pool {
         own: Arc<CredentialSlot>,
         trust: Arc<TrustSlot>,
         metrics: AgentMetrics,
+        of_node: OfNode,
     ) -> Self {
-        Self { own, trust, metrics, state: Mutex::default() }
+        Self { own, trust, metrics, of_node, state: Mutex::default() }
     }
 
     /// The session that was used last, if there is one: the others may grow old.
@@ -125,14 +152,16 @@ impl Pool {
         let (own, trust, now) = (self.own.load(), self.trust.load(), hauberk_tls::now());
         let fit = session.is_current(own.as_ref(), &trust, now)
             && session.made().elapsed() < MAX_AGE
-            && session.is_quiet()
-            && self.metrics.idle_sessions(Direction::Outbound) < MAX_OF_NODE;
+            && session.is_quiet();
         let mut state = self.lock();
-        if fit && !state.retired {
+        if fit
+            && !state.retired
+            && let Some(pooled) = self.of_node.add()
+        {
             let of_edge = state.edges.entry(edge.clone()).or_default();
             if of_edge.len() < MAX_OF_EDGE {
-                let counted = self.metrics.session_idle(Direction::Outbound);
-                of_edge.push(Idle { session, port, since: Instant::now(), _counted: counted });
+                let _counted = (pooled, self.metrics.session_idle(Direction::Outbound));
+                of_edge.push(Idle { session, port, since: Instant::now(), _counted });
                 return;
             }
         }

@@ -125,6 +125,17 @@ impl Application {
         }
     }
 
+    /// Has the kernel ask now and then whether it is still there, unless that was `done` before: most connections do not
+    /// last so long.
+    pub(crate) fn keep_alive(&self, done: &mut bool) {
+        if !std::mem::replace(done, true)
+            && let Some(stream) = self.stream()
+        {
+            // It may be gone already.
+            drop(keep_alive(stream));
+        }
+    }
+
     /// Lets what was written go out, now that both have sent their last byte.
     pub(crate) fn complete(&self) {
         if let Some(stream) = self.stream() {
@@ -224,14 +235,9 @@ impl Relay {
         self.application.connect().await
     }
 
-    /// Has the kernel ask now and then whether the application is still there: most connections do not last so long.
+    /// As [`Application::keep_alive`].
     pub(crate) fn keep_alive(&mut self) {
-        if !std::mem::replace(&mut self.kept_alive, true)
-            && let Some(stream) = self.application.stream()
-        {
-            // It may be gone already.
-            drop(keep_alive(stream));
-        }
+        self.application.keep_alive(&mut self.kept_alive);
     }
 
     pub(crate) fn into_parts(mut self) -> (Application, Box<Session>) {
@@ -348,7 +354,7 @@ impl Relay {
         after.copy_from_slice(&header);
         let length = seal_records(&mut self.session, scratch, start + read).map_err(end_of)?;
         let sealed = &scratch.cipher[..length];
-        if !self.session.poll_send(cx, sealed).map_err(end_of)? {
+        if !self.session.send(sealed).map_err(end_of)? {
             self.up = (self.up / 2).max(1);
         }
         Poll::Ready(Ok(()))

@@ -293,14 +293,15 @@ impl Session {
         self.link.seal_in_place(record)
     }
 
-    /// Sends sealed bytes; what does not go out now waits. Only while nothing else waits. Returns
-    /// whether all of it went.
-    pub(crate) fn poll_send(
-        &mut self,
-        cx: &mut Context<'_>,
-        sealed: &[u8],
-    ) -> Result<bool, SessionError> {
-        self.link.poll_send(cx, sealed)
+    /// From now on the calling thread is woken by its socket.
+    pub(crate) fn come_here(&mut self) {
+        self.link.come_here();
+    }
+
+    /// Sends sealed bytes; what does not go out now waits, for [`Self::poll_unsent`]. Only while nothing else waits.
+    /// Returns whether all of it went.
+    pub(crate) fn send(&mut self, sealed: &[u8]) -> Result<bool, SessionError> {
+        self.link.send(sealed)
     }
 
     /// Ready once all sealed bytes are out.

@@ -1,4 +1,4 @@
-//! The multiplexed sessions of one local workload, one for each edge; and what makes dedicated ones for streams with
+//! The multiplexed sessions of one local workload, one for each edge and thread that carries connections; and what makes dedicated ones for streams with
 //! much to say.
 //!
 //! Every workload has its own, so that no stream can come upon a session of another identity. Whether one is still
@@ -15,6 +15,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::{
     context::{Context, Local},
+    lanes::Lane,
     mux::{Mux, tend_source},
     outbound,
     pool::{Edge, MAX_AGE, MAX_IDLE},
@@ -25,7 +26,8 @@ use crate::{
 pub(crate) struct Trunks {
     own: Arc<CredentialSlot>,
     trust: Arc<TrustSlot>,
-    state: Mutex<State>,
+    /// Those of each thread that carries connections.
+    lanes: Box<[Mutex<State>]>,
 }
 
 #[derive(Default)]
@@ -120,8 +122,9 @@ async fn make(
 }
 
 impl Trunks {
-    pub(crate) fn new(own: Arc<CredentialSlot>, trust: Arc<TrustSlot>) -> Self {
-        Self { own, trust, state: Mutex::default() }
+    /// For so many threads that carry connections.
+    pub(crate) fn new(own: Arc<CredentialSlot>, trust: Arc<TrustSlot>, lanes: usize) -> Self {
+        Self { own, trust, lanes: (0..lanes.max(1)).map(|_| Mutex::default()).collect() }
     }
 
     fn find(&self, edge: &Edge, to_port: u16) -> Found {
@@ -165,18 +168,28 @@ impl Trunks {
         self.lock().edges.remove(edge);
     }
 
+    /// No further stream comes on any of an edge: the next one finds out whether anybody is there.
+    pub(crate) fn distrust(&self, edge: &Edge) {
+        for mut state in self.all() {
+            if let Some(trunk) = state.edges.remove(edge) {
+                trunk.retire();
+            }
+        }
+    }
+
     /// No further stream comes on any, from now on.
     pub(crate) fn retire(&self) {
-        let mut state = self.lock();
-        state.retired = true;
-        for trunk in std::mem::take(&mut state.edges).into_values() {
-            trunk.retire();
+        for mut state in self.all() {
+            state.retired = true;
+            for trunk in std::mem::take(&mut state.edges).into_values() {
+                trunk.retire();
+            }
         }
     }
 
     /// Closes what is no longer current, and what carries nothing and leads where `allows` says no.
     pub(crate) fn sweep(&self, allows: impl Fn(&Edge, u16) -> bool) {
-        self.lock().edges.retain(|edge, trunk| {
+        let stays = |edge: &Edge, trunk: &mut Trunk| {
             let stays = match trunk {
                 Trunk::Making(coming) => coming.has_changed().is_ok(),
                 Trunk::Ready { mux, port } => {
@@ -189,13 +202,27 @@ impl Trunks {
                 trunk.retire();
             }
             stays
-        });
+        };
+        for mut state in self.all() {
+            state.edges.retain(stays);
+        }
     }
 
-    /// Plain data: a panic elsewhere leaves nothing half-changed in it.
+    /// Those of the calling thread.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        // There is always one.
+        locked(&self.lanes[Lane::current().index().min(self.lanes.len() - 1)])
     }
+
+    /// Those of all threads, one after another.
+    fn all(&self) -> impl Iterator<Item = MutexGuard<'_, State>> {
+        self.lanes.iter().map(locked)
+    }
+}
+
+/// Plain data: a panic elsewhere leaves nothing half-changed in it.
+fn locked(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Trunk {

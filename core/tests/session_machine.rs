@@ -2,36 +2,15 @@
 //! other, whatever they do and however the bytes between them are cut.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+mod session_samples;
+
 use std::collections::{BTreeMap, VecDeque};
 
-use hauberk_core::{
-    policy::Reason,
-    session::{
-        Event, FrameError, FrameType, Header, Machine, Misuse, Open, Refusal, RefusalCause,
-        ResetCause, Role,
-    },
+use hauberk_core::session::{
+    Event, FrameError, FrameType, Header, Machine, Misuse, ResetCause, Role,
 };
 use proptest::prelude::*;
-
-fn open() -> Open {
-    Open {
-        connection_id: [7; 16],
-        trace_id: [0; 16],
-        original_destination: "10.0.0.1:80".parse().unwrap(),
-        source_address: "[fd00::1]:4000".parse().unwrap(),
-    }
-}
-
-fn refusal() -> Refusal {
-    Refusal {
-        cause: RefusalCause::Denied(Reason::NoMatchingRule),
-        policy: "payments/ledger".to_owned(),
-        rule: String::new(),
-        owner: "payments".to_owned(),
-        nearest_miss: String::new(),
-        mend: "ask".to_owned(),
-    }
-}
+use session_samples::{open, refusal};
 
 /// Two sides with a taken stream.
 fn taken() -> (Machine, Machine) {

@@ -2,36 +2,16 @@
 //! each other, whatever they do and however the bytes between them are cut.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+mod session_samples;
+
 use std::collections::{BTreeMap, BTreeSet};
 
-use hauberk_core::{
-    policy::Reason,
-    session::{
-        FrameError, FrameType, Header, INITIAL_CREDIT, MAX_AT_A_TIME, Multiplex, OfStream, Open,
-        Refusal, RefusalCause, ResetCause, Role,
-    },
+use hauberk_core::session::{
+    FrameError, FrameType, Header, INITIAL_CREDIT, MAX_AT_A_TIME, Multiplex, OfStream, ResetCause,
+    Role,
 };
 use proptest::prelude::*;
-
-fn open() -> Open {
-    Open {
-        connection_id: [7; 16],
-        trace_id: [0; 16],
-        original_destination: "10.0.0.1:80".parse().unwrap(),
-        source_address: "[fd00::1]:4000".parse().unwrap(),
-    }
-}
-
-fn refusal() -> Refusal {
-    Refusal {
-        cause: RefusalCause::Denied(Reason::NoMatchingRule),
-        policy: "payments/ledger".to_owned(),
-        rule: String::new(),
-        owner: "payments".to_owned(),
-        nearest_miss: String::new(),
-        mend: "ask".to_owned(),
-    }
-}
+use session_samples::{open, refusal};
 
 /// What a session makes of bytes, in words: the stream, and what came of it.
 fn events(session: &mut Multiplex, mut bytes: &[u8]) -> Vec<String> {

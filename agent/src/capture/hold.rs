@@ -26,7 +26,10 @@ use hauberk_linux::{
 use tokio::{
     io::Interest,
     net::{TcpListener, TcpStream, UnixDatagram},
-    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    sync::{
+        OwnedSemaphorePermit, Semaphore,
+        oneshot::{self, error::TryRecvError},
+    },
 };
 use tokio_util::task::AbortOnDropHandle;
 
@@ -35,6 +38,7 @@ use super::listeners::{ACCEPT_RETRY, MAX_CONNECTIONS, OutboundSockets, Pair, sha
 use crate::{
     context::{Context, Place, canonical},
     handover::Seat,
+    lanes::{Lane, bring_here},
 };
 
 /// How long an application's kernel may take to answer, if it still has the attempt. It answers at once unless it is out
@@ -43,6 +47,9 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long a connection that has arrived may wait to be accepted.
 const ACCEPT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Turns of everything that is ready, which are waited for before a timer is set.
+const TURNS: usize = 2;
 
 /// How long it is waited until it is asked whether the application is still there, doubled each time.
 const FIRST_LOOK: Duration = Duration::from_millis(20);
@@ -61,6 +68,8 @@ pub(super) struct Outbound {
 struct Held {
     kernel: capture::Hold,
     place: Place,
+    /// Where they arrive.
+    home: Lane,
     table: Mutex<Table<oneshot::Sender<TcpStream>>>,
     /// Take what was let go, for as long as anything is held.
     _arrivals: Vec<AbortOnDropHandle<()>>,
@@ -75,13 +84,14 @@ pub(crate) struct Waiting {
 }
 
 impl Outbound {
-    /// Serves each connection of the workload in a task of its own. `dialled` gets what was dialled to the agent's own
+    /// Serves each connection of the workload in a task of its own; they are taken at `home`. `dialled` gets what was dialled to the agent's own
     /// port, which no capture rule led there.
     ///
     /// # Errors
     /// If the runtime does not take the sockets.
     pub(super) fn start<S, D>(
         context: &Arc<Context>,
+        home: Lane,
         place: Place,
         sockets: OutboundSockets,
         serve: impl Fn(Arc<Context>, Box<Waiting>) -> Option<S> + Send + 'static,
@@ -92,6 +102,7 @@ impl Outbound {
         D: Future<Output = ()> + Send + 'static,
     {
         let OutboundSockets { listeners: Pair { port, listeners }, arrivals, hold, seat } = sockets;
+        let _at_home = context.lanes.enter(home)?;
         let arrivals = arrivals.listeners.into_iter();
         let arrivals: Vec<_> = arrivals
             .map(|bound| TcpListener::from_std(bound.listener).context("register a listener"))
@@ -99,6 +110,7 @@ impl Outbound {
         let held = Arc::new_cyclic(|held: &Weak<Held>| Held {
             kernel: hold,
             place,
+            home,
             table: Mutex::new(Table::new()),
             _arrivals: arrivals
                 .into_iter()
@@ -118,7 +130,7 @@ impl Outbound {
                     let (stream, from) = accept_next(&listener).await;
                     let open = context.opened();
                     let serving = dialled(context.clone(), stream, canonical(from));
-                    tokio::spawn(async move {
+                    context.lanes.here().carry(async move {
                         serving.await;
                         drop(open);
                     });
@@ -205,7 +217,7 @@ async fn take<S>(
             let Some(serving) = serve(context.clone(), waiting) else { continue };
             // In a box of its own: a future that is moved into a task is in it twice.
             let (serving, open) = (Box::pin(serving), context.opened());
-            tokio::spawn(async move {
+            context.lanes.choose().carry(async move {
                 serving.await;
                 drop((open, place));
             });
@@ -291,10 +303,21 @@ impl Waiting {
         let (to, mut receiver) = oneshot::channel();
         let opening = self.held.lock().let_go(self.ends, to).ok_or_else(given_up)?;
         self.held.let_go(&opening);
+        let is_home = self.held.home == Lane::current();
+        let stream = match if is_home { soon(&mut receiver).await } else { None } {
+            Some(arrived) => arrived,
+            None => Box::pin(self.arrival(&mut receiver)).await,
+        };
+        self.arrived = stream.is_some();
+        bring_here(stream.ok_or_else(given_up)?, self.held.home)
+    }
+
+    /// What was let go, if it arrives.
+    async fn arrival(&self, receiver: &mut oneshot::Receiver<TcpStream>) -> Option<TcpStream> {
         let arrival = async {
             let (mut pause, mut answered) = (FIRST_LOOK, None);
             loop {
-                match tokio::time::timeout(pause, &mut receiver).await {
+                match tokio::time::timeout(pause, &mut *receiver).await {
                     Ok(arrived) => return arrived.ok(),
                     Err(_) => match self.held.wish(self.ends) {
                         Wish::Open => answered = None,
@@ -311,10 +334,22 @@ impl Waiting {
                 pause = (pause * 2).min(ACCEPT_PATIENCE);
             }
         };
-        let stream = tokio::time::timeout(ANSWER_PATIENCE, arrival).await.ok().flatten();
-        self.arrived = stream.is_some();
-        stream.ok_or_else(given_up)
+        tokio::time::timeout(ANSWER_PATIENCE, arrival).await.ok().flatten()
     }
+}
+
+/// What arrives as soon as the network was asked once or twice, as nearly everything does: a timer, which wakes the
+/// thread's runtime by a system call, is not for that.
+async fn soon(receiver: &mut oneshot::Receiver<TcpStream>) -> Option<Option<TcpStream>> {
+    for _ in 0..TURNS {
+        tokio::task::yield_now().await;
+        match receiver.try_recv() {
+            Ok(stream) => return Some(Some(stream)),
+            Err(TryRecvError::Closed) => return Some(None),
+            Err(TryRecvError::Empty) => {}
+        }
+    }
+    None
 }
 
 fn given_up() -> io::Error {

@@ -99,11 +99,12 @@ impl HostCapture {
     /// wait in a listener that was handed over.
     fn accept_bound(&mut self, context: &Arc<Context>) -> anyhow::Result<()> {
         if let Some(Inbound { plaintext, mesh, tls }) = self.bound.take() {
+            let home = context.lanes.next_home();
             for listener in plaintext.listeners {
-                self.inbound.push(accept_plaintext(context, listener, &self.locals)?);
+                self.inbound.push(accept_plaintext(context, home, listener, &self.locals)?);
             }
             for listener in mesh.listeners {
-                self.inbound.push(accept_mesh(context, listener, &self.locals, &tls)?);
+                self.inbound.push(accept_mesh(context, home, listener, &self.locals, &tls)?);
             }
         }
         for (key, sockets) in std::mem::take(&mut self.bound_outbound) {
@@ -215,6 +216,7 @@ impl HostCapture {
         let (of_dialled, key_of_dialled) = (locals.clone(), key.clone());
         Outbound::start(
             context,
+            context.lanes.next_home(),
             Place::Host(self.published.clone()),
             sockets,
             move |context, waiting| {

@@ -29,6 +29,7 @@ use tokio::{
 use crate::{
     context::{Context, canonical},
     handover::{Inherited, Role, Seat},
+    lanes::Lane,
 };
 
 /// The pause after a failed accept, so that being out of descriptors does not spin.
@@ -219,9 +220,10 @@ pub(crate) struct CapturedConnection {
     pub(crate) wanted: Option<SocketAddr>,
 }
 
-/// Serves every connection of a listener in a task of its own.
+/// Serves every connection of a listener in a task of its own; the listener is at `home`.
 pub(super) fn accept<F>(
     context: &Arc<Context>,
+    home: Lane,
     bound: Bound,
     serve: impl Fn(Arc<Context>, CapturedConnection) -> F + Send + 'static,
 ) -> anyhow::Result<Accepting>
@@ -230,6 +232,7 @@ where
 {
     let Bound { seat, listener } = bound;
     let own = listener.local_addr().context("a listener's address")?;
+    let _at_home = context.lanes.enter(home)?;
     let listener = Arc::new(TcpListener::from_std(listener).context("register a listener")?);
     let (context, accepting) = (context.clone(), listener.clone());
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
@@ -240,7 +243,9 @@ where
                 () = context.stopping.cancelled() => return,
                 accepted = accepting.accept() => accepted,
             };
-            match accepted {
+            let chosen = context.lanes.spread();
+            let brought = accepted.and_then(|(stream, from)| Ok((chosen.bring(stream)?, from)));
+            match brought {
                 Ok((stream, from)) => {
                     let wanted = stream.local_addr().ok().filter(|address| *address != own);
                     let captured = CapturedConnection {
@@ -251,7 +256,7 @@ where
                     // In a box of its own: a future that is moved into a task is in it twice.
                     let served = Box::pin(serve(context.clone(), captured));
                     let open = context.opened();
-                    tokio::spawn(async move {
+                    chosen.carry(async move {
                         served.await;
                         drop((open, place));
                     });

@@ -29,6 +29,7 @@ use crate::{
     context::{Context, Local, MESH_PORT, Place},
     handover::{Inherited, Replaced, Role, Seat},
     identity::Identities,
+    lanes::Lane,
     outbound,
 };
 
@@ -51,6 +52,8 @@ pub(super) struct NamespaceCapture {
     worker: Arc<NetnsWorker>,
     guard: Guard,
     locals: Arc<Locals>,
+    /// Where its connections are while there are few.
+    home: Lane,
     ports: Ports,
     outbound: Option<Outbound>,
     listeners: Vec<Accepting>,
@@ -100,6 +103,7 @@ impl NamespaceCapture {
             worker,
             guard,
             locals,
+            home: context.lanes.next_home(),
             ports: Ports::default(),
             outbound: None,
             listeners: Vec::new(),
@@ -191,6 +195,7 @@ impl NamespaceCapture {
         let only = |locals: &Locals| locals.all().into_iter().next();
         self.outbound = Some(Outbound::start(
             &self.context,
+            self.home,
             Place::Namespace(self.worker.clone()),
             outbound,
             move |context, waiting| {
@@ -204,14 +209,15 @@ impl NamespaceCapture {
         )?);
         let Pair { port, listeners } = plaintext?;
         self.ports.plaintext = Some(port);
+        let (context, home) = (&self.context, self.home);
         for listener in listeners {
-            self.listeners.push(accept_plaintext(&self.context, listener, &self.locals)?);
+            self.listeners.push(accept_plaintext(context, home, listener, &self.locals)?);
         }
         let Pair { port, listeners } = mesh?;
         self.ports.mesh = Some(port);
-        let tls = mesh_tls(&self.context, &self.locals)?;
+        let tls = mesh_tls(context, &self.locals)?;
         for listener in listeners {
-            self.listeners.push(accept_mesh(&self.context, listener, &self.locals, &tls)?);
+            self.listeners.push(accept_mesh(context, home, listener, &self.locals, &tls)?);
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use super::{
     Locals,
     listeners::{Accepting, Bound, CapturedConnection, accept},
 };
-use crate::{context::Context, inbound};
+use crate::{context::Context, inbound, lanes::Lane};
 
 /// The protocols of sessions. If the caller's agent knows both, it opens many streams at a time.
 const SERVED: [&[u8]; 2] = [ALPN_MULTIPLEXED, ALPN];
@@ -23,12 +23,13 @@ pub(super) fn mesh_tls(context: &Context, locals: &Locals) -> anyhow::Result<Arc
 
 pub(super) fn accept_mesh(
     context: &Arc<Context>,
+    home: Lane,
     listener: Bound,
     locals: &Arc<Locals>,
     tls: &Arc<ServerConfig>,
 ) -> anyhow::Result<Accepting> {
     let (locals, tls) = (locals.clone(), tls.clone());
-    accept(context, listener, move |context, captured| {
+    accept(context, home, listener, move |context, captured| {
         let (locals, tls) = (locals.clone(), tls.clone());
         async move {
             let CapturedConnection { stream, from, wanted } = captured;
@@ -43,11 +44,12 @@ pub(super) fn accept_mesh(
 
 pub(super) fn accept_plaintext(
     context: &Arc<Context>,
+    home: Lane,
     listener: Bound,
     locals: &Arc<Locals>,
 ) -> anyhow::Result<Accepting> {
     let locals = locals.clone();
-    accept(context, listener, move |context, captured| {
+    accept(context, home, listener, move |context, captured| {
         let locals = locals.clone();
         async move { inbound::serve_plaintext(&context, &locals, captured).await }
     })

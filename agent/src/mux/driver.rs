@@ -1,4 +1,5 @@
-//! The socket of a multiplexed session: what streams have gathered goes out, what comes in is handed to them.
+//! What a multiplexed session's own task does with its socket: what streams have gathered goes out, what comes in is handed
+//! to them.
 
 use std::{
     io,
@@ -8,13 +9,10 @@ use std::{
 };
 
 use hauberk_core::session::{OfStream, Open, Reauthenticate};
-use hauberk_tls::{
-    Credential,
-    channel::{MAX_PLAINTEXT, RECORD_HEADER, RECORD_OVERHEAD},
-};
+use hauberk_tls::Credential;
 
 use super::{Ended, Entry, MOST_UNREAD, Mux, Speakers, State, Stream};
-use crate::session::{Link, RECORD, SLOTS, Scratch, SessionError, with_scratch};
+use crate::session::{RECORD, Scratch, SessionError, with_scratch};
 
 /// Records that are read at once.
 const READ_AT_ONCE: usize = 4;
@@ -22,29 +20,17 @@ const READ_AT_ONCE: usize = 4;
 /// Reads in one turn, before others of the thread get theirs.
 const TURNS: usize = 2;
 
-/// After so many flushes in a row that had the frames of one stream alone, nothing is gathered: there is nobody to gather
-/// with, and whoever waits for the answer waits for less.
-const ALONE: u32 = 8;
+/// Flushes in one turn, likewise.
+const FLUSHES: usize = 2;
 
-/// Then every so many flushes it is tried whether that is still so.
-const TRIED: u32 = 16;
-
-/// Room that an idle session keeps for frames.
-const KEPT_ROOM: usize = 4 * 1024;
-
-/// Has the socket.
+/// Reads from the socket, and sends what streams do not send themselves.
 pub(crate) struct Driver {
     mux: Driven,
-    link: Link,
     /// Opened bytes that are not used up, and how many of them are.
     plain: Vec<u8>,
     plain_used: usize,
-    /// The last frames that went out; kept for its room.
-    going: Vec<u8>,
     /// Everything that was ready has had its turn since the first frame waited.
     gathered: bool,
-    /// Flushes in a row that had the frames of one stream alone.
-    alone: u32,
 }
 
 /// Without its driver a session is over, however that came.
@@ -61,6 +47,8 @@ impl std::ops::Deref for Driven {
 impl Drop for Driven {
     fn drop(&mut self) {
         self.0.lock().end(SessionError::Closed);
+        // The peer hears of it now, not when the last stream is gone.
+        drop(self.0.wire().take());
     }
 }
 
@@ -75,16 +63,8 @@ pub(crate) enum Event {
 }
 
 impl Driver {
-    pub(super) fn new(mux: Arc<Mux>, link: Link, plain: Vec<u8>) -> Self {
-        Self {
-            mux: Driven(mux),
-            link,
-            plain,
-            plain_used: 0,
-            going: Vec::new(),
-            gathered: false,
-            alone: 0,
-        }
+    pub(super) fn new(mux: Arc<Mux>, plain: Vec<u8>) -> Self {
+        Self { mux: Driven(mux), plain, plain_used: 0, gathered: false }
     }
 
     pub(crate) fn mux(&self) -> &Arc<Mux> {
@@ -93,12 +73,12 @@ impl Driver {
 
     /// How often its sending key was renewed since this was last asked.
     pub(crate) fn take_renewals(&mut self) -> u32 {
-        self.link.take_renewals()
+        self.mux.wire().as_mut().map_or(0, |wire| wire.link.take_renewals())
     }
 
     /// How long the peer's kernel has acknowledged nothing of what was sent to it.
     pub(crate) fn silence(&self) -> Option<Duration> {
-        self.link.silence()
+        self.mux.wire().as_ref().and_then(|wire| wire.link.silence())
     }
 
     /// Shows the peer a newer certificate.
@@ -145,10 +125,12 @@ impl Driver {
             })
         });
         let flushed = tokio::time::timeout(crate::session::SETTLE_TIMEOUT, flushed).await;
-        let Self { mux, link, .. } = self;
-        drop(mux);
-        if flushed == Ok(true) {
-            link.close().await;
+        let wire = self.mux.wire().take();
+        drop(self);
+        if flushed == Ok(true)
+            && let Some(wire) = wire
+        {
+            wire.link.close().await;
         }
     }
 
@@ -159,24 +141,44 @@ impl Driver {
     ) -> Poll<Result<Event, SessionError>> {
         match self.poll_in(cx, scratch) {
             Poll::Ready(Ok(event)) => return Poll::Ready(Ok(event)),
-            Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
-            Poll::Pending => {}
-        }
-        match self.poll_flush(cx, scratch, false) {
-            // There may be more.
-            Poll::Ready(Ok(true)) => cx.waker().wake_by_ref(),
-            Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
-            Poll::Ready(Ok(false)) => {
-                let mut state = self.mux.lock();
-                if state.retiring && state.machine.open_streams() == 0 {
-                    // Nothing of it is seen that anybody opens now.
-                    state.end(SessionError::Closed);
-                    return Poll::Ready(Ok(Event::Done));
-                }
+            // It may have said so together with the end of the last stream.
+            Poll::Ready(Err(SessionError::Closed)) => {
+                return Poll::Ready(self.done_if(|_| true).ok_or(SessionError::Closed));
             }
+            Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
             Poll::Pending => {}
         }
+        for _ in 0..FLUSHES {
+            match self.poll_flush(cx, scratch, false) {
+                // There may be more.
+                Poll::Ready(Ok(true)) => {}
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Ready(Ok(false)) => {
+                    let done = self.done_if(|state| state.retiring);
+                    return done.map_or(Poll::Pending, |done| Poll::Ready(Ok(done)));
+                }
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        cx.waker().wake_by_ref();
         Poll::Pending
+    }
+
+    /// Its end, if it carries nothing.
+    fn done_if(&self, also: impl FnOnce(&State) -> bool) -> Option<Event> {
+        let mut state = self.mux.lock();
+        if state.machine.open_streams() > 0 || state.ended.is_some() || !also(&state) {
+            return None;
+        }
+        // Nothing of it is seen that anybody opens now.
+        state.end(SessionError::Closed);
+        Some(Event::Done)
+    }
+
+    /// Whether sealed bytes wait for the network.
+    #[cfg(test)]
+    pub(super) fn is_held_up(&self) -> bool {
+        self.mux.wire().as_ref().is_some_and(|wire| wire.link.is_blocked())
     }
 
     /// Lets what was said out.
@@ -204,10 +206,14 @@ impl Driver {
             self.plain_used = 0;
         }
         for _ in 0..TURNS {
-            let length = match self.link.poll_fill(cx, scratch, READ_AT_ONCE * RECORD) {
-                Poll::Ready(Ok(length)) => length,
-                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
-                Poll::Pending => return Poll::Pending,
+            let length = {
+                let mut wire = self.mux.wire();
+                let wire = wire.as_mut().ok_or(SessionError::Closed)?;
+                match wire.link.poll_fill(cx, scratch, READ_AT_ONCE * RECORD) {
+                    Poll::Ready(Ok(length)) => length,
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                    Poll::Pending => return Poll::Pending,
+                }
             };
             let plain = &scratch.plain[..length];
             let (used, event) = self.take(plain)?;
@@ -264,72 +270,33 @@ impl Driver {
         scratch: &mut Scratch,
         at_once: bool,
     ) -> Poll<Result<bool, SessionError>> {
-        match self.link.poll_unsent(cx) {
+        let mut wire = self.mux.wire();
+        let wire = wire.as_mut().ok_or(SessionError::Closed)?;
+        wire.check()?;
+        match wire.link.poll_unsent(cx) {
             Poll::Ready(Ok(())) => {}
             Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
             Poll::Pending => return Poll::Pending,
         }
-        {
-            let mut state = self.mux.lock();
-            if !state.driver.as_ref().is_some_and(|driver| driver.will_wake(cx.waker())) {
-                state.driver = Some(cx.waker().clone());
-            }
-            if state.out.is_empty() {
-                self.gathered = false;
-                return Poll::Ready(Ok(false));
-            }
-            let gathers = !at_once && (self.alone < ALONE || self.alone.is_multiple_of(TRIED));
-            if gathers && !std::mem::replace(&mut self.gathered, true) {
-                drop(state);
-                yield_to_others(cx);
-                return Poll::Pending;
-            }
+        let mut state = self.mux.lock();
+        if !state.driver.as_ref().is_some_and(|driver| driver.will_wake(cx.waker())) {
+            state.driver = Some(cx.waker().clone());
+        }
+        if state.out.is_empty() {
             self.gathered = false;
-            self.alone = match std::mem::replace(&mut state.speakers, Speakers::None) {
-                Speakers::None | Speakers::One(_) => self.alone.wrapping_add(1).max(1),
-                Speakers::Several => 0,
-            };
-            self.going.clear();
-            std::mem::swap(&mut self.going, &mut state.out);
-            state.wake_waiting();
+            state.speakers = Speakers::None;
+            return Poll::Ready(Ok(false));
         }
-        self.send(cx, scratch)?;
-        if self.going.capacity() > KEPT_ROOM {
-            self.going = Vec::new();
+        if !at_once && state.gathers() && !std::mem::replace(&mut self.gathered, true) {
+            drop(state);
+            yield_to_others(cx);
+            return Poll::Pending;
         }
+        self.gathered = false;
+        wire.take(&mut state);
+        drop(state);
+        wire.send(scratch)?;
         Poll::Ready(Ok(true))
-    }
-
-    /// Seals `going`, many records for one write.
-    fn send(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Result<(), SessionError> {
-        let mut rest = self.going.as_slice();
-        while !rest.is_empty() {
-            // Before each burst: frames of many streams may be more records than are left to a key.
-            self.link.prepare()?;
-            if self.link.is_blocked() {
-                break;
-            }
-            let mut length = 0;
-            for record in scratch.cipher.chunks_mut(RECORD).take(SLOTS) {
-                let (content, more) = rest.split_at(rest.len().min(MAX_PLAINTEXT));
-                if content.is_empty() {
-                    break;
-                }
-                rest = more;
-                let size = content.len() + RECORD_OVERHEAD;
-                let record = &mut record[..size];
-                record[RECORD_HEADER..RECORD_HEADER + content.len()].copy_from_slice(content);
-                self.link.seal_in_place(record)?;
-                length += size;
-            }
-            self.link.poll_send(cx, &scratch.cipher[..length])?;
-        }
-        // What TLS had to say itself is in the way, or the network.
-        if !rest.is_empty() {
-            let rest = rest.to_vec();
-            self.link.seal(&rest)?;
-        }
-        Ok(())
     }
 }
 

@@ -15,7 +15,6 @@ use std::{
 use hauberk_core::session::{
     Continue, Event, INITIAL_CREDIT, NUMBERED_HEADER_LENGTH, Refusal, ResetCause, Role,
 };
-use hauberk_linux::socket::keep_alive;
 use hauberk_telemetry::EdgeCounters;
 use hauberk_tls::channel::MAX_PLAINTEXT;
 use tokio::{io::AsyncWrite, sync::oneshot, time::Sleep};
@@ -36,8 +35,9 @@ const CREDIT_STEP: u32 = INITIAL_CREDIT / 2;
 /// Bytes one way before a stream that is held up for want of credit counts as one that has much to say.
 const BULK: u64 = 256 * 1024;
 
-/// Bursts in one direction before other connections of the thread get their turn.
-const BURSTS: usize = 1;
+/// Reads of one direction before other connections of the thread get their turn. The second one is made only if the kernel
+/// has said that more is there.
+const READS: usize = 2;
 
 /// A stream. It is reset when it is dropped before its end.
 pub(crate) struct Stream {
@@ -59,7 +59,11 @@ impl Stream {
         let mut state = self.mux.lock();
         let State { machine, out, .. } = &mut *state;
         machine.accept(self.number, out).map_err(misuse)?;
-        state.spoken(self.number);
+        let at_once = state.speaks(self.number);
+        drop(state);
+        if at_once {
+            with_scratch(|scratch| self.mux.send_at_once(scratch));
+        }
         Ok(())
     }
 
@@ -80,8 +84,11 @@ impl Stream {
     fn break_off(&self, cause: ResetCause) {
         let mut state = self.mux.lock();
         let State { machine, out, .. } = &mut *state;
+        let before = out.len();
         machine.reset(self.number, cause, out);
-        state.spoken(self.number);
+        if out.len() > before {
+            state.spoken(self.number);
+        }
     }
 }
 
@@ -214,19 +221,9 @@ impl Relay {
         self.application.connect().await
     }
 
-    /// Has the kernel ask now and then whether the application is still there: most connections do not last so long.
+    /// As [`Application::keep_alive`].
     pub(crate) fn keep_alive(&mut self) {
-        if !std::mem::replace(&mut self.kept_alive, true)
-            && let Some(stream) = self.application.stream()
-        {
-            // It may be gone already.
-            drop(keep_alive(stream));
-        }
-    }
-
-    /// Its session should have answered: no further stream is opened on it.
-    pub(crate) fn distrust_session(&self) {
-        self.stream.mux.retire();
+        self.application.keep_alive(&mut self.kept_alive);
     }
 
     pub(crate) fn into_parts(self) -> (Application, Stream) {
@@ -450,7 +447,7 @@ impl Relay {
         if !look.has_room {
             return Poll::Pending;
         }
-        for _ in 0..BURSTS {
+        for _ in 0..READS {
             // Of what it says without a credit nothing is lost: it waits where it is.
             let room = may_send.min(MOST_AT_ONCE);
             if room == 0 {
@@ -471,7 +468,7 @@ impl Relay {
                 if let Some(error) = self.broken.take() {
                     return Poll::Ready(End::ApplicationFailed(error));
                 }
-                if let Err(error) = self.say(|state, number| {
+                if let Err(error) = self.say(scratch, |state, number, _| {
                     let State { machine, out, .. } = state;
                     machine.fin(number, out).map_err(misuse)
                 }) {
@@ -479,11 +476,10 @@ impl Relay {
                 }
                 return Poll::Pending;
             }
-            let bytes = &scratch.plain[..read];
-            if let Err(error) = self.say(|state, number| {
+            if let Err(error) = self.say(scratch, |state, number, plain| {
                 let header = state.machine.data(number, read).map_err(misuse)?;
                 state.out.extend_from_slice(&header);
-                state.out.extend_from_slice(bytes);
+                state.out.extend_from_slice(&plain[..read]);
                 Ok(())
             }) {
                 return Poll::Ready(End::SessionFailed(error));
@@ -496,13 +492,19 @@ impl Relay {
         Poll::Pending
     }
 
+    /// Says what is in `scratch.plain`, or something else.
     fn say(
         &self,
-        what: impl FnOnce(&mut State, u32) -> Result<(), SessionError>,
+        scratch: &mut Scratch,
+        what: impl FnOnce(&mut State, u32, &[u8]) -> Result<(), SessionError>,
     ) -> Result<(), SessionError> {
         let mut state = self.stream.mux.lock();
-        what(&mut state, self.stream.number)?;
-        state.spoken(self.stream.number);
+        what(&mut state, self.stream.number, &scratch.plain)?;
+        let at_once = state.speaks(self.stream.number);
+        drop(state);
+        if at_once {
+            self.stream.mux.send_at_once(scratch);
+        }
         Ok(())
     }
 
@@ -516,9 +518,11 @@ impl Relay {
     /// Destination: wishes that the source moves it.
     pub(crate) fn wish_to_move(&self) {
         // If it is over meanwhile, there is nothing to move.
-        drop(self.say(|state, number| {
-            let State { machine, out, .. } = state;
-            machine.bulk(number, out).map_err(misuse)
+        drop(with_scratch(|scratch| {
+            self.say(scratch, |state, number, _| {
+                let State { machine, out, .. } = state;
+                machine.bulk(number, out).map_err(misuse)
+            })
         }));
     }
 
@@ -573,15 +577,18 @@ impl Relay {
     /// Says that it moves, which it does not.
     #[cfg(test)]
     pub(super) fn stream_says_moved(&self) {
-        let moved = self.say(|state, number| {
-            let State { machine, out, .. } = state;
-            machine.moved(number, out).map_err(misuse)
+        let moved = with_scratch(|scratch| {
+            self.say(scratch, |state, number, _| {
+                let State { machine, out, .. } = state;
+                machine.moved(number, out).map_err(misuse)
+            })
         });
         assert!(moved.is_ok());
     }
 
     /// Nothing more is said here.
-    fn move_to(&mut self, tail: Tail) {
+    fn move_to(&mut self, mut tail: Tail) {
+        tail.session.come_here();
         let mut state = self.stream.mux.lock();
         let State { machine, out, .. } = &mut *state;
         self.finished_before = machine.moved(self.stream.number, out).is_err();

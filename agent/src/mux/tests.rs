@@ -41,6 +41,9 @@ const LEDGER: &str = "spiffe://example.org/ns/payments/sa/ledger";
 /// Longer than any step takes.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Long enough for a small step over loopback that does happen.
+const SHORT: Duration = Duration::from_millis(20);
+
 /// Long enough for a step that does happen.
 const MOMENT: Duration = Duration::from_millis(100);
 
@@ -52,6 +55,10 @@ struct Side {
 
 /// Both ends of a new session of that kind.
 async fn made(protocol: &[u8]) -> (New, New) {
+    made_over(connected().await, protocol).await
+}
+
+async fn made_over((near, mut far): (TcpStream, TcpStream), protocol: &[u8]) -> (New, New) {
     let key = KeyPair::generate().unwrap();
     let mut ca = CertificateParams::default();
     ca.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
@@ -67,7 +74,6 @@ async fn made(protocol: &[u8]) -> (New, New) {
     let client = mesh_client_config(checkout.clone(), trust.clone(), &[protocol]).unwrap();
     let server = mesh_server_config(Arc::new(names), trust.clone(), &[protocol]).unwrap();
 
-    let (near, mut far) = connected().await;
     let name = LEDGER.parse::<SpiffeId>().unwrap().server_name();
     let name = ServerName::try_from(name).unwrap();
     let calling = async {
@@ -254,7 +260,10 @@ struct Carried {
 }
 
 async fn carried() -> Carried {
-    let (mut source, mut destination) = both_ends().await;
+    carried_over(both_ends().await).await
+}
+
+async fn carried_over((mut source, mut destination): (Side, Side)) -> Carried {
     let stream = source.mux.open(&wish()).unwrap();
     source.drive().await;
     let Ok(Event::Open(_, taken)) = destination.event().await else { panic!("no stream came") };
@@ -394,4 +403,63 @@ async fn a_stream_without_a_credit_holds_up_no_other() {
 
 async fn poll_once(relay: &mut Relay) -> Poll<()> {
     tokio::time::timeout(MOMENT, relay.run()).await.map_or(Poll::Pending, |_| Poll::Ready(()))
+}
+
+/// Bytes by bytes, until the session takes it that nobody else speaks.
+async fn speak_alone(carried: &mut Carried) {
+    let Carried { source, destination, near, far, caller, called } = carried;
+    for _ in 0..10 {
+        caller.write_all(b"x").await.unwrap();
+        assert!(tokio::time::timeout(SHORT, near.run()).await.is_err(), "it is open");
+        assert!(tokio::time::timeout(SHORT, source.driver.run()).await.is_err(), "it is open");
+        assert!(tokio::time::timeout(SHORT, destination.driver.run()).await.is_err(), "it is open");
+        assert!(tokio::time::timeout(SHORT, far.run()).await.is_err(), "it is open");
+        called.read_exact(&mut [0]).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn who_speaks_alone_waits_for_nobody() {
+    let mut carried = carried().await;
+    speak_alone(&mut carried).await;
+    let Carried { source: _source, mut destination, mut near, mut far, mut caller, mut called } =
+        carried;
+    // The driver of its session is asleep from here on.
+    caller.write_all(b"question").await.unwrap();
+    assert!(tokio::time::timeout(MOMENT, near.run()).await.is_err(), "it is open");
+    destination.drive().await;
+    assert!(tokio::time::timeout(MOMENT, far.run()).await.is_err(), "it is open");
+    let mut question = [0; 8];
+    let read = tokio::time::timeout(PATIENCE, called.read_exact(&mut question)).await;
+    read.expect("nothing came").unwrap();
+    assert_eq!(&question, b"question");
+}
+
+#[tokio::test]
+async fn what_the_network_does_not_take_at_once_is_sent_by_the_driver() {
+    let (near, far) = connected().await;
+    // As small as the kernel makes them: less than a stream may say without being asked for more.
+    socket2::SockRef::from(&near).set_send_buffer_size(1).unwrap();
+    socket2::SockRef::from(&far).set_recv_buffer_size(1).unwrap();
+    let (source, destination) = made_over((near, far), ALPN_MULTIPLEXED).await;
+    let mut carried = carried_over((side(source), side(destination))).await;
+    speak_alone(&mut carried).await;
+    let Carried { mut source, mut destination, mut near, mut far, mut caller, mut called } =
+        carried;
+    let said = vec![7; 48 * 1024];
+    caller.write_all(&said).await.unwrap();
+    assert!(tokio::time::timeout(MOMENT, near.run()).await.is_err(), "it is open");
+    assert!(source.driver.is_held_up(), "the network has taken everything");
+    let mut heard = vec![0; said.len()];
+    let everybody = async {
+        tokio::select! {
+            _ = source.driver.run() => panic!("it goes on"),
+            _ = destination.driver.run() => panic!("it goes on"),
+            _ = near.run() => panic!("it goes on"),
+            _ = far.run() => panic!("it goes on"),
+            read = called.read_exact(&mut heard) => read.unwrap(),
+        }
+    };
+    tokio::time::timeout(PATIENCE, everybody).await.expect("something is left behind");
+    assert_eq!(heard, said);
 }

@@ -4,6 +4,7 @@
 use std::{
     io,
     mem::MaybeUninit,
+    os::fd::AsFd,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -17,6 +18,7 @@ use tokio::{
 };
 
 use super::{RECORD, Scratch, SessionError};
+use crate::lanes::Lane;
 
 /// How long a closing session waits for the peer's end, so that no last byte is lost.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -24,6 +26,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// A TLS connection after its handshake.
 pub(crate) struct Link {
     socket: TcpStream,
+    /// Where the socket is registered.
+    lane: Lane,
     channel: Channel,
     /// The beginning of a record.
     partial: Vec<u8>,
@@ -53,7 +57,30 @@ impl Link {
         partial: Vec<u8>,
         unsent: Vec<u8>,
     ) -> Self {
-        Self { socket, channel, partial, unsent, unsent_used: 0, peer_closed: false, closed: false }
+        Self {
+            socket,
+            lane: Lane::current(),
+            channel,
+            partial,
+            unsent,
+            unsent_used: 0,
+            peer_closed: false,
+            closed: false,
+        }
+    }
+
+    /// From now on the calling thread is woken by its socket.
+    pub(super) fn come_here(&mut self) {
+        let here = Lane::current();
+        if self.lane == here {
+            return;
+        }
+        let copied = self.socket.as_fd().try_clone_to_owned();
+        let registered = copied.and_then(|copied| TcpStream::from_std(copied.into()));
+        // Where it is it works as well, and wakes across threads.
+        if let Ok(socket) = registered {
+            (self.socket, self.lane) = (socket, here);
+        }
     }
 
     /// Nothing waits in it, and the peer has said nothing.
@@ -96,16 +123,13 @@ impl Link {
         Ok(self.channel.seal_in_place(record)?)
     }
 
-    /// Sends sealed bytes; what does not go out now waits. Only while nothing else waits. Returns
-    /// whether all of it went.
-    pub(crate) fn poll_send(
-        &mut self,
-        cx: &mut Context<'_>,
-        sealed: &[u8],
-    ) -> Result<bool, SessionError> {
-        let sent = match Pin::new(&mut self.socket).poll_write(cx, sealed) {
-            Poll::Ready(sent) => sent?,
-            Poll::Pending => 0,
+    /// Sends sealed bytes; what does not go out now waits, for [`Self::poll_unsent`]. Only while nothing else waits.
+    /// Returns whether all of it went.
+    pub(crate) fn send(&mut self, sealed: &[u8]) -> Result<bool, SessionError> {
+        let sent = match self.socket.try_write(sealed) {
+            Ok(sent) => sent,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            Err(error) => return Err(error.into()),
         };
         let rest = &sealed[sent..];
         if rest.is_empty() {

@@ -105,22 +105,7 @@ impl Header {
     /// # Errors
     /// If the type is unknown or the length is over its limit: the session must end.
     pub fn decode(bytes: [u8; HEADER_LENGTH]) -> Result<Self, FrameError> {
-        let (frame_type, length) = begin(bytes)?;
-        let bounds = match frame_type {
-            FrameType::Reset => (5, 5),
-            FrameType::Continue => (20, 20),
-            FrameType::Credit | FrameType::Bulk | FrameType::Moved => {
-                return Err(FrameError::UnknownType(frame_type.byte()));
-            }
-            other @ (FrameType::Data
-            | FrameType::Open
-            | FrameType::Refuse
-            | FrameType::Reauthenticate
-            | FrameType::Accept
-            | FrameType::Fin
-            | FrameType::GoingAway) => common_bounds(other),
-        };
-        check(frame_type, length, bounds)?;
+        let (frame_type, length) = begin(bytes, Kind::Dedicated)?;
         Ok(Self { frame_type, length, stream: 0 })
     }
 
@@ -131,22 +116,8 @@ impl Header {
     /// the other way round: the session must end.
     pub fn decode_numbered(bytes: [u8; NUMBERED_HEADER_LENGTH]) -> Result<Self, FrameError> {
         let [a, b, c, d, number @ ..] = bytes;
-        let (frame_type, length) = begin([a, b, c, d])?;
+        let (frame_type, length) = begin([a, b, c, d], Kind::Multiplexed)?;
         let stream = u32::from_be_bytes(number);
-        let bounds = match frame_type {
-            FrameType::Reset => (1, 1),
-            FrameType::Credit => (4, 4),
-            FrameType::Bulk | FrameType::Moved => (0, 0),
-            FrameType::Continue => return Err(FrameError::UnknownType(frame_type.byte())),
-            other @ (FrameType::Data
-            | FrameType::Open
-            | FrameType::Refuse
-            | FrameType::Reauthenticate
-            | FrameType::Accept
-            | FrameType::Fin
-            | FrameType::GoingAway) => common_bounds(other),
-        };
-        check(frame_type, length, bounds)?;
         let of_session = matches!(frame_type, FrameType::Reauthenticate | FrameType::GoingAway);
         if of_session != (stream == 0) {
             return Err(FrameError::WrongNumber { frame_type, stream });
@@ -182,40 +153,44 @@ impl Header {
     }
 }
 
-fn begin([type_byte, a, b, c]: [u8; 4]) -> Result<(FrameType, usize), FrameError> {
+/// The kind of a session.
+#[derive(Clone, Copy)]
+enum Kind {
+    Dedicated,
+    Multiplexed,
+}
+
+/// What both kinds of header begin with.
+fn begin([byte, a, b, c]: [u8; 4], kind: Kind) -> Result<(FrameType, usize), FrameError> {
     let length = (usize::from(a) << 16) | (usize::from(b) << 8) | usize::from(c);
-    let frame_type = FrameType::from_byte(type_byte).ok_or(FrameError::UnknownType(type_byte))?;
-    Ok((frame_type, length))
-}
-
-/// The least and the greatest length, of what has the same on both kinds of session.
-fn common_bounds(frame_type: FrameType) -> (usize, usize) {
-    match frame_type {
-        FrameType::Data => (1, MAX_DATA),
-        FrameType::Open | FrameType::Refuse | FrameType::Reauthenticate => (1, MAX_CONTROL),
-        FrameType::GoingAway => (4, 4),
-        FrameType::Accept
-        | FrameType::Fin
-        | FrameType::Reset
-        | FrameType::Continue
-        | FrameType::Credit
-        | FrameType::Bulk
-        | FrameType::Moved => (0, 0),
-    }
-}
-
-fn check(
-    frame_type: FrameType,
-    length: usize,
-    (least, limit): (usize, usize),
-) -> Result<(), FrameError> {
+    let unknown = || FrameError::UnknownType(byte);
+    let frame_type = FrameType::from_byte(byte).ok_or_else(unknown)?;
+    let (least, limit) = bounds(frame_type, kind).ok_or_else(unknown)?;
     if length > limit {
         return Err(FrameError::TooLong { frame_type, length, limit });
     }
     if length < least {
         return Err(FrameError::TooShort { frame_type, length, least });
     }
-    Ok(())
+    Ok((frame_type, length))
+}
+
+/// The least and the greatest length; none if a session of that kind has no such frame.
+fn bounds(frame_type: FrameType, kind: Kind) -> Option<(usize, usize)> {
+    let bounds = match (frame_type, kind) {
+        (FrameType::Data, _) => (1, MAX_DATA),
+        (FrameType::Open | FrameType::Refuse | FrameType::Reauthenticate, _) => (1, MAX_CONTROL),
+        (FrameType::Accept | FrameType::Fin, _) => (0, 0),
+        (FrameType::GoingAway, _) => (4, 4),
+        (FrameType::Reset, Kind::Dedicated) => (5, 5),
+        (FrameType::Reset, Kind::Multiplexed) => (1, 1),
+        (FrameType::Continue, Kind::Dedicated) => (20, 20),
+        (FrameType::Credit, Kind::Multiplexed) => (4, 4),
+        (FrameType::Bulk | FrameType::Moved, Kind::Multiplexed) => (0, 0),
+        (FrameType::Continue, Kind::Multiplexed)
+        | (FrameType::Credit | FrameType::Bulk | FrameType::Moved, Kind::Dedicated) => return None,
+    };
+    Some(bounds)
 }
 
 impl ReadHeader for [u8; HEADER_LENGTH] {

@@ -335,12 +335,6 @@ impl AgentMetrics {
         IdleSession { gauge }
     }
 
-    /// How many sessions are idle.
-    #[must_use]
-    pub fn idle_sessions(&self, direction: Direction) -> usize {
-        usize::try_from(self.idle_sessions.of(direction).get()).unwrap_or(0)
-    }
-
     /// Counts renewals of sending keys.
     pub fn keys_renewed(&self, count: u32) {
         if count > 0 {
