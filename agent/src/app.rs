@@ -174,6 +174,7 @@ pub async fn run(
         context: context.clone(),
         identities,
         netns_dir: args.netns_dir.clone(),
+        kept_sandboxes: args.data.join("sandboxes.json"),
         cri_socket: args.cri_socket.clone(),
         starting: starting.clone(),
         installation,

@@ -74,6 +74,8 @@ pub(crate) struct Captures {
     pub(crate) context: Arc<Context>,
     pub(crate) identities: Identities,
     pub(crate) netns_dir: PathBuf,
+    /// Where pods are, for a restart.
+    pub(crate) kept_sandboxes: PathBuf,
     pub(crate) cri_socket: PathBuf,
     pub(crate) starting: Starting,
     /// The CNI plugin, if this node has pods.
@@ -258,7 +260,11 @@ impl Captures {
         let mut known = false;
         // A pod that starts before there is any state waits.
         self.look_after_plugin();
-        let mut sandboxes = Sandboxes::new(self.cri_socket.clone(), self.netns_dir.clone());
+        let mut sandboxes = Sandboxes::new(
+            self.cri_socket.clone(),
+            self.netns_dir.clone(),
+            self.kept_sandboxes.clone(),
+        );
         let mut users = UserNews::listen();
         loop {
             let snapshot = self.snapshots.borrow_and_update().clone();
@@ -270,7 +276,7 @@ impl Captures {
                 });
                 known = true;
                 self.release_strays(&snapshot, &mut sandboxes, &mut current).await;
-                self.note_ready();
+                self.note_ready(sandboxes.problem());
                 self.look_after_plugin();
                 for (namespace, name) in self.departed.look(&snapshot, Instant::now()) {
                     self.context.metrics.forget(&namespace, &name);
@@ -289,15 +295,21 @@ impl Captures {
         }
     }
 
-    /// What the agent before listened for is taken up, or has had its time.
-    fn note_ready(&mut self) {
+    /// What the agent before listened for is taken up, or has had its time; and where all pods are is known. Until then
+    /// a rollout does not go on to the next node.
+    fn note_ready(&mut self, unknown: Option<&str>) {
         let since = *self.since.get_or_insert_with(Instant::now);
         let state = match self.inherited.left() {
             left if left > 0 && since.elapsed() < TAKE_UP => {
                 let text = format!("{left} listeners of the agent before are not taken up yet");
                 HealthState::NotReady(text)
             }
-            _ => HealthState::Ready,
+            _ => match unknown {
+                Some(problem) => HealthState::NotReady(format!(
+                    "where pods of this node are is not known: {problem}"
+                )),
+                None => HealthState::Ready,
+            },
         };
         self.health.set(CAPTURE_CHECK, state);
     }
@@ -352,7 +364,7 @@ impl Captures {
     ) -> Option<anyhow::Result<PathBuf>> {
         match &workload.process {
             ProcessSelector::NetworkNamespace { name, .. } => Some(Ok(self.netns_dir.join(name))),
-            ProcessSelector::Pod { uid, .. } => Some(sandboxes.path(uid).map(Path::to_owned)),
+            ProcessSelector::Pod { uid, .. } => Some(sandboxes.path(uid)),
             ProcessSelector::User(_) | ProcessSelector::Cgroup(_) => None,
         }
     }

@@ -9,6 +9,7 @@ use serde_json::json;
 use crate::{
     CheckArgs, Output,
     operator::{clocks_off, has_expired, now, time, whole_status},
+    say::say,
 };
 
 /// One finding of `hauberk check`.
@@ -26,7 +27,7 @@ pub(crate) fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let status = whole_status(&args.asking)?;
     let findings = findings(&status, args.expiry_warn, now());
     match args.asking.output {
-        Output::Json => println!(
+        Output::Json => say!(
             "{}",
             json!(
                 findings
@@ -35,10 +36,10 @@ pub(crate) fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
                     .collect::<Vec<_>>()
             )
         ),
-        Output::Text if findings.is_empty() => println!("nothing is wrong"),
+        Output::Text if findings.is_empty() => say!("nothing is wrong"),
         Output::Text => {
             for finding in &findings {
-                println!("✗ {}\n    hint: {}", finding.problem, finding.hint);
+                say!("✗ {}\n    hint: {}", finding.problem, finding.hint);
             }
         }
     }

@@ -16,7 +16,10 @@ use hauberk_core::{
 use hauberk_proto::{convert, v1};
 use serde_json::{Value, json};
 
-use crate::{LearnArgs, Output, control};
+use crate::{
+    LearnArgs, Output, control,
+    say::{self, say},
+};
 
 pub(crate) fn run(args: &LearnArgs) -> anyhow::Result<ExitCode> {
     let answers = control::run(async {
@@ -30,10 +33,10 @@ pub(crate) fn run(args: &LearnArgs) -> anyhow::Result<ExitCode> {
     let now = Timestamp::from(SystemTime::now());
     let chosen = Chosen::new(&told, &Choice::new(args, now));
     match args.asking.output {
-        Output::Json => println!("{}", chosen.json(&told.gaps)),
+        Output::Json => say!("{}", chosen.json(&told.gaps)),
         Output::Text => {
             let text = chosen.yaml(&told.gaps);
-            print!("{text}");
+            say::text(&text);
             if text.len() > MAX_TEXT {
                 eprintln!(
                     "this is more than a folder takes in one file; ask for one namespace after the \

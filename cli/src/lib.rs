@@ -9,6 +9,7 @@ mod learn;
 mod operator;
 mod probe;
 mod retire;
+mod say;
 mod up;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
@@ -242,12 +243,9 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Action::Learn(args) => learn::run(&args),
         Action::Check(args) => check::check(&args),
         Action::Completions { shell } => {
-            clap_complete::generate(
-                shell,
-                &mut Command::command(),
-                "hauberk",
-                &mut std::io::stdout(),
-            );
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Command::command(), "hauberk", &mut script);
+            say::text(&String::from_utf8_lossy(&script));
             Ok(ExitCode::SUCCESS)
         }
     };

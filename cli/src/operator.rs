@@ -16,6 +16,7 @@ use serde_json::json;
 use crate::{
     Asking, DeniedArgs, Output, WhyArgs,
     control::{self, Client},
+    say::say,
 };
 
 /// The answer of a policy that says no, so that scripts can tell.
@@ -30,9 +31,9 @@ pub(crate) fn create_token(
     let answer = ask_one(asking, |mut client| async move { client.create_token(request).await })?;
     let expires = time(answer.expires_at_unix_ms);
     match asking.output {
-        Output::Json => println!("{}", json!({"token": answer.token, "expires_at": expires})),
+        Output::Json => say!("{}", json!({"token": answer.token, "expires_at": expires})),
         Output::Text => {
-            println!("{}", answer.token);
+            say!("{}", answer.token);
             eprintln!("good once, until {expires}; on the machine run: hauberk join TOKEN");
         }
     }
@@ -102,7 +103,7 @@ fn merged(statuses: Vec<v1::GetStatusResponse>) -> Option<v1::GetStatusResponse>
 pub(crate) fn status(asking: &Asking) -> anyhow::Result<ExitCode> {
     let status = whole_status(asking)?;
     match asking.output {
-        Output::Json => println!("{}", status_json(&status)),
+        Output::Json => say!("{}", status_json(&status)),
         Output::Text => print_status(&status, now()),
     }
     Ok(ExitCode::SUCCESS)
@@ -155,9 +156,12 @@ fn status_json(status: &v1::GetStatusResponse) -> serde_json::Value {
 }
 
 fn print_status(status: &v1::GetStatusResponse, now: Timestamp) {
-    println!(
+    say!(
         "trust domain {}, revision {}, {} policies, {} guardrails",
-        status.trust_domain, status.revision, status.policies, status.guardrails
+        status.trust_domain,
+        status.revision,
+        status.policies,
+        status.guardrails
     );
     let mut nodes = table(&["NODE", "STATE", "ENFORCES", "CERTIFICATE UNTIL", "OPEN", "REFUSED"]);
     for node in &status.nodes {
@@ -177,7 +181,7 @@ fn print_status(status: &v1::GetStatusResponse, now: Timestamp) {
             node.refused.clone(),
         ]);
     }
-    println!("\n{nodes}");
+    say!("\n{nodes}");
     let mut workloads =
         table(&["WORKLOAD", "NODE", "IDENTITY", "MODE", "CAPTURED", "CERTIFICATE UNTIL"]);
     for workload in &status.workloads {
@@ -196,18 +200,18 @@ fn print_status(status: &v1::GetStatusResponse, now: Timestamp) {
             time(workload.not_after_unix_ms),
         ]);
     }
-    println!("\n{workloads}");
+    say!("\n{workloads}");
     for error in &status.manifest_errors {
-        println!("manifest error: {error}");
+        say!("manifest error: {error}");
     }
     for warning in &status.warnings {
-        println!("warning: {warning}");
+        say!("warning: {warning}");
     }
     for note in &status.ca_notes {
-        println!("certificate authority: {note}");
+        say!("certificate authority: {note}");
     }
     for (node, skew) in clocks_off(status) {
-        println!("clock: node {node} is {skew} the control plane");
+        say!("clock: node {node} is {skew} the control plane");
     }
 }
 
@@ -238,7 +242,7 @@ pub(crate) fn why(args: &WhyArgs) -> anyhow::Result<ExitCode> {
     };
     let answer = ask_one(&args.asking, |mut client| async move { client.why(request).await })?;
     match args.asking.output {
-        Output::Json => println!(
+        Output::Json => say!(
             "{}",
             json!({
                 "source": answer.source_id,
@@ -261,7 +265,7 @@ pub(crate) fn why(args: &WhyArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn print_why(answer: &v1::WhyResponse, port: u16) {
-    println!("{}: {} -> {}:{port}", answer.decision, answer.source_id, answer.destination_id);
+    say!("{}: {} -> {}:{port}", answer.decision, answer.source_id, answer.destination_id);
     let lines = [
         ("reason", &answer.reason),
         ("policy", &answer.policy),
@@ -272,12 +276,12 @@ fn print_why(answer: &v1::WhyResponse, port: u16) {
     ];
     for (name, value) in lines {
         if !value.is_empty() {
-            println!("  {name:<13} {value}");
+            say!("  {name:<13} {value}");
         }
     }
-    println!("  {:<13} {}", "revision", answer.revision);
+    say!("  {:<13} {}", "revision", answer.revision);
     for note in &answer.notes {
-        println!("  note: {note}");
+        say!("  note: {note}");
     }
 }
 
@@ -294,10 +298,10 @@ pub(crate) fn denied(args: &DeniedArgs) -> anyhow::Result<ExitCode> {
             let event = event.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
             match output {
                 Output::Json if event.record.is_empty() => {
-                    println!("{}", json!({"suppressed": event.suppressed}));
+                    say!("{}", json!({"suppressed": event.suppressed}));
                 }
-                Output::Json => println!("{}", event.record),
-                Output::Text => println!("{}", denial_line(&event)),
+                Output::Json => say!("{}", event.record),
+                Output::Text => say!("{}", denial_line(&event)),
             }
         }
         Ok(ExitCode::SUCCESS)

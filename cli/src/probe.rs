@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
-use crate::ProbeArgs;
+use crate::{ProbeArgs, say::say};
 
 /// There is nothing to know the control plane by.
 const EXIT_NO_ROOTS: u8 = 2;
@@ -25,9 +25,6 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
         eprintln!("error: the control plane at {}: {error:#}", args.control_plane);
         return Ok(ExitCode::FAILURE);
     }
-    println!(
-        "the control plane at {} answers, and its certificate is one of ours",
-        args.control_plane
-    );
+    say!("the control plane at {} answers, and its certificate is one of ours", args.control_plane);
     Ok(ExitCode::SUCCESS)
 }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
-use crate::RetireArgs;
+use crate::{RetireArgs, say::say};
 
 pub(crate) fn run(args: &RetireArgs) -> anyhow::Result<ExitCode> {
     tokio::runtime::Builder::new_current_thread()
@@ -17,7 +17,7 @@ pub(crate) fn run(args: &RetireArgs) -> anyhow::Result<ExitCode> {
                 eprintln!("{progress}");
             })
             .await?;
-            println!("every agent removes its rules and the CNI plugin when it stops");
+            say!("every agent removes its rules and the CNI plugin when it stops");
             Ok(ExitCode::SUCCESS)
         })
 }

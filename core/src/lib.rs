@@ -9,6 +9,7 @@ pub mod admission;
 pub mod clock;
 pub mod identity;
 pub mod learn;
+pub mod likeness;
 pub mod manifest;
 pub mod policy;
 pub mod rotation;

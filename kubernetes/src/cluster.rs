@@ -43,6 +43,8 @@ pub struct Cluster {
     slices: Arc<Watched<SliceFacts>>,
     /// What the replicas of the control plane say of their agents.
     replicas: Arc<Watched<Enforced>>,
+    /// Where the mesh itself runs.
+    own_namespace: String,
     changed: watch::Receiver<u64>,
 }
 
@@ -127,6 +129,7 @@ impl Cluster {
                 quiet,
                 |map| replicas::read(&map),
             ),
+            own_namespace: own_namespace.to_owned(),
             changed,
         }
     }
@@ -233,7 +236,7 @@ impl Cluster {
         }
         let modes = self.namespaces.read(|namespaces, version| {
             snapshot.seen.insert("Namespace".to_owned(), version);
-            let modes = modes(namespaces, &mut snapshot.notes);
+            let modes = modes(namespaces, &self.own_namespace, &mut snapshot.notes);
             snapshot.namespaces = namespaces
                 .keys()
                 .filter_map(|name| {
@@ -292,17 +295,29 @@ fn zones(nodes: &BTreeMap<String, Option<String>>) -> Vec<MeshNode> {
     zoned.collect()
 }
 
-/// The namespaces that are in the mesh.
+/// The namespaces that are in the mesh. The one of the mesh itself never is: agents could not reach the control plane, and
+/// nobody could tell them to let it go.
 fn modes(
     namespaces: &BTreeMap<String, Option<String>>,
+    own: &str,
     notes: &mut Vec<String>,
 ) -> HashMap<String, Mode> {
     let mut modes = HashMap::new();
     for (name, label) in namespaces {
+        if name == own {
+            if label.as_deref().is_some_and(|label| !matches!(label, "off" | "Off")) {
+                notes.push(format!(
+                    "namespace {name}: label {MODE_LABEL} counts for nothing here, since the mesh itself runs in it; \
+                     kubectl label namespace {name} {MODE_LABEL}- removes it"
+                ));
+            }
+            continue;
+        }
         let mode = match label.as_deref() {
-            None | Some("off") => continue,
-            Some("enforce") => Mode::Enforce,
-            Some("audit") => Mode::Audit,
+            // Also as policies and workloads spell them.
+            None | Some("off" | "Off") => continue,
+            Some("enforce" | "Enforce") => Mode::Enforce,
+            Some("audit" | "Audit") => Mode::Audit,
             Some(other) => {
                 // Somebody wanted protection and misspelt it.
                 notes.push(format!(
@@ -358,4 +373,56 @@ fn workloads<'a>(
         }
     }
     enrolled.into_iter().map(|(_, workload)| workload).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
+mod tests {
+    use super::*;
+
+    fn modes_of(labels: &[(&str, Option<&str>)]) -> (Vec<(String, Mode)>, Vec<String>) {
+        let mut notes = Vec::new();
+        let namespaces =
+            labels.iter().map(|(name, label)| ((*name).to_owned(), label.map(str::to_owned)));
+        let found = modes(&namespaces.collect(), "hauberk-system", &mut notes);
+        (found.into_iter().collect::<BTreeMap<_, _>>().into_iter().collect(), notes)
+    }
+
+    #[test]
+    fn a_mode_may_be_spelt_as_policies_spell_it() {
+        for (label, mode) in [
+            (None, None),
+            (Some("off"), None),
+            (Some("Off"), None),
+            (Some("audit"), Some(Mode::Audit)),
+            (Some("Audit"), Some(Mode::Audit)),
+            (Some("enforce"), Some(Mode::Enforce)),
+            (Some("Enforce"), Some(Mode::Enforce)),
+        ] {
+            let (found, notes) = modes_of(&[("shop", label)]);
+            let wanted: Vec<_> = mode.map(|mode| ("shop".to_owned(), mode)).into_iter().collect();
+            assert_eq!((found, notes), (wanted, Vec::<String>::new()), "{label:?}");
+        }
+    }
+
+    #[test]
+    fn a_mode_that_is_none_is_taken_for_enforce_and_told() {
+        let (found, notes) = modes_of(&[("shop", Some("audti"))]);
+        assert_eq!(found, [("shop".to_owned(), Mode::Enforce)]);
+        let wanted = "namespace shop: label hauberk.dev/mode: \"audti\" is not enforce, audit or off; taken for enforce";
+        assert_eq!(notes, [wanted]);
+    }
+
+    #[test]
+    fn the_mesh_itself_is_never_in_the_mesh() {
+        for label in ["enforce", "audit", "audti"] {
+            let (found, notes) = modes_of(&[("hauberk-system", Some(label))]);
+            assert!(found.is_empty(), "{label}");
+            let mend = "kubectl label namespace hauberk-system hauberk.dev/mode- removes it";
+            assert!(notes.len() == 1 && notes[0].ends_with(mend), "{notes:?}");
+        }
+        for label in [None, Some("off")] {
+            assert_eq!(modes_of(&[("hauberk-system", label)]), (vec![], vec![]));
+        }
+    }
 }

@@ -39,5 +39,13 @@ pub const MODE_LABEL: &str = "hauberk.dev/mode";
 /// # Errors
 /// If there is neither, or it is damaged.
 pub async fn client() -> Result<Client, kube::Error> {
-    Client::try_default().await
+    let config = kube::Config::infer().await.map_err(kube::Error::InferConfig)?;
+    Client::try_from(telling(config))
+}
+
+/// A client that tells at once what the API server answers. By itself it would try an answer of 429, 503 or 504 again, 15
+/// times and for up to two minutes (kube 5.0), and whoever waits could neither say so nor do better.
+fn telling(mut config: kube::Config) -> kube::Config {
+    config.default_retry = false;
+    config
 }

@@ -34,7 +34,7 @@ pub(crate) struct ServiceFacts {
 pub(crate) struct SliceFacts {
     namespace: String,
     service: Option<String>,
-    /// Those that are ready.
+    /// Those that are ready, and those that still serve while they end.
     endpoints: BTreeMap<IpAddr, EndpointFacts>,
     ports: Vec<(String, u16)>,
 }
@@ -42,6 +42,8 @@ pub(crate) struct SliceFacts {
 /// What is needed of an endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct EndpointFacts {
+    /// Otherwise it ends, and serves until then.
+    is_ready: bool,
     node: Option<ResourceName>,
     hints: Hints,
 }
@@ -84,15 +86,23 @@ impl ServiceFacts {
         }
         let mut ports: BTreeMap<u16, BTreeMap<SocketAddr, Hints>> = BTreeMap::new();
         for (name, number) in &self.ports {
-            let backends = ports.entry(*number).or_default();
+            // While an endpoint moves from one slice to another, it is in both: what is ready in one of them is.
+            let mut found: BTreeMap<SocketAddr, &EndpointFacts> = BTreeMap::new();
             for slice in slices.clone() {
                 let targets = slice.ports.iter().filter(|(target, _)| target == name);
                 for (_, port) in targets {
                     for (ip, endpoint) in &slice.endpoints {
-                        // While an endpoint moves from one slice to another, it is in both.
-                        let hints = || endpoint.hints(self.reach);
-                        backends.entry(SocketAddr::new(*ip, *port)).or_insert_with(hints);
+                        let entry = found.entry(SocketAddr::new(*ip, *port)).or_insert(endpoint);
+                        if endpoint.is_ready && !entry.is_ready {
+                            *entry = endpoint;
+                        }
                     }
+                }
+            }
+            let backends = ports.entry(*number).or_default();
+            for (backend, endpoint) in &found {
+                if endpoint.is_ready || self.is_last_resort(*backend, endpoint, &found) {
+                    backends.entry(*backend).or_insert_with(|| endpoint.hints(self.reach));
                 }
             }
         }
@@ -102,6 +112,23 @@ impl ServiceFacts {
             addresses: self.addresses.clone(),
             ports,
             reach: self.reach,
+        })
+    }
+
+    /// Whether an endpoint that ends gets connections still: by kube-proxy's rules, while no other of its address family is
+    /// ready, on its node where connections keep to that.
+    fn is_last_resort(
+        &self,
+        backend: SocketAddr,
+        endpoint: &EndpointFacts,
+        all: &BTreeMap<SocketAddr, &EndpointFacts>,
+    ) -> bool {
+        !all.iter().any(|(other, facts)| {
+            let is_near = match self.reach {
+                Reach::Cluster => true,
+                Reach::Node => facts.node == endpoint.node,
+            };
+            facts.is_ready && is_near && other.is_ipv4() == backend.is_ipv4()
         })
     }
 
@@ -126,8 +153,7 @@ impl SliceFacts {
             endpoints: slice
                 .endpoints
                 .iter()
-                // Absent means ready, by the API's own word.
-                .filter(|one| one.conditions.as_ref().and_then(|is| is.ready).unwrap_or(true))
+                .filter(|one| is_ready(one) || still_serves(one))
                 .flat_map(|one| one.addresses.iter().map(move |address| (address, one)))
                 .filter_map(|(text, one)| Some((text.parse().ok()?, EndpointFacts::new(one))))
                 .collect(),
@@ -145,6 +171,7 @@ impl EndpointFacts {
         let nodes = hints.and_then(|hints| hints.for_nodes.as_ref()).into_iter().flatten();
         let zones = hints.and_then(|hints| hints.for_zones.as_ref()).into_iter().flatten();
         Self {
+            is_ready: is_ready(endpoint),
             node: endpoint.node_name.as_ref().and_then(|name| name.parse().ok()),
             hints: Hints {
                 // What can be the name of no node is for nobody.
@@ -166,6 +193,19 @@ impl EndpointFacts {
             }
         }
     }
+}
+
+/// Absent means ready, by the API's own word.
+fn is_ready(endpoint: &Endpoint) -> bool {
+    endpoint.conditions.as_ref().and_then(|is| is.ready).unwrap_or(true)
+}
+
+/// It ends, and answers until then. Absent means that it serves, and that it does not end.
+fn still_serves(endpoint: &Endpoint) -> bool {
+    endpoint
+        .conditions
+        .as_ref()
+        .is_some_and(|is| is.terminating == Some(true) && is.serving.unwrap_or(true))
 }
 
 fn is_tcp(protocol: Option<&str>) -> bool {
@@ -269,6 +309,59 @@ mod tests {
         let resolved = service.resolve([endpoints()].iter()).unwrap();
         assert_eq!(resolved.reach, Reach::Node);
         assert!(!resolved.asks_for_zones());
+    }
+
+    /// One endpoint, in words: ready, or ending and serving, or ending and not serving.
+    fn endpoint(address: &str, node: &str, state: &str) -> Value {
+        let (ready, serving, terminating) = match state {
+            "ready" => (true, true, false),
+            "serving" => (false, true, true),
+            "ending" => (false, false, true),
+            "starting" => (false, false, false),
+            other => panic!("{other}"),
+        };
+        json!({
+            "addresses": [address],
+            "nodeName": node,
+            "conditions": {"ready": ready, "serving": serving, "terminating": terminating},
+        })
+    }
+
+    fn ends(policy: &str, endpoints: &[Value]) -> Vec<u8> {
+        let found = backends(&service(policy), &[slice(&json!(endpoints))]);
+        found.into_iter().map(|(end, _)| end).collect()
+    }
+
+    #[test]
+    fn endpoints_that_end_get_connections_while_nobody_else_can_and_they_serve() {
+        let [ready, serving] = ["ready", "serving"].map(|state| endpoint("10.0.0.1", "a", state));
+        let (other, ending) =
+            (endpoint("10.0.0.2", "b", "serving"), endpoint("10.0.0.3", "b", "ending"));
+        let starting = endpoint("10.0.0.4", "b", "starting");
+        assert_eq!(ends("Cluster", &[ready.clone(), other.clone(), ending.clone()]), [1]);
+        let without = [serving, other.clone(), ending.clone(), starting];
+        assert_eq!(ends("Cluster", &without), [1, 2]);
+        assert_eq!(ends("Cluster", std::slice::from_ref(&ending)), [0; 0]);
+        // Where connections keep to their node, it is asked of each node.
+        assert_eq!(ends("Local", &[ready, other, ending]), [1, 2]);
+    }
+
+    #[test]
+    fn an_endpoint_of_another_family_is_no_other() {
+        let six = slice(&json!([endpoint("fd00::1", "a", "ready")]));
+        let four = slice(&json!([endpoint("10.0.0.1", "a", "serving")]));
+        let resolved = service("Cluster").resolve([six, four].iter()).unwrap();
+        assert_eq!(resolved.ports[&80].len(), 2);
+    }
+
+    #[test]
+    fn what_is_ready_in_one_slice_is_ready() {
+        let slices =
+            ["serving", "ready"].map(|state| slice(&json!([endpoint("10.0.0.1", "a", state)])));
+        let other = slice(&json!([endpoint("10.0.0.2", "a", "serving")]));
+        let [first, second] = slices;
+        let found = backends(&service("Cluster"), &[first, other, second]);
+        assert_eq!(found.len(), 1);
     }
 
     #[test]

@@ -11,13 +11,45 @@ use futures_util::StreamExt;
 use kube::{
     Api, Resource, ResourceExt,
     api::ListParams,
-    runtime::{WatchStreamExt, watcher},
+    runtime::{WatchStreamExt, utils::Backoff, watcher},
 };
 use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, watch};
 
 /// How long a kind may stay unlisted before that is told: most often, a permission is missing.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The pause after a watch has failed, doubled each time up to the longest. What changes meanwhile, agents enforce that much
+/// later; there are a dozen watches, each of which asks once in that time.
+const PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The pauses of one watch.
+struct Pauses(Duration);
+
+impl Pauses {
+    fn new() -> Self {
+        Self(PAUSE)
+    }
+}
+
+impl Iterator for Pauses {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let pause = self.0;
+        self.0 = (pause * 2).min(LONGEST_PAUSE);
+        // Watches that failed together do not come back together.
+        let part = getrandom::u32().map_or(1.0, |chance| f64::from(chance) / f64::from(u32::MAX));
+        Some(pause.mul_f64(0.5 + part / 2.0))
+    }
+}
+
+impl Backoff for Pauses {
+    fn reset(&mut self) {
+        *self = Self::new();
+    }
+}
 
 /// All objects of a kind by `namespace/name`, reduced to what is needed of them.
 pub(crate) struct Watched<T> {
@@ -76,7 +108,7 @@ impl<T: PartialEq + Send + 'static> Watched<T> {
         let watched = Arc::new(Self::unlisted(what));
         let this = watched.clone();
         tokio::spawn(async move {
-            let begin = || watcher(api.clone(), config.clone()).default_backoff().boxed();
+            let begin = || watcher(api.clone(), config.clone()).backoff(Pauses::new()).boxed();
             let mut events = begin();
             let mut listing = Listing::default();
             loop {
@@ -236,6 +268,18 @@ mod tests {
 
     fn seen(watched: &Watched<String>) -> (Vec<String>, u64) {
         watched.read(|objects, version| (objects.values().cloned().collect(), version))
+    }
+
+    #[test]
+    fn a_watch_that_goes_on_failing_is_tried_every_second() {
+        let mut pauses = Pauses::new();
+        let first = pauses.next().unwrap();
+        assert!((PAUSE / 2..=PAUSE).contains(&first), "{first:?}");
+        for pause in pauses.by_ref().skip(5).take(100) {
+            assert!((LONGEST_PAUSE / 2..=LONGEST_PAUSE).contains(&pause), "{pause:?}");
+        }
+        pauses.reset();
+        assert!(pauses.next().unwrap() <= PAUSE);
     }
 
     #[test]

@@ -1,7 +1,8 @@
-//! Where the network namespaces of this node's pods are: asked of the container runtime.
+//! Where the network namespaces of this node's pods are: asked of the container runtime, and kept on disk for when it does
+//! not answer.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -9,9 +10,10 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use hauberk_core::policy::ProcessSelector;
 use hauberk_proto::cri::{
-    ListPodSandboxRequest, PodSandboxState, PodSandboxStatusRequest,
-    runtime_service_client::RuntimeServiceClient,
+    ListPodSandboxRequest, PodSandbox, PodSandboxFilter, PodSandboxState, PodSandboxStateValue,
+    PodSandboxStatusRequest, runtime_service_client::RuntimeServiceClient,
 };
+use hauberk_tls::files::{read_private, write_private};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
@@ -21,6 +23,14 @@ use crate::cni::Starting;
 /// A runtime that does not answer within this is busy; it is asked again.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
+/// The longest answer that is taken, in bytes: what a kubelet takes. Pods' annotations are in it.
+const LONGEST: usize = 16 * 1024 * 1024;
+
+/// The label with which a kubelet names the pod of a sandbox.
+const POD_UID: &str = "io.kubernetes.pod.uid";
+
+type Runtime = RuntimeServiceClient<Channel>;
+
 /// The pods' namespaces, as far as they were needed.
 pub(super) struct Sandboxes {
     socket: PathBuf,
@@ -29,6 +39,10 @@ pub(super) struct Sandboxes {
     channel: Option<Channel>,
     /// By the pod's UID.
     paths: HashMap<String, PathBuf>,
+    /// Those of the agent before, as names of files below `netns_dir`: for as long as the runtime does not answer.
+    kept: BTreeMap<String, String>,
+    /// Where they are kept.
+    file: PathBuf,
     /// Why the runtime could not be asked.
     problem: Option<String>,
     /// What is odd about single ones.
@@ -36,24 +50,43 @@ pub(super) struct Sandboxes {
 }
 
 impl Sandboxes {
-    pub(super) fn new(socket: PathBuf, netns_dir: PathBuf) -> Self {
+    /// With what the agent before kept in `file`.
+    pub(super) fn new(socket: PathBuf, netns_dir: PathBuf, file: PathBuf) -> Self {
+        let kept = load(&file).unwrap_or_else(|error| {
+            // The runtime knows as well, when it answers.
+            tracing::warn!(error = format!("{error:#}"), "where pods were is not known");
+            BTreeMap::new()
+        });
         Self {
             socket,
             netns_dir,
             channel: None,
             paths: HashMap::new(),
+            kept,
+            file,
             problem: None,
             problems: HashMap::new(),
         }
     }
 
     /// Where a pod's namespace is.
-    pub(super) fn path(&self, uid: &str) -> anyhow::Result<&Path> {
-        match (self.paths.get(uid), self.problem.as_ref().or_else(|| self.problems.get(uid))) {
-            (Some(path), _) => Ok(path),
-            (None, Some(problem)) => Err(anyhow!("{problem}")),
-            (None, None) => Err(anyhow!("the container runtime has no sandbox of this pod yet")),
+    pub(super) fn path(&self, uid: &str) -> anyhow::Result<PathBuf> {
+        if let Some(path) = self.paths.get(uid) {
+            return Ok(path.clone());
         }
+        if let Some(problem) = &self.problem {
+            let kept = self.kept.get(uid).map(|name| self.netns_dir.join(name));
+            return kept.filter(|path| path.exists()).ok_or_else(|| anyhow!("{problem}"));
+        }
+        match self.problems.get(uid) {
+            Some(problem) => Err(anyhow!("{problem}")),
+            None => Err(anyhow!("the container runtime has no sandbox of this pod yet")),
+        }
+    }
+
+    /// Why the runtime could not be asked where pods are that nothing else tells of.
+    pub(super) fn problem(&self) -> Option<&str> {
+        self.problem.as_deref()
     }
 
     /// Asks the runtime, if anything of these pods is not known or not there any more. Of those that are
@@ -67,6 +100,7 @@ impl Sandboxes {
         }
         if uids.iter().all(|uid| self.paths.contains_key(uid)) {
             self.problem = None;
+            self.keep(uids);
             return;
         }
         let asked = tokio::time::timeout(TIMEOUT, self.ask(uids)).await;
@@ -81,6 +115,31 @@ impl Sandboxes {
         if self.problem.is_some() {
             // It may have been restarted.
             self.channel = None;
+        } else {
+            self.keep(uids);
+        }
+    }
+
+    /// Writes down where they are, if that has changed.
+    fn keep(&mut self, uids: &HashSet<String>) {
+        let name = |path: &PathBuf| path.file_name()?.to_str().map(str::to_owned);
+        let found: BTreeMap<String, String> = self
+            .paths
+            .iter()
+            .filter(|(uid, _)| uids.contains(*uid))
+            .filter_map(|(uid, path)| Some((uid.clone(), name(path)?)))
+            .collect();
+        if found == self.kept {
+            return;
+        }
+        let written = serde_json::to_vec_pretty(&found)
+            .context("write it as JSON")
+            .and_then(|text| write_private(&self.file, &text).map_err(Into::into));
+        match written {
+            Ok(()) => self.kept = found,
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "where pods are could not be kept");
+            }
         }
     }
 
@@ -90,18 +149,9 @@ impl Sandboxes {
     /// If the runtime cannot be asked.
     pub(super) async fn pod_namespaces(&mut self) -> anyhow::Result<HashMap<PathBuf, String>> {
         let asking = async {
-            let channel = match &self.channel {
-                Some(channel) => channel.clone(),
-                None => self.channel.insert(connect(&self.socket).await?).clone(),
-            };
-            let mut runtime = RuntimeServiceClient::new(channel);
-            let listed = runtime
-                .list_pod_sandbox(ListPodSandboxRequest {})
-                .await
-                .map_err(|status| anyhow!("{}", status.message()))?
-                .into_inner();
+            let mut runtime = self.runtime().await?;
             let mut found = HashMap::new();
-            for sandbox in listed.items {
+            for sandbox in list(&mut runtime, None).await? {
                 let request = PodSandboxStatusRequest { pod_sandbox_id: sandbox.id, verbose: true };
                 let status = runtime
                     .pod_sandbox_status(request)
@@ -125,33 +175,25 @@ impl Sandboxes {
             .with_context(|| format!("ask the container runtime at {}", self.socket.display()))
     }
 
-    async fn ask(&mut self, uids: &HashSet<String>) -> anyhow::Result<()> {
+    async fn runtime(&mut self) -> anyhow::Result<Runtime> {
         let channel = match &self.channel {
             Some(channel) => channel.clone(),
             None => self.channel.insert(connect(&self.socket).await?).clone(),
         };
-        let mut runtime = RuntimeServiceClient::new(channel);
-        let listed = runtime
-            .list_pod_sandbox(ListPodSandboxRequest {})
-            .await
-            .map_err(|status| anyhow!("{}", status.message()))
-            .context("list the pods' sandboxes")?
-            .into_inner();
-        // A sandbox that was made anew is beside the old one for a while.
-        let mut newest: HashMap<String, (i64, String)> = HashMap::new();
-        for sandbox in listed.items {
-            let ready = sandbox.state() == PodSandboxState::SandboxReady;
-            let uid = sandbox.metadata.map(|metadata| metadata.uid).unwrap_or_default();
-            if !ready || !uids.contains(&uid) || self.paths.contains_key(&uid) {
-                continue;
-            }
-            let entry = newest.entry(uid).or_default();
-            if sandbox.created_at >= entry.0 {
-                *entry = (sandbox.created_at, sandbox.id);
-            }
-        }
+        Ok(RuntimeServiceClient::new(channel).max_decoding_message_size(LONGEST))
+    }
+
+    /// About each pod by itself: what others have in their annotations makes no answer too long.
+    async fn ask(&mut self, uids: &HashSet<String>) -> anyhow::Result<()> {
+        let mut runtime = self.runtime().await?;
         self.problems.clear();
-        for (uid, (_, id)) in newest {
+        let unknown: Vec<_> =
+            uids.iter().filter(|uid| !self.paths.contains_key(*uid)).cloned().collect();
+        for uid in unknown {
+            let listed =
+                list(&mut runtime, Some(&uid)).await.context("list the pods' sandboxes")?;
+            // A sandbox that was made anew is beside the old one for a while.
+            let Some(id) = newest_ready(listed, &uid) else { continue };
             let request = PodSandboxStatusRequest { pod_sandbox_id: id.clone(), verbose: true };
             let asked = runtime.pod_sandbox_status(request).await;
             let found =
@@ -168,6 +210,41 @@ impl Sandboxes {
             }
         }
         Ok(())
+    }
+}
+
+/// The sandboxes that are ready; of one pod, or of all.
+async fn list(runtime: &mut Runtime, uid: Option<&str>) -> anyhow::Result<Vec<PodSandbox>> {
+    let state = PodSandboxStateValue { state: PodSandboxState::SandboxReady.into() };
+    let label_selector = uid.map(|uid| (POD_UID.to_owned(), uid.to_owned())).into_iter().collect();
+    let filter = PodSandboxFilter { state: Some(state), label_selector };
+    let listed = runtime.list_pod_sandbox(ListPodSandboxRequest { filter: Some(filter) }).await;
+    let listed = listed.map_err(|status| anyhow!("{}", status.message()))?;
+    Ok(listed.into_inner().items)
+}
+
+/// The newest of a pod's sandboxes, whatever else a runtime has listed.
+fn newest_ready(listed: Vec<PodSandbox>, uid: &str) -> Option<String> {
+    let ready = listed.into_iter().filter(|sandbox| {
+        sandbox.state() == PodSandboxState::SandboxReady
+            && sandbox.metadata.as_ref().is_some_and(|metadata| metadata.uid == uid)
+    });
+    ready.max_by_key(|sandbox| sandbox.created_at).map(|sandbox| sandbox.id)
+}
+
+/// What was kept.
+///
+/// # Errors
+/// If it is not as it was written.
+fn load(file: &Path) -> anyhow::Result<BTreeMap<String, String>> {
+    let Some(text) = read_private(file)? else { return Ok(BTreeMap::new()) };
+    let damaged = || format!("{} is damaged", file.display());
+    let kept: BTreeMap<String, String> = serde_json::from_slice(&text).with_context(damaged)?;
+    match kept.values().find(|name| !ProcessSelector::is_network_namespace(name)) {
+        None => Ok(kept),
+        Some(name) => {
+            Err(anyhow!("{name:?} is the name of no network namespace")).with_context(damaged)
+        }
     }
 }
 
@@ -212,6 +289,95 @@ pub(crate) fn netns_file(path: &str) -> anyhow::Result<String> {
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
 mod tests {
     use super::*;
+
+    /// A folder with one network namespace, as far as its name is concerned.
+    struct Place(tempfile::TempDir);
+
+    impl Place {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::create_dir(folder.path().join("netns")).unwrap();
+            std::fs::write(folder.path().join("netns/cni-1"), "").unwrap();
+            Self(folder)
+        }
+
+        fn file(&self) -> PathBuf {
+            self.0.path().join("sandboxes.json")
+        }
+
+        /// Of an agent that starts, beside a runtime that is not there.
+        fn sandboxes(&self) -> Sandboxes {
+            let at = |name: &str| self.0.path().join(name);
+            Sandboxes::new(at("runtime.sock"), at("netns"), self.file())
+        }
+    }
+
+    fn uids(of: &[&str]) -> HashSet<String> {
+        of.iter().map(|uid| (*uid).to_owned()).collect()
+    }
+
+    #[tokio::test]
+    async fn what_was_known_is_taken_from_disk_while_the_runtime_does_not_answer() {
+        let place = Place::new();
+        let mut before = place.sandboxes();
+        let path = place.0.path().join("netns/cni-1");
+        before.paths.insert("pod-1".to_owned(), path.clone());
+        before.look_up(&uids(&["pod-1"]), &Starting::default()).await;
+        assert_eq!(before.problem(), None);
+
+        let mut after = place.sandboxes();
+        after.look_up(&uids(&["pod-1", "pod-2"]), &Starting::default()).await;
+        assert!(after.problem().is_some_and(|problem| problem.contains("runtime.sock")));
+        assert_eq!(after.path("pod-1").unwrap(), path);
+        assert!(after.path("pod-2").unwrap_err().to_string().contains("runtime.sock"));
+        // Nothing of it is forgotten meanwhile, and what is gone is not given out.
+        assert_eq!(place.sandboxes().kept.len(), 1);
+        std::fs::remove_file(&path).unwrap();
+        assert!(after.path("pod-1").is_err());
+    }
+
+    #[tokio::test]
+    async fn what_is_known_from_elsewhere_needs_no_runtime_and_pods_that_left_are_not_kept() {
+        let place = Place::new();
+        let mut sandboxes = place.sandboxes();
+        let path = place.0.path().join("netns/cni-1");
+        sandboxes.paths.insert("pod-1".to_owned(), path);
+        sandboxes.look_up(&uids(&["pod-1"]), &Starting::default()).await;
+        assert_eq!(place.sandboxes().kept, [("pod-1".to_owned(), "cni-1".to_owned())].into());
+        sandboxes.look_up(&uids(&[]), &Starting::default()).await;
+        assert!(place.sandboxes().kept.is_empty());
+    }
+
+    #[test]
+    fn a_file_that_is_damaged_is_not_used() {
+        let place = Place::new();
+        for text in ["", "[]", r#"{"pod-1": "../cni-1"}"#, r#"{"pod-1": 7}"#] {
+            write_private(&place.file(), text.as_bytes()).unwrap();
+            assert!(load(&place.file()).is_err(), "{text}");
+            assert!(place.sandboxes().kept.is_empty());
+        }
+    }
+
+    #[test]
+    fn of_a_pods_sandboxes_the_newest_that_is_ready_counts() {
+        let sandbox = |id: &str, uid: &str, created_at: i64, state: PodSandboxState| PodSandbox {
+            id: id.to_owned(),
+            metadata: Some(hauberk_proto::cri::PodSandboxMetadata {
+                uid: uid.to_owned(),
+                ..Default::default()
+            }),
+            state: state.into(),
+            created_at,
+        };
+        let listed = vec![
+            sandbox("old", "pod-1", 1, PodSandboxState::SandboxReady),
+            sandbox("new", "pod-1", 2, PodSandboxState::SandboxReady),
+            sandbox("over", "pod-1", 3, PodSandboxState::SandboxNotready),
+            sandbox("other", "pod-2", 4, PodSandboxState::SandboxReady),
+        ];
+        assert_eq!(newest_ready(listed, "pod-1").as_deref(), Some("new"));
+        assert_eq!(newest_ready(Vec::new(), "pod-1"), None);
+    }
 
     fn info(namespaces: &str) -> String {
         format!(r#"{{"pid": 7, "runtimeSpec": {{"linux": {{"namespaces": {namespaces}}}}}}}"#)

@@ -4,7 +4,8 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 
 use hauberk_core::{
     identity::{IdentityKind, SpiffeId},
-    policy::{Mode, Request as Question, Verdict, resolve::MeshWorkload},
+    likeness::most_alike,
+    policy::{Mode, Request as Question, Verdict},
     time::Timestamp,
 };
 use hauberk_proto::{
@@ -26,6 +27,9 @@ use crate::{
 const MAX_TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
 const DEFAULT_DENIALS: usize = 100;
+
+/// How many names are told to whom asks about one that nobody has.
+const NEAREST: usize = 3;
 
 pub(crate) struct Operator(pub(crate) Arc<Shared>);
 
@@ -259,12 +263,26 @@ fn identity(field: &str, text: &str, published: &Published) -> Result<SpiffeId, 
     if let Some(workload) = by_account {
         return Ok(workload.identity.clone());
     }
-    let known: Vec<String> = published.workloads.iter().map(MeshWorkload::shown).collect();
+    let known = published.workloads.iter().flat_map(|workload| {
+        let account = match workload.identity.kind() {
+            IdentityKind::Workload { namespace, service_account } => {
+                Some(format!("{namespace}/{service_account}"))
+            }
+            IdentityKind::Machine { .. }
+            | IdentityKind::Node { .. }
+            | IdentityKind::ControlPlane
+            | IdentityKind::Other => None,
+        };
+        std::iter::once(workload.shown()).chain(account)
+    });
+    let nearest = most_alike(text, known, NEAREST).join(", ");
+    let nearest = match published.workloads.len() {
+        0 => "none is registered".to_owned(),
+        count => format!("of {count} that are registered the nearest are {nearest}"),
+    };
     Err(Status::not_found(format!(
-        "{field}: no workload {text:?}; give namespace/workload, namespace/service-account, machine/name \
-         or a SPIFFE ID. \
-         Registered are: {}",
-        if known.is_empty() { "none".to_owned() } else { known.join(", ") }
+        "{field}: no workload {text:?}; {nearest}. Give namespace/workload, namespace/service-account, machine/name or a \
+         SPIFFE ID; hauberk status lists all"
     )))
 }
 

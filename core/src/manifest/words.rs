@@ -2,6 +2,8 @@
 
 use std::{fmt, str::FromStr};
 
+use crate::likeness::edit_distance;
+
 /// The longest quotation of a value in a message, in characters.
 const MAX_QUOTED: usize = 80;
 
@@ -52,21 +54,4 @@ pub(super) fn nearest(given: &str, known: &[&'static str]) -> Option<&'static st
     let distances = known.iter().map(|name| (edit_distance(given, name), *name));
     let (distance, name) = distances.min_by_key(|(distance, _)| *distance)?;
     (distance <= name.len().div_ceil(3).min(3)).then_some(name)
-}
-
-/// How many letters must be put in, taken out or replaced; case does not count.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let (a, b) = (a.to_lowercase(), b.to_lowercase());
-    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
-    for (line, x) in a.chars().enumerate() {
-        let mut left = line + 1;
-        let mut next = vec![left];
-        for (y, above) in b.chars().zip(row.windows(2)) {
-            let [diagonal, above] = above else { continue };
-            left = (diagonal + usize::from(x != y)).min(above + 1).min(left + 1);
-            next.push(left);
-        }
-        row = next;
-    }
-    row.last().copied().unwrap_or_default()
 }

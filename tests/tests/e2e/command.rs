@@ -28,6 +28,8 @@ crate::trials!(
     denied_follows_what_comes_until_it_is_interrupted,
     answers_in_json_have_their_fields,
     completions_name_every_subcommand,
+    a_reader_that_has_read_enough_ends_a_command_without_a_word,
+    a_name_that_nobody_has_is_answered_with_the_nearest,
     a_probe_says_by_its_exit_what_is_wrong,
     cleanup_leaves_no_rule_and_no_route_of_a_host,
     probes_and_scrapers_are_answered,
@@ -263,6 +265,56 @@ fn a_probe_says_by_its_exit_what_is_wrong() -> anyhow::Result<()> {
     fs::write(&roots, rcgen::generate_simple_self_signed(["x".to_owned()])?.cert.pem())?;
     let (code, text) = probe()?;
     ensure!(code == Some(1) && text.contains(&nobody), "{code:?}: {text}");
+    Ok(())
+}
+
+/// What a command writes to standard error, and how it ends, whose reader has gone.
+fn unread(command: &mut Command) -> anyhow::Result<(String, Option<i32>)> {
+    let (reader, writer) = nix::unistd::pipe()?;
+    drop(reader);
+    let output = command.stdout(writer).stderr(Stdio::piped()).output()?;
+    Ok((String::from_utf8_lossy(&output.stderr).into_owned(), output.status.code()))
+}
+
+fn a_reader_that_has_read_enough_ends_a_command_without_a_word() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    expect_refused(mesh.connect("web", mesh.ledger(8080)))?;
+    mesh.wait("the denial", PATIENCE, |mesh| {
+        ensure!(!mesh.ask(&["denied"])?.stdout.is_empty(), "nothing was denied");
+        Ok(())
+    })?;
+    let why = ["why", "shop/checkout", "payments/ledger:8080"];
+    let asking: [&[&str]; 5] = [&["status"], &["denied"], &["check"], &["learn"], &why];
+    for arguments in asking {
+        for more in [&[][..], &["-o", "json"]] {
+            let mut command = Command::new(std::env::current_exe()?);
+            command.arg(crate::AS_HAUBERK).args(arguments).args(more);
+            let ended = unread(command.arg("--socket").arg(mesh.socket()))?;
+            // As shells show a program that a closed pipe has ended.
+            ensure!(ended == (String::new(), Some(141)), "{arguments:?} {more:?}: {ended:?}");
+        }
+    }
+    let mut command = Command::new(std::env::current_exe()?);
+    let ended = unread(command.args([crate::AS_HAUBERK, "completions", "bash"]))?;
+    ensure!(ended == (String::new(), Some(141)), "completions: {ended:?}");
+    Ok(())
+}
+
+fn a_name_that_nobody_has_is_answered_with_the_nearest() -> anyhow::Result<()> {
+    let mesh = Mesh::start()?;
+    for (source, destination, field, name) in [
+        ("shop/chekout", "payments/ledger:8080", "source", "shop/chekout"),
+        ("shop/checkout", "payment/ledger:8080", "destination", "payment/ledger"),
+    ] {
+        let output = mesh.ask(&["why", source, destination])?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let right =
+            ["shop/checkout", "payments/ledger"].map(|right| format!("nearest are {right}"));
+        ensure!(output.status.code() == Some(2), "{output:?}");
+        ensure!(said.contains(&format!("{field}: no workload \"{name}\"")), "{said}");
+        ensure!(right.iter().any(|right| said.contains(right)), "{said}");
+        ensure!(said.lines().count() == 1 && said.len() < 400, "not short: {said}");
+    }
     Ok(())
 }
 

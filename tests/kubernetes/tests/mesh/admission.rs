@@ -16,6 +16,7 @@ use crate::{
 };
 
 pub(crate) const TESTS: &[(&str, Test)] = &[
+    ("a_mode_that_is_none_is_refused", a_mode_that_is_none_is_refused),
     ("a_peer_that_nobody_is_is_warned_of", a_peer_that_nobody_is_is_warned_of),
     (
         "an_example_that_fails_is_warned_of_with_what_holds_instead",
@@ -42,6 +43,33 @@ fn told(cluster: &Cluster, manifests: &str, more: &[&str]) -> anyhow::Result<Str
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.success(), "{text}");
     Ok(text)
+}
+
+fn a_mode_that_is_none_is_refused(cluster: &Cluster) -> anyhow::Result<()> {
+    let label = |namespace: &str, mode: &str| {
+        let mode = format!("hauberk.dev/mode={mode}");
+        let label = ["label", "--overwrite", "--dry-run=server", "namespace", namespace, &mode];
+        cluster.kubectl(&label)
+    };
+    for mode in ["enforce", "audit", "off", "Enforce", "Audit", "Off"] {
+        label("shop", mode)?;
+    }
+    for mode in ["audti", "ENFORCE", ""] {
+        let said = label("shop", mode).err().with_context(|| format!("{mode:?} was taken"))?;
+        let wanted =
+            format!("label hauberk.dev/mode: \"{mode}\" is none of enforce, audit and off");
+        ensure!(format!("{said:#}").contains(&wanted), "{said:#}");
+    }
+    for mode in ["enforce", "audit"] {
+        let said = label("hauberk-system", mode).err().context("the mesh is in the mesh")?;
+        let wanted = "the mesh itself runs in this namespace, and cannot be in the mesh";
+        ensure!(format!("{said:#}").contains(wanted), "{said:#}");
+    }
+    label("hauberk-system", "off")?;
+    let new = "{apiVersion: v1, kind: Namespace, metadata: {name: new, labels: {hauberk.dev/mode: audti}}}";
+    ensure!(told(cluster, new, &["--dry-run=server"]).is_err(), "a new one was taken");
+    // What has nothing to do with the mode is nobody's business.
+    cluster.kubectl(&["label", "--dry-run=server", "namespace", "hauberk-system", "a=b"]).map(drop)
 }
 
 /// A policy that allows somebody who is not there.

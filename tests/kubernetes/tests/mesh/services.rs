@@ -17,6 +17,10 @@ use crate::{
 pub(crate) const TESTS: &[(&str, Test)] = &[
     ("services_of_every_kind_lead_to_their_pods", services_of_every_kind_lead_to_their_pods),
     ("connections_stay_as_near_as_the_service_asks", connections_stay_as_near_as_the_service_asks),
+    (
+        "an_endpoint_that_ends_serves_while_no_other_is_ready",
+        an_endpoint_that_ends_serves_while_no_other_is_ready,
+    ),
     ("a_job_with_an_init_container_finishes", a_job_with_an_init_container_finishes),
     ("containers_of_a_pod_talk_to_each_other", containers_of_a_pod_talk_to_each_other),
     ("a_pod_in_its_nodes_network_is_told", a_pod_in_its_nodes_network_is_told),
@@ -135,6 +139,68 @@ fn connections_stay_as_near_as_the_service_asks(cluster: &Cluster) -> anyhow::Re
         cluster.kubectl(&["label", "node", node, &format!("{ZONE_LABEL}-")])?;
     }
     outcome
+}
+
+/// A service whose only pod takes long to end, and serves until then.
+const LINGERING: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: lingering, namespace: payments}
+spec: {selector: {app: lingering}, ports: [{port: 80, targetPort: 8080}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: lingering, namespace: payments, labels: {app: lingering}}
+spec:
+  terminationGracePeriodSeconds: 60
+  containers:
+  - name: it
+    image: hauberk.test/busybox:1
+    imagePullPolicy: Never
+    args: ['-c', 'mkdir /www; echo still here >/www/index.html; exec httpd -f -h /www -p 8080']
+    lifecycle: {preStop: {exec: {command: ['sleep', '60']}}}
+    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1, timeoutSeconds: 10, failureThreshold: 10}
+---
+apiVersion: hauberk.dev/v1alpha1
+kind: AccessPolicy
+metadata: {name: lingering, namespace: payments}
+spec:
+  owner: {team: payments, contact: '#payments-oncall'}
+  target: {selector: {matchLabels: {app: lingering}}}
+  rules:
+  - name: checkout
+    ports: [8080]
+    from:
+    - serviceAccount: {namespace: shop, name: checkout}
+";
+
+fn an_endpoint_that_ends_serves_while_no_other_is_ready(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.apply(LINGERING)?;
+    cluster.wait_pod("payments", "lingering", PATIENCE)?;
+    let ask = |cluster: &Cluster| -> anyhow::Result<()> {
+        let text = get(cluster, "checkout", "http://lingering.payments/")?;
+        ensure!(text == "still here\n", "{text}");
+        Ok(())
+    };
+    cluster.wait_until("a connection", PATIENCE, ask)?;
+    cluster.kubectl(&["delete", "pod", "--namespace=payments", "--wait=false", "lingering"])?;
+    let slices = ["get", "endpointslices", "--namespace=payments"];
+    let selected = "--selector=kubernetes.io/service-name=lingering";
+    cluster.wait_until("the end of the pod", PATIENCE, |cluster| {
+        let found = cluster.kubectl_json(&[&slices[..], &[selected]].concat())?;
+        let conditions = &found["items"][0]["endpoints"][0]["conditions"];
+        let ends = conditions["terminating"] == true && conditions["serving"] == true;
+        ensure!(ends && conditions["ready"] == false, "{conditions}");
+        Ok(())
+    })?;
+    // By then agents know of it; and it goes on.
+    for _ in 0..10 {
+        ask(cluster).with_context(|| everything(cluster))?;
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let now = ["delete", "pod", "--namespace=payments", "--grace-period=1", "lingering"];
+    cluster.kubectl(&now)?;
+    cluster.delete(LINGERING).map(drop)
 }
 
 fn near(cluster: &Cluster) -> anyhow::Result<()> {

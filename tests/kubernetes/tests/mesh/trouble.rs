@@ -28,7 +28,15 @@ pub(crate) const TESTS: &[(&str, Test)] = &[
     ("a_node_port_does_not_pass_for_a_probe", a_node_port_does_not_pass_for_a_probe),
     ("a_pod_without_its_service_account_is_nobody", a_pod_without_its_service_account_is_nobody),
     ("a_restarted_container_runtime_is_asked_again", a_restarted_container_runtime_is_asked_again),
+    (
+        "an_agent_that_starts_finds_its_pods_among_others_with_much_to_say",
+        an_agent_that_starts_finds_its_pods_among_others_with_much_to_say,
+    ),
     ("after_a_reboot_no_pod_talks_unprotected", after_a_reboot_no_pod_talks_unprotected),
+    (
+        "a_policy_from_while_the_api_server_refused_is_in_force_soon_after",
+        a_policy_from_while_the_api_server_refused_is_in_force_soon_after,
+    ),
 ];
 
 /// How long a node may take to have all of its pods again.
@@ -198,6 +206,73 @@ fn a_pod_deleted_by_force_stays_captured(cluster: &Cluster) -> anyhow::Result<()
     outcome
 }
 
+/// The API server has no place for anything that the control plane asks.
+const NO_PLACE: &str = "
+apiVersion: flowcontrol.apiserver.k8s.io/v1
+kind: PriorityLevelConfiguration
+metadata: {name: no-place}
+spec:
+  type: Limited
+  limited: {nominalConcurrencyShares: 0, lendablePercent: 0, borrowingLimitPercent: 0, limitResponse: {type: Reject}}
+---
+apiVersion: flowcontrol.apiserver.k8s.io/v1
+kind: FlowSchema
+metadata: {name: no-place}
+spec:
+  matchingPrecedence: 1
+  priorityLevelConfiguration: {name: no-place}
+  rules:
+  - subjects:
+    - {kind: ServiceAccount, serviceAccount: {name: hauberk-control-plane, namespace: hauberk-system}}
+    resourceRules:
+    - {apiGroups: ['*'], resources: ['*'], verbs: ['*'], namespaces: ['*'], clusterScope: true}
+    nonResourceRules: [{nonResourceURLs: ['*'], verbs: ['*']}]
+";
+
+/// How long it has none.
+const WITHOUT_A_PLACE: Duration = Duration::from_secs(45);
+
+/// How long a policy from meanwhile may take afterwards: the API server itself takes up to a second to give places again, and
+/// the connections that are tried here take theirs.
+const AFTERWARDS: Duration = Duration::from_secs(5);
+
+fn a_policy_from_while_the_api_server_refused_is_in_force_soon_after(
+    cluster: &Cluster,
+) -> anyhow::Result<()> {
+    allowed(cluster)?;
+    ensure!(get(cluster, "web", LEDGER).is_err(), "web is allowed from before");
+    cluster.apply(NO_PLACE)?;
+    let outcome = (|| {
+        // Not a word of it before it holds.
+        let who = "--as=system:serviceaccount:hauberk-system:hauberk-control-plane";
+        cluster.wait_until("the refusals", PATIENCE, |cluster| {
+            let asked = cluster.kubectl(&["get", "namespaces", who, "--request-timeout=2s"]);
+            ensure!(asked.is_err(), "it answers");
+            Ok(())
+        })?;
+        cluster.apply(&POLICY.replace(
+            "{namespace: shop, name: checkout}",
+            "{namespace: shop, name: checkout}\n    - serviceAccount: {namespace: shop, name: web}",
+        ))?;
+        thread::sleep(WITHOUT_A_PLACE);
+        ensure!(get(cluster, "checkout", LEDGER).is_ok(), "what was allowed is not any more");
+        ensure!(get(cluster, "web", LEDGER).is_err(), "it was published without the API server");
+        Ok(())
+    })();
+    cluster.delete(NO_PLACE)?;
+    let since = Instant::now();
+    outcome?;
+    cluster.wait_until("the new policy", PATIENCE, |cluster| get(cluster, "web", LEDGER))?;
+    let after = since.elapsed();
+    eprintln!("in force after {after:?}");
+    ensure!(after <= AFTERWARDS, "in force only after {after:?}");
+    allowed(cluster)?;
+    cluster.wait_until("the old policy", PATIENCE, |cluster| {
+        ensure!(get(cluster, "web", LEDGER).is_err(), "web is still allowed");
+        Ok(())
+    })
+}
+
 fn a_control_plane_that_missed_a_deletion_goes_on(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply(POLICY)?;
     let last = POLICY.replace("name: ledger, namespace", "name: last, namespace");
@@ -229,6 +304,60 @@ fn a_restarted_container_runtime_is_asked_again(cluster: &Cluster) -> anyhow::Re
     ensure!(get(cluster, "late", LEDGER)? == "the ledger\n");
     cluster.kubectl(&["delete", "pod", "--namespace=shop", "late"])?;
     Ok(())
+}
+
+/// Pods outside the mesh on a node, and how much each has in its annotations, twice: `apply` keeps what was applied in one
+/// more. Together more than the 4 MiB that a gRPC client takes by itself.
+const WORDY_PODS: usize = 24;
+const WORDS: usize = 100_000;
+
+fn wordy(number: usize) -> String {
+    let words = "x".repeat(WORDS);
+    format!(
+        "---
+apiVersion: v1
+kind: Pod
+metadata: {{name: wordy-{number}, namespace: loose, annotations: {{words: {words}}}}}
+spec:
+  nodeName: node-a
+  terminationGracePeriodSeconds: 0
+  containers:
+  - name: it
+    image: hauberk.test/busybox:1
+    imagePullPolicy: Never
+    args: ['-c', 'exec sleep 1000000']
+"
+    )
+}
+
+fn an_agent_that_starts_finds_its_pods_among_others_with_much_to_say(
+    cluster: &Cluster,
+) -> anyhow::Result<()> {
+    allowed(cluster)?;
+    let pods: String = (0..WORDY_PODS).map(wordy).collect();
+    cluster.apply(&pods)?;
+    for number in 0..WORDY_PODS {
+        cluster.wait_pod("loose", &format!("wordy-{number}"), PATIENCE)?;
+    }
+    // The runtime has them with its sandboxes, and tells all of them to whom lists these.
+    let annotations = "--output=jsonpath={.items[*].metadata.annotations}";
+    let said = cluster.kubectl(&["get", "pods", "--namespace=loose", annotations])?;
+    ensure!(said.len() > 4 << 20, "only {} bytes", said.len());
+    let agents = ["--namespace=hauberk-system", "--selector=app.kubernetes.io/component=agent"];
+    let here = ["delete", "pod", "--field-selector=spec.nodeName=node-a"];
+    cluster.kubectl(&[&here[..], &agents].concat())?;
+    cluster.kubectl(&[
+        "rollout",
+        "status",
+        "--namespace=hauberk-system",
+        "--timeout=90s",
+        "daemonset/hauberk-agent",
+    ])?;
+    let asked = cluster.wait_until("the allowed connection", PATIENCE, |cluster| {
+        get(cluster, "checkout", LEDGER).map(drop)
+    });
+    asked.with_context(|| everything(cluster))?;
+    cluster.delete(&pods).map(drop)
 }
 
 fn after_a_reboot_no_pod_talks_unprotected(cluster: &Cluster) -> anyhow::Result<()> {
