@@ -3,6 +3,7 @@
 
 use std::{
     future::Future,
+    io::Write as _,
     path::Path,
     process::ExitCode,
     sync::{Arc, atomic::Ordering},
@@ -361,7 +362,8 @@ async fn drain(context: &Context, patience: Duration) {
 pub fn cleanup(args: &Args) -> ExitCode {
     let mut failed = false;
     let mut note = |place: String, outcome: anyhow::Result<()>| match outcome {
-        Ok(()) => println!("nothing left in {place}"),
+        // Whether anybody reads it or not, the next place has its turn.
+        Ok(()) => drop(writeln!(std::io::stdout(), "nothing left in {place}")),
         Err(error) => {
             failed = true;
             eprintln!("error: {place}: {error:#}");

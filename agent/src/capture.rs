@@ -295,8 +295,8 @@ impl Captures {
         }
     }
 
-    /// What the agent before listened for is taken up, or has had its time; and where all pods are is known. Until then
-    /// a rollout does not go on to the next node.
+    /// What the agent before listened for is taken up, or has had its time; and the runtime can be asked where pods are.
+    /// Until then a rollout does not go on to the next node.
     fn note_ready(&mut self, unknown: Option<&str>) {
         let since = *self.since.get_or_insert_with(Instant::now);
         let state = match self.inherited.left() {

@@ -178,7 +178,8 @@ impl Way {
         self.burst = self.burst.clamp(1, SLOTS);
         let room = self.burst * RECORD;
         let read = ready!(with_scratch(|scratch| {
-            let into = scratch.plain.get_mut(..room).unwrap_or_default();
+            // A burst has room in it.
+            let into = &mut scratch.plain[..room];
             let read = match ready!(poll_receive(cx, from, &mut [IoSliceMut::new(into)])) {
                 Ok(read) => read,
                 Err(error) => {
@@ -186,7 +187,7 @@ impl Way {
                     return Poll::Ready(Err(Failed::Reading(error)));
                 }
             };
-            let bytes = scratch.plain.get(..read).unwrap_or_default();
+            let bytes = &scratch.plain[..read];
             self.write(cx, to, bytes).map_err(Failed::Writing)?;
             Poll::Ready(Ok::<_, Failed>(bytes.len()))
         }))?;
@@ -230,14 +231,14 @@ impl Way {
             Poll::Pending => 0,
         };
         self.bytes += u64::try_from(written).unwrap_or(u64::MAX);
-        self.rest = bytes.get(written..).unwrap_or_default().to_vec();
+        self.rest = bytes[written..].to_vec();
         self.rest_used = 0;
         Ok(())
     }
 
     fn poll_rest(&mut self, cx: &mut Context<'_>, to: &mut TcpStream) -> Poll<io::Result<()>> {
         while self.rest_used < self.rest.len() {
-            let rest = self.rest.get(self.rest_used..).unwrap_or_default();
+            let rest = &self.rest[self.rest_used..];
             let written = ready!(Pin::new(&mut *to).poll_write(cx, rest))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));

@@ -27,6 +27,8 @@ const ATTESTING: usize = 8;
 /// The cluster's API, and what it shows of this namespace.
 pub(crate) struct Connection {
     client: hauberk_kubernetes::Client,
+    /// For what is tried again every second by whoever asks.
+    prompt: hauberk_kubernetes::Client,
     namespace: String,
     shared: Shared,
     cluster: Arc<Cluster>,
@@ -43,15 +45,16 @@ pub(crate) async fn connect(
 ) -> anyhow::Result<Connection> {
     let client = hauberk_kubernetes::client().await.context("find the Kubernetes API")?;
     let namespace = client.default_namespace().to_owned();
+    let prompt = hauberk_kubernetes::prompt_client().await.context("find the Kubernetes API")?;
     let shared = Shared::new(client.clone(), namespace.clone());
-    let cluster = Arc::new(Cluster::follow(&client, &namespace));
+    let cluster = Arc::new(Cluster::follow(&prompt, &namespace));
     // A pod's host name is its name, unless it says otherwise.
     let replica = nix::unistd::gethostname().context("ask for the pod's name")?;
     let replica = replica.to_string_lossy().into_owned();
     if brought.is_none() {
         bring_ca(&shared, ca, trust_domain).await.context("bring the CA of the cluster")?;
     }
-    Ok(Connection { client, namespace, shared, cluster, replica })
+    Ok(Connection { client, prompt, namespace, shared, cluster, replica })
 }
 
 /// Of several replicas that make a CA at once, one is first, and the others take its.
@@ -127,7 +130,7 @@ impl Connection {
         let follower = Follower {
             publisher,
             cluster: self.cluster.clone(),
-            shared: self.shared,
+            shared: Shared::new(self.prompt, self.namespace.clone()),
             trust_domain: trust_domain.clone(),
             health,
             since: BTreeMap::new(),

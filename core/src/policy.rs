@@ -9,6 +9,7 @@ pub mod node;
 pub mod reason;
 pub mod resolve;
 pub mod service;
+pub mod service_ports;
 pub mod table;
 pub mod verdict;
 

@@ -9,11 +9,12 @@ use hauberk_core::{
     identity::{SpiffeId, TrustDomain},
     manifest::parse,
     policy::{
-        GuardrailPorts, Mode, Object, ProcessSelector,
+        GuardrailPorts, Hints, MeshService, Mode, Object, ProcessSelector, Reach,
         resolve::{
             Declared, MeshWorkload, PeerMatch, ResolveError, Resolved, ResolvedGuardrail,
             ResolvedPeers, ResolvedPolicy, ResolvedRule, resolve, settle_addresses,
         },
+        service_ports::note_service_ports,
     },
     time::Timestamp,
 };
@@ -542,4 +543,39 @@ fn a_pod_that_gets_its_addresses_is_the_same_processes() {
     assert!(
         !ProcessSelector::User("a".to_owned()).is_same_as(&ProcessSelector::User("b".to_owned()))
     );
+}
+
+#[test]
+fn a_rule_about_the_port_of_a_service_is_told_of_that_of_its_pods() {
+    let service = |port: u16, backends: &[&str]| MeshService {
+        namespace: "payments".parse().unwrap(),
+        name: "db".parse().unwrap(),
+        addresses: addresses(&["10.96.0.1"]),
+        ports: [(
+            port,
+            backends.iter().map(|text| (text.parse().unwrap(), Hints::default())).collect(),
+        )]
+        .into(),
+        reach: Reach::Cluster,
+    };
+    let about = "is that of Service payments/db; its pods listen on 5432, and rules are about the pods' ports";
+    let about = format!("rule r allows port 80, which {about}");
+    let (there, elsewhere) = ("10.0.1.2:5432", "10.0.9.9:5432");
+    let cases: [(&str, &str, u16, &[&str], bool); 6] = [
+        ("the service's port", "[80]", 80, &[there], true),
+        ("the pods' port", "[5432]", 80, &[there], false),
+        ("both", "[80, 5432]", 80, &[there], false),
+        ("another service's", "[80]", 80, &[elsewhere], false),
+        ("no service's", "[80]", 81, &[there], false),
+        ("one that is the same for some", "[80]", 80, &[there, "10.0.1.2:80"], false),
+    ];
+    for (name, ports, port, backends, is_told) in cases {
+        let rules = format!(
+            "[{{name: r, ports: {ports}, from: [{{serviceAccount: {{namespace: shop, name: checkout}}}}]}}]"
+        );
+        let mut resolved = with(&policy("payments", "serviceAccount: ledger", &rules));
+        note_service_ports(&mut resolved, &[service(port, backends)]);
+        let wanted = is_told.then(|| ("payments/p".to_owned(), about.as_str()));
+        assert_eq!(problems(&resolved), wanted.into_iter().collect::<Vec<_>>(), "{name}");
+    }
 }

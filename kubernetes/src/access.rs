@@ -57,8 +57,7 @@ impl Access {
                 read.await.map_err(|error| AccessError::NoCluster(error.to_string()))
             }
         }?;
-        let client = Client::try_from(crate::telling(config))
-            .map_err(|error| AccessError::Api(Box::new(error)))?;
+        let client = Client::try_from(config).map_err(|error| AccessError::Api(Box::new(error)))?;
         Ok(Self { client, namespace: namespace.to_owned() })
     }
 

@@ -34,18 +34,21 @@ pub use webhook::{Registration, register, registration};
 /// The label of a namespace that puts its pods into the mesh, and says how: `enforce`, `audit` or `off`.
 pub const MODE_LABEL: &str = "hauberk.dev/mode";
 
-/// A client for the cluster that this process runs in, or that the user's kubeconfig names.
+/// A client for the cluster that this process runs in, or that the user's kubeconfig names. What the API server answers with
+/// 429, 503 or 504 it tries again, up to 15 times and for minutes.
 ///
 /// # Errors
 /// If there is neither, or it is damaged.
 pub async fn client() -> Result<Client, kube::Error> {
-    let config = kube::Config::infer().await.map_err(kube::Error::InferConfig)?;
-    Client::try_from(telling(config))
+    Client::try_default().await
 }
 
-/// A client that tells at once what the API server answers. By itself it would try an answer of 429, 503 or 504 again, 15
-/// times and for up to two minutes (kube 5.0), and whoever waits could neither say so nor do better.
-fn telling(mut config: kube::Config) -> kube::Config {
+/// The same, but it tells at once what the API server answers: for whoever tries again by himself, and sooner.
+///
+/// # Errors
+/// As [`client`].
+pub async fn prompt_client() -> Result<Client, kube::Error> {
+    let mut config = kube::Config::infer().await.map_err(kube::Error::InferConfig)?;
     config.default_retry = false;
-    config
+    Client::try_from(config)
 }

@@ -102,7 +102,7 @@ impl ServiceFacts {
             let backends = ports.entry(*number).or_default();
             for (backend, endpoint) in &found {
                 if endpoint.is_ready || self.is_last_resort(*backend, endpoint, &found) {
-                    backends.entry(*backend).or_insert_with(|| endpoint.hints(self.reach));
+                    backends.insert(*backend, endpoint.hints(self.reach));
                 }
             }
         }
@@ -150,13 +150,17 @@ impl SliceFacts {
                     Some((port.name.unwrap_or_default(), number))
                 })
                 .collect(),
-            endpoints: slice
-                .endpoints
-                .iter()
-                .filter(|one| is_ready(one) || still_serves(one))
-                .flat_map(|one| one.addresses.iter().map(move |address| (address, one)))
-                .filter_map(|(text, one)| Some((text.parse().ok()?, EndpointFacts::new(one))))
-                .collect(),
+            endpoints: {
+                let of_use =
+                    slice.endpoints.iter().filter(|one| is_ready(one) || still_serves(one));
+                let mut addresses: Vec<_> = of_use
+                    .flat_map(|one| one.addresses.iter().map(move |address| (address, one)))
+                    .filter_map(|(text, one)| Some((text.parse().ok()?, EndpointFacts::new(one))))
+                    .collect();
+                // Where two have one address, as in a node's network, what is ready comes last, and stays.
+                addresses.sort_by_key(|(_, one)| one.is_ready);
+                addresses.into_iter().collect()
+            },
         }
     }
 
@@ -187,7 +191,9 @@ impl EndpointFacts {
     /// Whom it is for: where connections keep to their node, that is the one it runs on, whatever is hinted.
     fn hints(&self, reach: Reach) -> Hints {
         match reach {
-            Reach::Cluster => self.hints.clone(),
+            Reach::Cluster if self.is_ready => self.hints.clone(),
+            // The last resort is everybody's.
+            Reach::Cluster => Hints::default(),
             Reach::Node => {
                 Hints { nodes: self.node.iter().cloned().collect(), zones: BTreeSet::new() }
             }
@@ -344,6 +350,15 @@ mod tests {
         assert_eq!(ends("Cluster", std::slice::from_ref(&ending)), [0; 0]);
         // Where connections keep to their node, it is asked of each node.
         assert_eq!(ends("Local", &[ready, other, ending]), [1, 2]);
+    }
+
+    #[test]
+    fn what_is_ready_at_an_address_counts_and_not_what_ends_there() {
+        let [ready, serving] = ["ready", "serving"].map(|state| endpoint("10.0.0.1", "a", state));
+        let other = endpoint("10.0.0.2", "a", "serving");
+        for endpoints in [[&ready, &serving, &other], [&serving, &other, &ready]] {
+            assert_eq!(ends("Cluster", &endpoints.map(Value::clone)), [1]);
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt::Debug,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::StreamExt;
@@ -20,16 +20,22 @@ use tokio::sync::{Notify, watch};
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The pause after a watch has failed, doubled each time up to the longest. What changes meanwhile, agents enforce that much
-/// later; there are a dozen watches, each of which asks once in that time.
+/// later; there are a dozen watches, each of which asks twice in that time.
 const PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// A watch that has not failed for so long begins anew with the shortest pause, and tells of its failure again.
+const CALM: Duration = Duration::from_secs(10);
+
 /// The pauses of one watch.
-struct Pauses(Duration);
+struct Pauses {
+    next: Duration,
+    failed: Option<Instant>,
+}
 
 impl Pauses {
     fn new() -> Self {
-        Self(PAUSE)
+        Self { next: PAUSE, failed: None }
     }
 }
 
@@ -37,8 +43,11 @@ impl Iterator for Pauses {
     type Item = Duration;
 
     fn next(&mut self) -> Option<Duration> {
-        let pause = self.0;
-        self.0 = (pause * 2).min(LONGEST_PAUSE);
+        if self.failed.replace(Instant::now()).is_none_or(|failed| failed.elapsed() >= CALM) {
+            self.next = PAUSE;
+        }
+        let pause = self.next;
+        self.next = (pause * 2).min(LONGEST_PAUSE);
         // Watches that failed together do not come back together.
         let part = getrandom::u32().map_or(1.0, |chance| f64::from(chance) / f64::from(u32::MAX));
         Some(pause.mul_f64(0.5 + part / 2.0))
@@ -46,9 +55,8 @@ impl Iterator for Pauses {
 }
 
 impl Backoff for Pauses {
-    fn reset(&mut self) {
-        *self = Self::new();
-    }
+    /// That a list begins is a success for whoever calls this, and comes before each failed one.
+    fn reset(&mut self) {}
 }
 
 /// All objects of a kind by `namespace/name`, reduced to what is needed of them.
@@ -111,6 +119,9 @@ impl<T: PartialEq + Send + 'static> Watched<T> {
             let begin = || watcher(api.clone(), config.clone()).backoff(Pauses::new()).boxed();
             let mut events = begin();
             let mut listing = Listing::default();
+            let mut told: Option<Instant> = None;
+            let mut waiting =
+                tokio::time::interval_at((Instant::now() + PATIENCE).into(), PATIENCE);
             loop {
                 let event = tokio::select! {
                     event = events.next() => match event {
@@ -121,7 +132,7 @@ impl<T: PartialEq + Send + 'static> Watched<T> {
                         events = begin();
                         continue;
                     }
-                    () = tokio::time::sleep(PATIENCE), if !this.is_listed() => {
+                    _ = waiting.tick(), if !this.is_listed() => {
                         tracing::warn!(kind = this.what, "still waiting for the first list");
                         continue;
                     }
@@ -130,7 +141,10 @@ impl<T: PartialEq + Send + 'static> Watched<T> {
                     Ok(event) => event,
                     Err(error) => {
                         // The last state stays in force; the watcher tries again by itself.
-                        tracing::warn!(kind = this.what, %error, "the watch failed, it is tried again");
+                        if told.is_none_or(|told| told.elapsed() >= CALM) {
+                            told = Some(Instant::now());
+                            tracing::warn!(kind = this.what, %error, "the watch failed, it is tried again");
+                        }
                         continue;
                     }
                 };
@@ -270,16 +284,29 @@ mod tests {
         watched.read(|objects, version| (objects.values().cloned().collect(), version))
     }
 
+    /// How long a stream of so many failures takes, each after a list has begun, in the time of the runtime.
+    async fn time_of(failures: usize) -> Duration {
+        let events = (0..failures).flat_map(|_| [Ok(()), Err(())]);
+        let begun = tokio::time::Instant::now();
+        let outcomes = futures_util::stream::iter(events).backoff(Pauses::new());
+        let seen: Vec<_> = outcomes.collect().await;
+        assert_eq!(seen.len(), 2 * failures);
+        begun.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_that_goes_on_failing_is_tried_every_second_and_not_more_often() {
+        assert!(time_of(2).await <= Duration::from_millis(300));
+        let taken = time_of(100).await;
+        assert!((45..=100).contains(&taken.as_secs()), "{taken:?} for 100 failures");
+    }
+
     #[test]
-    fn a_watch_that_goes_on_failing_is_tried_every_second() {
+    fn a_watch_that_was_calm_begins_anew() {
         let mut pauses = Pauses::new();
-        let first = pauses.next().unwrap();
-        assert!((PAUSE / 2..=PAUSE).contains(&first), "{first:?}");
-        for pause in pauses.by_ref().skip(5).take(100) {
-            assert!((LONGEST_PAUSE / 2..=LONGEST_PAUSE).contains(&pause), "{pause:?}");
-        }
-        pauses.reset();
-        assert!(pauses.next().unwrap() <= PAUSE);
+        assert!(pauses.by_ref().take(10).last().is_some_and(|last| last >= LONGEST_PAUSE / 2));
+        pauses.failed = pauses.failed.and_then(|failed| failed.checked_sub(CALM));
+        assert!(pauses.next().is_some_and(|first| first <= PAUSE));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Everything that talks to the kernel about a network acts in the *calling thread's* network
 //! namespace, as the kernel itself does. [`Netns::run`] and [`NetnsWorker`] are how a caller gets
-//! a thread into another one; a tokio worker must never enter a namespace itself.
+//! a thread into another one; [`Netns::within`] takes the calling thread there and back, for a system call or two.
 //!
 //! The crate speaks netlink directly and starts no other program. All of it works in an
 //! unprivileged user namespace too: `unshare -Ur` gives enough privilege to make and configure

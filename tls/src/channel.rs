@@ -216,7 +216,7 @@ impl Channel {
         let Some(record) = self.opening.open(input, output)? else {
             return Ok(Opened::Incomplete);
         };
-        let content = output.get(..record.length).unwrap_or_default();
+        let content = &output[..record.length];
         let length = match record.content {
             ContentType::ApplicationData => record.length,
             ContentType::Alert => return alert(content),

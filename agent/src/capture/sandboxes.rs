@@ -15,7 +15,7 @@ use hauberk_proto::cri::{
 };
 use hauberk_tls::files::{read_private, write_private};
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
+use tokio::{net::UnixStream, task::JoinSet};
 use tonic::transport::{Channel, Endpoint};
 
 use crate::cni::Starting;
@@ -74,17 +74,22 @@ impl Sandboxes {
         if let Some(path) = self.paths.get(uid) {
             return Ok(path.clone());
         }
-        if let Some(problem) = &self.problem {
-            let kept = self.kept.get(uid).map(|name| self.netns_dir.join(name));
-            return kept.filter(|path| path.exists()).ok_or_else(|| anyhow!("{problem}"));
+        // Also of a sandbox that is not ready any more: its containers may run on.
+        if let Some(path) = self.kept_path(uid) {
+            return Ok(path);
         }
-        match self.problems.get(uid) {
+        match self.problem.as_ref().or_else(|| self.problems.get(uid)) {
             Some(problem) => Err(anyhow!("{problem}")),
             None => Err(anyhow!("the container runtime has no sandbox of this pod yet")),
         }
     }
 
-    /// Why the runtime could not be asked where pods are that nothing else tells of.
+    fn kept_path(&self, uid: &str) -> Option<PathBuf> {
+        let path = self.kept.get(uid).map(|name| self.netns_dir.join(name))?;
+        path.exists().then_some(path)
+    }
+
+    /// Why the runtime could not be asked about pods, if it could not.
     pub(super) fn problem(&self) -> Option<&str> {
         self.problem.as_deref()
     }
@@ -103,15 +108,10 @@ impl Sandboxes {
             self.keep(uids);
             return;
         }
-        let asked = tokio::time::timeout(TIMEOUT, self.ask(uids)).await;
-        self.problem = match asked {
-            Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(format!("{error:#}")),
-            Err(_) => Some(format!(
-                "the container runtime at {} did not answer within {TIMEOUT:?}",
-                self.socket.display()
-            )),
-        };
+        self.problem =
+            self.ask(uids).await.err().map(|error| {
+                format!("the container runtime at {}: {error:#}", self.socket.display())
+            });
         if self.problem.is_some() {
             // It may have been restarted.
             self.channel = None;
@@ -120,15 +120,13 @@ impl Sandboxes {
         }
     }
 
-    /// Writes down where they are, if that has changed.
+    /// Writes down where they are, if that has changed. What was kept of a pod that is still there stays until it is known
+    /// better.
     fn keep(&mut self, uids: &HashSet<String>) {
-        let name = |path: &PathBuf| path.file_name()?.to_str().map(str::to_owned);
-        let found: BTreeMap<String, String> = self
-            .paths
-            .iter()
-            .filter(|(uid, _)| uids.contains(*uid))
-            .filter_map(|(uid, path)| Some((uid.clone(), name(path)?)))
-            .collect();
+        let name = |path: PathBuf| path.file_name()?.to_str().map(str::to_owned);
+        let known = |uid: &String| self.paths.get(uid).cloned().or_else(|| self.kept_path(uid));
+        let found: BTreeMap<String, String> =
+            uids.iter().filter_map(|uid| Some((uid.clone(), name(known(uid)?)?))).collect();
         if found == self.kept {
             return;
         }
@@ -151,7 +149,8 @@ impl Sandboxes {
         let asking = async {
             let mut runtime = self.runtime().await?;
             let mut found = HashMap::new();
-            for sandbox in list(&mut runtime, None).await? {
+            // Also those that are not ready: their containers may run on.
+            for sandbox in list(&mut runtime, PodSandboxFilter::default()).await? {
                 let request = PodSandboxStatusRequest { pod_sandbox_id: sandbox.id, verbose: true };
                 let status = runtime
                     .pod_sandbox_status(request)
@@ -183,41 +182,56 @@ impl Sandboxes {
         Ok(RuntimeServiceClient::new(channel).max_decoding_message_size(LONGEST))
     }
 
-    /// About each pod by itself: what others have in their annotations makes no answer too long.
+    /// About each pod by itself: what others have in their annotations makes no answer too long, and one whose sandbox is odd,
+    /// or was taken down meanwhile, is no trouble of the others.
     async fn ask(&mut self, uids: &HashSet<String>) -> anyhow::Result<()> {
-        let mut runtime = self.runtime().await?;
+        let mut runtime = in_time(self.runtime()).await?;
         self.problems.clear();
-        let unknown: Vec<_> =
-            uids.iter().filter(|uid| !self.paths.contains_key(*uid)).cloned().collect();
-        for uid in unknown {
-            let listed =
-                list(&mut runtime, Some(&uid)).await.context("list the pods' sandboxes")?;
+        let mut asking = JoinSet::new();
+        for uid in uids.iter().filter(|uid| !self.paths.contains_key(*uid)) {
+            let listed = in_time(list(&mut runtime, ready_of(uid))).await;
             // A sandbox that was made anew is beside the old one for a while.
-            let Some(id) = newest_ready(listed, &uid) else { continue };
-            let request = PodSandboxStatusRequest { pod_sandbox_id: id.clone(), verbose: true };
-            let asked = runtime.pod_sandbox_status(request).await;
-            let found =
-                asked.map_err(|status| anyhow!("{}", status.message())).and_then(|status| {
-                    let status = status.into_inner();
-                    network_namespace(
-                        status.info.get("info").map(String::as_str).unwrap_or_default(),
-                    )
-                });
-            // One that is odd, or was taken down meanwhile, is no trouble of the others.
-            match found.with_context(|| format!("sandbox {id}")) {
-                Ok(name) => drop(self.paths.insert(uid, self.netns_dir.join(name))),
-                Err(error) => drop(self.problems.insert(uid, format!("{error:#}"))),
+            let newest = newest_ready(listed.context("list the pods' sandboxes")?, uid);
+            let Some(id) = newest else { continue };
+            let (mut runtime, uid) = (runtime.clone(), uid.clone());
+            asking.spawn(async move {
+                let found = in_time(namespace_of(&mut runtime, &id)).await;
+                (uid, found.with_context(|| format!("sandbox {id}")))
+            });
+        }
+        while let Some(asked) = asking.join_next().await {
+            match asked.context("ask about a sandbox")? {
+                (uid, Ok(name)) => drop(self.paths.insert(uid, self.netns_dir.join(name))),
+                (uid, Err(error)) => drop(self.problems.insert(uid, format!("{error:#}"))),
             }
         }
         Ok(())
     }
 }
 
-/// The sandboxes that are ready; of one pod, or of all.
-async fn list(runtime: &mut Runtime, uid: Option<&str>) -> anyhow::Result<Vec<PodSandbox>> {
+/// What comes of it within the time that a runtime has for an answer.
+async fn in_time<T>(asking: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let asked = tokio::time::timeout(TIMEOUT, asking).await;
+    asked.unwrap_or_else(|_| Err(anyhow!("no answer within {TIMEOUT:?}")))
+}
+
+/// Selects the sandboxes of a pod that are ready.
+fn ready_of(uid: &str) -> PodSandboxFilter {
     let state = PodSandboxStateValue { state: PodSandboxState::SandboxReady.into() };
-    let label_selector = uid.map(|uid| (POD_UID.to_owned(), uid.to_owned())).into_iter().collect();
-    let filter = PodSandboxFilter { state: Some(state), label_selector };
+    let label_selector = [(POD_UID.to_owned(), uid.to_owned())].into();
+    PodSandboxFilter { state: Some(state), label_selector }
+}
+
+/// The name of a sandbox's network namespace.
+async fn namespace_of(runtime: &mut Runtime, id: &str) -> anyhow::Result<String> {
+    let request = PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: true };
+    let asked = runtime.pod_sandbox_status(request).await;
+    let status = asked.map_err(|status| anyhow!("{}", status.message()))?.into_inner();
+    network_namespace(status.info.get("info").map(String::as_str).unwrap_or_default())
+}
+
+/// The sandboxes that a filter selects.
+async fn list(runtime: &mut Runtime, filter: PodSandboxFilter) -> anyhow::Result<Vec<PodSandbox>> {
     let listed = runtime.list_pod_sandbox(ListPodSandboxRequest { filter: Some(filter) }).await;
     let listed = listed.map_err(|status| anyhow!("{}", status.message()))?;
     Ok(listed.into_inner().items)
@@ -330,7 +344,12 @@ mod tests {
         assert!(after.problem().is_some_and(|problem| problem.contains("runtime.sock")));
         assert_eq!(after.path("pod-1").unwrap(), path);
         assert!(after.path("pod-2").unwrap_err().to_string().contains("runtime.sock"));
-        // Nothing of it is forgotten meanwhile, and what is gone is not given out.
+        // Nothing of it is forgotten meanwhile, nor when the runtime has no sandbox that is ready; and what is gone is not
+        // given out.
+        assert_eq!(place.sandboxes().kept.len(), 1);
+        after.problem = None;
+        assert_eq!(after.path("pod-1").unwrap(), path);
+        after.keep(&uids(&["pod-1"]));
         assert_eq!(place.sandboxes().kept.len(), 1);
         std::fs::remove_file(&path).unwrap();
         assert!(after.path("pod-1").is_err());

@@ -278,6 +278,7 @@ fn identity(field: &str, text: &str, published: &Published) -> Result<SpiffeId, 
     let nearest = most_alike(text, known, NEAREST).join(", ");
     let nearest = match published.workloads.len() {
         0 => "none is registered".to_owned(),
+        count if nearest.is_empty() => format!("{count} are registered"),
         count => format!("of {count} that are registered the nearest are {nearest}"),
     };
     Err(Status::not_found(format!(

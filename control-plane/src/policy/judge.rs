@@ -14,6 +14,7 @@ use hauberk_core::{
         resolve::{
             Declared, MeshWorkload, ResolveError, Resolved, Unresolved, resolve, settle_addresses,
         },
+        service_ports::note_service_ports,
     },
 };
 use hauberk_kubernetes::{ManifestObject, Snapshot};
@@ -75,6 +76,7 @@ pub(super) fn judge(snapshot: &Snapshot, trust_domain: &TrustDomain) -> (Option<
                 };
                 resolved.workloads.sort_by_key(|workload| !is_pod(workload));
                 let taken = settle_addresses(&mut resolved.workloads);
+                note_service_ports(&mut resolved, &snapshot.services);
                 // One that is left without any address is none that an agent would take.
                 resolved.workloads.retain(|workload| {
                     is_pod(workload)

@@ -224,7 +224,7 @@ fn step<Data>(
                 Ok(length) => Ok(length),
                 Err(EncodeError::InsufficientSize(size)) => {
                     out.resize(start + size.required_size, 0);
-                    encode.encode(out.get_mut(start..).unwrap_or_default())
+                    encode.encode(&mut out[start..])
                 }
                 Err(error) => Err(error),
             };

@@ -96,7 +96,7 @@ impl Protection {
         out.resize(start + RECORD_HEADER, 0);
         out.extend_from_slice(content);
         out.resize(start + content.len() + RECORD_OVERHEAD, 0);
-        self.seal(content_type, out.get_mut(start..).unwrap_or_default())
+        self.seal(content_type, &mut out[start..])
     }
 
     fn seal(&mut self, content_type: ContentType, record: &mut [u8]) -> Result<(), Error> {

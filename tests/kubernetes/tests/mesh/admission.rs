@@ -19,6 +19,10 @@ pub(crate) const TESTS: &[(&str, Test)] = &[
     ("a_mode_that_is_none_is_refused", a_mode_that_is_none_is_refused),
     ("a_peer_that_nobody_is_is_warned_of", a_peer_that_nobody_is_is_warned_of),
     (
+        "a_rule_about_a_services_port_is_warned_of_with_that_of_its_pods",
+        a_rule_about_a_services_port_is_warned_of_with_that_of_its_pods,
+    ),
+    (
         "an_example_that_fails_is_warned_of_with_what_holds_instead",
         an_example_that_fails_is_warned_of_with_what_holds_instead,
     ),
@@ -67,7 +71,8 @@ fn a_mode_that_is_none_is_refused(cluster: &Cluster) -> anyhow::Result<()> {
     }
     label("hauberk-system", "off")?;
     let new = "{apiVersion: v1, kind: Namespace, metadata: {name: new, labels: {hauberk.dev/mode: audti}}}";
-    ensure!(told(cluster, new, &["--dry-run=server"]).is_err(), "a new one was taken");
+    let said = told(cluster, new, &["--dry-run=server"]).err().context("a new one was taken")?;
+    ensure!(format!("{said:#}").contains("is none of enforce, audit and off"), "{said:#}");
     // What has nothing to do with the mode is nobody's business.
     cluster.kubectl(&["label", "--dry-run=server", "namespace", "hauberk-system", "a=b"]).map(drop)
 }
@@ -107,6 +112,19 @@ fn a_peer_that_nobody_is_is_warned_of(cluster: &Cluster) -> anyhow::Result<()> {
     let good = POLICY.replace("name: ledger, namespace", "name: good, namespace");
     let text = told(cluster, &good, &["--dry-run=server"])?;
     ensure!(text.is_empty(), "a good policy is warned of: {text}");
+    Ok(())
+}
+
+fn a_rule_about_a_services_port_is_warned_of_with_that_of_its_pods(
+    cluster: &Cluster,
+) -> anyhow::Result<()> {
+    warns(cluster)?;
+    let policy = POLICY.replace("name: ledger, namespace", "name: misled, namespace");
+    let text = told(cluster, &policy.replace("[8080]", "[80]"), &["--dry-run=server"])?;
+    let problem = "rule checkout allows port 80, which is that of Service payments/ledger; its pods listen on 8080, and \
+                   rules are about the pods' ports";
+    let wanted = format!("Warning: AccessPolicy payments/misled: ResolvedRefs=False: {problem}\n");
+    ensure!(text == wanted, "{text}");
     Ok(())
 }
 

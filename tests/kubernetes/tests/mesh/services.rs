@@ -175,6 +175,15 @@ spec:
 ";
 
 fn an_endpoint_that_ends_serves_while_no_other_is_ready(cluster: &Cluster) -> anyhow::Result<()> {
+    let outcome = lingering(cluster);
+    let now = ["delete", "pod", "--namespace=payments", "--ignore-not-found"];
+    let at_once = ["--grace-period=0", "--force", "lingering"];
+    cluster.kubectl(&[&now[..], &at_once].concat())?;
+    cluster.delete(LINGERING)?;
+    outcome
+}
+
+fn lingering(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply(LINGERING)?;
     cluster.wait_pod("payments", "lingering", PATIENCE)?;
     let ask = |cluster: &Cluster| -> anyhow::Result<()> {
@@ -198,9 +207,7 @@ fn an_endpoint_that_ends_serves_while_no_other_is_ready(cluster: &Cluster) -> an
         ask(cluster).with_context(|| everything(cluster))?;
         std::thread::sleep(Duration::from_millis(200));
     }
-    let now = ["delete", "pod", "--namespace=payments", "--grace-period=1", "lingering"];
-    cluster.kubectl(&now)?;
-    cluster.delete(LINGERING).map(drop)
+    Ok(())
 }
 
 fn near(cluster: &Cluster) -> anyhow::Result<()> {
