@@ -37,10 +37,6 @@ pub(crate) const TESTS: &[(&str, Test)] = &[
         an_agent_that_starts_finds_its_pods_among_others_with_much_to_say,
     ),
     ("after_a_reboot_no_pod_talks_unprotected", after_a_reboot_no_pod_talks_unprotected),
-    (
-        "a_policy_from_while_the_api_server_refused_is_in_force_soon_after",
-        a_policy_from_while_the_api_server_refused_is_in_force_soon_after,
-    ),
 ];
 
 /// How long a node may take to have all of its pods again.
@@ -208,76 +204,6 @@ fn a_pod_deleted_by_force_stays_captured(cluster: &Cluster) -> anyhow::Result<()
     cluster.start_kubelet("node-a")?;
     cluster.wait_node("node-a", PATIENCE)?;
     outcome
-}
-
-/// The API server has no place for anything that the control plane asks.
-const NO_PLACE: &str = "
-apiVersion: flowcontrol.apiserver.k8s.io/v1
-kind: PriorityLevelConfiguration
-metadata: {name: no-place}
-spec:
-  type: Limited
-  limited: {nominalConcurrencyShares: 0, lendablePercent: 0, borrowingLimitPercent: 0, limitResponse: {type: Reject}}
----
-apiVersion: flowcontrol.apiserver.k8s.io/v1
-kind: FlowSchema
-metadata: {name: no-place}
-spec:
-  matchingPrecedence: 2
-  priorityLevelConfiguration: {name: no-place}
-  rules:
-  - subjects:
-    - {kind: ServiceAccount, serviceAccount: {name: hauberk-control-plane, namespace: hauberk-system}}
-    resourceRules:
-    - {apiGroups: ['*'], resources: ['*'], verbs: ['*'], namespaces: ['*'], clusterScope: true}
-    nonResourceRules: [{nonResourceURLs: ['*'], verbs: ['*']}]
-";
-
-/// How long it has none.
-const WITHOUT_A_PLACE: Duration = Duration::from_secs(45);
-
-/// How long a policy from meanwhile may take afterwards: the API server itself takes up to a second to give places again, and
-/// the connections that are tried here take theirs.
-const AFTERWARDS: Duration = Duration::from_secs(10);
-
-fn a_policy_from_while_the_api_server_refused_is_in_force_soon_after(
-    cluster: &Cluster,
-) -> anyhow::Result<()> {
-    allowed(cluster)?;
-    ensure!(get(cluster, "web", LEDGER).is_err(), "web is allowed from before");
-    cluster.apply(NO_PLACE)?;
-    let outcome = (|| {
-        // Not a word of it before it holds.
-        let who = "--as=system:serviceaccount:hauberk-system:hauberk-control-plane";
-        cluster.wait_until("the refusals", PATIENCE, |cluster| {
-            let asked = cluster.kubectl(&["get", "namespaces", who, "--request-timeout=2s"]);
-            ensure!(asked.is_err(), "it answers");
-            Ok(())
-        })?;
-        cluster.apply(&POLICY.replace(
-            "{namespace: shop, name: checkout}",
-            "{namespace: shop, name: checkout}\n    - serviceAccount: {namespace: shop, name: web}",
-        ))?;
-        thread::sleep(WITHOUT_A_PLACE);
-        ensure!(get(cluster, "checkout", LEDGER).is_ok(), "what was allowed is not any more");
-        ensure!(get(cluster, "web", LEDGER).is_err(), "it was published without the API server");
-        Ok(())
-    })();
-    cluster.delete(NO_PLACE)?;
-    let since = Instant::now();
-    let outcome = outcome.and_then(|()| {
-        cluster.wait_until("the new policy", PATIENCE, |cluster| get(cluster, "web", LEDGER))?;
-        Ok(since.elapsed())
-    });
-    // Whatever came of it, the next tests find what they expect.
-    allowed(cluster)?;
-    let after = outcome?;
-    eprintln!("in force after {after:?}");
-    ensure!(after <= AFTERWARDS, "in force only after {after:?}");
-    cluster.wait_until("the old policy", PATIENCE, |cluster| {
-        ensure!(get(cluster, "web", LEDGER).is_err(), "web is still allowed");
-        Ok(())
-    })
 }
 
 fn a_control_plane_that_missed_a_deletion_goes_on(cluster: &Cluster) -> anyhow::Result<()> {
