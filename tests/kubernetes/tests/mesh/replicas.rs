@@ -16,6 +16,7 @@ use crate::{
     install::PATIENCE,
     pods::address,
     policy::{POLICY, condition, get, ledger_policy},
+    trouble::allowed,
 };
 
 pub(crate) const TESTS: &[(&str, Test)] = &[
@@ -145,6 +146,7 @@ fn a_check_finds_what_is_wrong(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 fn replicas_are_killed_and_nobody_notices(cluster: &Cluster) -> anyhow::Result<()> {
+    allowed(cluster)?;
     scale(cluster, 3)?;
     while_connecting(cluster, 20, || kill_each(cluster))?;
     scale(cluster, 1)
