@@ -6,7 +6,7 @@
 # backoff of its own adds that on top, and a change that waits for one such call comes up to half of the outage late. With
 # `default_retry = false` the same call fails at once, after one request.
 #
-# Seen with kube 5.0.0: after 20 s the call had not returned, and the server had seen 10 to 14 requests.
+# Seen with kube 5.0.0: after 20 s the call had not returned, and the server had seen 12 requests.
 set -euo pipefail
 command -v cargo >/dev/null && command -v python3 >/dev/null || { echo "needs cargo and python3" >&2; exit 2; }
 work="$(mktemp -d)"
