@@ -99,26 +99,26 @@ async fn make(
     port: u16,
     sender: watch::Sender<Made>,
 ) {
-    let made = match outbound::multiplexed(&context, &local, &edge).await {
+    match outbound::multiplexed(&context, &local, &edge).await {
         Ok(trunk) => {
             let (mux, driver) = Mux::of(trunk, &context.metrics);
             let slot = local.identity.slot.clone();
             // What its streams said last leaves after they have ended.
             let counted = context.opened();
+            local.trunks.put(&edge, mux.clone(), port);
+            // First those who wait for it have their turn: while the agent stops, a session that carries nothing ends at
+            // once. There may be nobody any more.
+            drop(sender.send(Some(Ok(mux))));
             tokio::spawn(async move {
                 tend_source(context, driver, slot, MAX_IDLE).await;
                 drop(counted);
             });
-            local.trunks.put(&edge, mux.clone(), port);
-            Ok(mux)
         }
         Err(error) => {
             local.trunks.forget(&edge);
-            Err(Arc::new(error))
+            drop(sender.send(Some(Err(Arc::new(error)))));
         }
-    };
-    // Nobody may wait any more.
-    drop(sender.send(Some(made)));
+    }
 }
 
 impl Trunks {
