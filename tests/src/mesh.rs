@@ -13,6 +13,10 @@ use std::{
 
 use anyhow::{Context, bail};
 use hauberk_cli::lab::{Lab, ipv4, ipv6};
+use nix::{
+    sys::signal::{self, Signal},
+    unistd::Pid,
+};
 use serde_json::Value;
 
 /// The ports that `checkout` may reach.
@@ -274,6 +278,24 @@ impl Mesh {
             .filter(|line| line.starts_with(name) && parts.iter().all(|part| line.contains(part)))
             .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
             .sum())
+    }
+
+    /// What `during` gives, which runs while the program of `name` (an agent's machine or `control-plane`) stands still.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such program.
+    pub fn while_held_up<T>(
+        &self,
+        name: &str,
+        during: impl FnOnce() -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let process = self.process(name).with_context(|| format!("nothing runs as {name}"))?;
+        let process = Pid::from_raw(process.cast_signed());
+        signal::kill(process, Signal::SIGSTOP)?;
+        let got = during();
+        signal::kill(process, Signal::SIGCONT)?;
+        got
     }
 
     /// What the kernel tells of a child of the lab: its folder under `/proc`.

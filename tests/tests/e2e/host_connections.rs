@@ -13,7 +13,6 @@ use anyhow::{Context, bail, ensure};
 use hauberk_cli::lab::ipv4;
 use hauberk_linux::pass::Receiver;
 use hauberk_tests::mesh::{Mesh, OUTSIDE, PATIENCE, is};
-use nix::{sys::signal::Signal, unistd::Pid};
 
 use crate::{
     capture::{
@@ -248,12 +247,10 @@ fn without_rules<T>(
     machine: &str,
     connect: impl FnOnce() -> anyhow::Result<T>,
 ) -> anyhow::Result<anyhow::Result<T>> {
-    let agent = mesh.process(machine).context("no agent")?;
-    let signal = |signal| nix::sys::signal::kill(Pid::from_raw(agent.cast_signed()), signal);
-    signal(Signal::SIGSTOP)?;
-    shell(mesh, machine, "nft flush ruleset")?;
-    let connected = connect();
-    signal(Signal::SIGCONT)?;
+    let connected = mesh.while_held_up(machine, || {
+        shell(mesh, machine, "nft flush ruleset")?;
+        Ok(connect())
+    })?;
     let resumed = Instant::now();
     mesh.wait("the rules", PATIENCE, |mesh| {
         let installed = mesh.namespace(machine)?.run(hauberk_linux::capture::installed)??;

@@ -32,7 +32,7 @@ use serde_json::Value;
 
 use crate::{
     identity::{Forger, tls_stream},
-    policy::{WEB_RULE, expect_refused, open, still_carries},
+    policy::{WEB_RULE, expect_refused, is_cut, open, still_carries},
 };
 
 crate::trials!(
@@ -688,8 +688,7 @@ fn a_frame_out_of_turn_ends_the_session() -> anyhow::Result<()> {
         server.set_read_timeout(Some(PATIENCE))?;
         server.read_exact(&mut [0])?;
         caller.send(&frame)?;
-        let error = server.read(&mut [0]).expect_err("a reset");
-        ensure!(error.kind() == ErrorKind::ConnectionReset, "{name}: got {error}");
+        is_cut(&mut server).context(name)?;
         caller.is_given_up().context(name)?;
         let record = told(&mesh, id)?;
         ensure!(is(&record, "close_reason", "protocol_error"), "{name}: {record}");
