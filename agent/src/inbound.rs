@@ -134,8 +134,8 @@ async fn serve_dedicated(
         };
         let entrance = Entrance::Dedicated(session);
         let over = match Box::pin(admit(context, locals, entrance, caller, from, open)).await {
-            Admitted::Stream(stream) => {
-                let (session, asked) = Box::pin(stream.carry()).await;
+            Admitted::Stream(stream, carried) => {
+                let (session, asked) = Box::pin(stream.carry(carried)).await;
                 session.map(|session| (session, Some(asked)))
             }
             Admitted::Not(session) => session.map(|session| (session, None)),
@@ -169,8 +169,8 @@ async fn serve_multiplexed(
         lanes.lanes.here().carry(async move {
             let entrance = Entrance::Stream(stream);
             let admitted = Box::pin(admit(&context, &locals, entrance, &caller, from, open)).await;
-            if let Admitted::Stream(stream) = admitted {
-                let (_, asked) = Box::pin(stream.carry()).await;
+            if let Admitted::Stream(stream, carried) = admitted {
+                let (_, asked) = Box::pin(stream.carry(carried)).await;
                 *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(asked);
             }
             drop(counted);
@@ -202,7 +202,7 @@ async fn carry_on(
     let refusal = unreachable("the stream is over".to_owned());
     match answer_no(Entrance::Dedicated(session), &refusal).await {
         Admitted::Not(session) => session,
-        Admitted::Stream(_) => None,
+        Admitted::Stream(..) => None,
     }
 }
 
@@ -300,7 +300,7 @@ async fn next_stream(
 
 /// What became of the wish for a stream.
 enum Admitted<'a> {
-    Stream(Box<Stream<'a>>),
+    Stream(Box<Stream<'a>>, Carried),
     /// Refused, or failed. The session, if another stream may come on it.
     Not(Option<Box<Session>>),
 }
@@ -308,16 +308,19 @@ enum Admitted<'a> {
 /// A stream that was taken.
 pub(crate) struct Stream<'a> {
     report: Report<'a>,
-    carried: Carried,
     forward: Forward<'a>,
     _share: Share,
 }
 
 impl Stream<'_> {
     /// To its end. The session, if another stream may come on it, and what was asked.
-    pub(crate) async fn carry(self: Box<Self>) -> (Option<Box<Session>>, Asked) {
-        let Self { mut report, carried, mut forward, _share } = *self;
-        match forward.run(carried, &mut report).await {
+    pub(crate) async fn carry(
+        mut self: Box<Self>,
+        carried: Carried,
+    ) -> (Option<Box<Session>>, Asked) {
+        // It stays in its box: moved out of it, it would be there twice for as long as it is open.
+        let Self { report, forward, _share } = &mut *self;
+        match forward.run(carried, report).await {
             Outcome::Over(session) => (session, forward.permit.asked()),
             // Only a destination answers, and takes no streams, and that is us.
             Outcome::NotTaken(_) | Outcome::Unanswered => (None, forward.permit.asked()),
@@ -426,7 +429,7 @@ async fn admit<'a>(
     let carried = entrance.carry(Application::connected(application), counters);
     report.opened(Path::Mtls);
     let forward = Forward::new(context, local, permit, snapshots);
-    Admitted::Stream(Box::new(Stream { report, carried, forward, _share: share }))
+    Admitted::Stream(Box::new(Stream { report, forward, _share: share }), carried)
 }
 
 /// The caller's real address as its agent tells it, if the directory has that address for this

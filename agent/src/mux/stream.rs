@@ -385,8 +385,10 @@ impl Relay {
                 Some(Ended::Moved | Ended::Fin) if self.tail.is_some() => Fate::Moved,
                 Some(Ended::Fin) if self.finished => return Poll::Pending,
                 Some(Ended::Fin) => {
+                    // Closing says it as well, which follows.
+                    let closes = self.asked.is_none() && state.machine.is_over(number);
                     drop(state);
-                    self.finish();
+                    self.finish(closes);
                     return Poll::Pending;
                 }
                 // The dedicated session comes, or nobody has asked for that.
@@ -420,9 +422,12 @@ impl Relay {
         if is_whole { Poll::Ready(Fate::Moved) } else { Poll::Pending }
     }
 
-    /// The peer's application has sent its last byte.
-    fn finish(&mut self) {
+    /// The peer's application has sent its last byte, of which this one is told, unless the connection `closes`.
+    fn finish(&mut self, closes: bool) {
         self.finished = true;
+        if closes {
+            return;
+        }
         let Some(stream) = self.application.stream() else { return };
         match socket2::SockRef::from(stream).shutdown(Shutdown::Write) {
             Ok(()) => {}

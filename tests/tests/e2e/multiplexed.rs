@@ -28,7 +28,7 @@ use rustls_pki_types::ServerName;
 
 use crate::{
     identity::Forger,
-    policy::is_cut,
+    policy::{expect_refused, is_cut},
     sessions::{echoed, echoing, end},
 };
 
@@ -43,6 +43,7 @@ crate::trials!(
     a_session_that_sends_more_than_is_taken_is_given_up,
     streams_of_one_session_are_decided_each_by_itself,
     a_stream_that_was_not_answered_is_opened_again,
+    a_destination_that_does_not_answer_gets_new_sessions_of_all_threads,
     a_caller_that_opens_all_the_time_is_cut_when_its_certificate_ends,
     a_caller_that_does_not_end_what_was_refused_is_given_up,
 );
@@ -562,6 +563,37 @@ fn a_stream_that_was_not_answered_is_opened_again() -> anyhow::Result<()> {
     mesh.start_agent("machine-b", &[])?;
     mesh.wait_ready()?;
     end(echoed(&mesh, "checkout", to)?)
+}
+
+/// Its sessions may be those of a machine that is gone, whichever thread has them: nobody comes on them any more.
+fn a_destination_that_does_not_answer_gets_new_sessions_of_all_threads() -> anyhow::Result<()> {
+    // So many that each of the threads, as many as there are cores, has some.
+    const CONNECTIONS: usize = 16;
+    let mesh = Mesh::start()?;
+    let to = echoing(&mesh, 8080)?;
+    let sessions = || mesh.metric("machine-a", "hauberk_streams_opened_total", &["\"new\""]);
+    let open =
+        || (0..CONNECTIONS).map(|_| echoed(&mesh, "checkout", to)).collect::<Result<Vec<_>, _>>();
+    let mut before = open()?;
+    let first = sessions()?;
+    // It is waited for longer than a usual client of these tests waits.
+    let patient = || Ok(mesh.namespace("checkout")?.run(|| TcpStream::connect(to))??);
+    mesh.while_held_up("machine-b", || expect_refused(patient()))?;
+    let record = mesh.record("machine-a", |record| is(record, "close_reason", "unreachable"))?;
+    let detail = record["detail"].as_str().unwrap_or_default();
+    ensure!(detail.contains("did not answer in time"), "{record}");
+    drop(open()?);
+    let again = sessions()? - first;
+    println!("{first} sessions before, {again} after");
+    ensure!(
+        (again - first).abs() < f64::EPSILON,
+        "{first} sessions before, {again} new ones after"
+    );
+    // The open ones go on: it was there all the time.
+    before.iter_mut().try_for_each(|client| {
+        client.write_all(b"x")?;
+        Ok(client.read_exact(&mut [0])?)
+    })
 }
 
 /// Throws away what comes for so long. Whether the session stands.
