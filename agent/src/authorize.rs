@@ -1,7 +1,7 @@
 //! Permission to forward, as a value: nothing is forwarded without a [`Permit`], and only the decision
 //! makes one.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use hauberk_core::{
     identity::SpiffeId,
@@ -10,8 +10,12 @@ use hauberk_core::{
     },
     time::Timestamp,
 };
+use tokio::sync::watch;
 
 use crate::policy::Snapshot;
+
+/// For how long another agent may know something that this one does not know yet.
+const NEWS: Duration = Duration::from_secs(1);
 
 /// One edge that was allowed, or let through because its destination is only audited.
 pub(crate) struct Permit {
@@ -85,8 +89,8 @@ impl Permit {
     }
 }
 
-/// A connection without TLS may go on, although no policy can allow it. Only [`pass_audited`] and
-/// [`pass_probe`] make one.
+/// A connection without TLS may go on, although no policy can allow it. Only [`pass_audited`], [`pass_probe`] and
+/// [`pass_let_go`] make one.
 pub(crate) struct Pass(Why);
 
 /// Why it may.
@@ -95,6 +99,8 @@ pub(crate) enum Why {
     Audited(Denial),
     /// The node's kubelet sees whether the pod is well, on this port.
     Probe(u16),
+    /// The workload is not in the mesh any more.
+    LetGo,
 }
 
 impl Pass {
@@ -105,7 +111,8 @@ impl Pass {
     /// Whether it is still good for the workload, as it is now.
     pub(crate) fn holds(&self, workload: &MeshWorkload) -> bool {
         match &self.0 {
-            Why::Audited(_) => workload.mode == Mode::Audit,
+            // One that was let go may be back.
+            Why::Audited(_) | Why::LetGo => workload.mode == Mode::Audit,
             Why::Probe(port) => probes(workload, *port),
         }
     }
@@ -143,6 +150,38 @@ pub(crate) fn pass_audited(
         Mode::Audit if snapshot.revision > 0 => Ok(Pass(Why::Audited(denial))),
         Mode::Audit | Mode::Enforce => Err(denial),
     }
+}
+
+/// Lets the connection pass if the workload of this node has left the mesh, whose rules do not know yet.
+pub(crate) fn pass_let_go(
+    snapshot: &Snapshot,
+    node: &str,
+    workload: &MeshWorkload,
+) -> Option<Pass> {
+    snapshot.has_let_go(node, workload).then_some(Pass(Why::LetGo))
+}
+
+/// Whether a workload can leave the mesh while it lives, which only its namespace's label makes happen.
+pub(crate) fn may_leave(workload: &MeshWorkload) -> bool {
+    matches!(workload.process, ProcessSelector::Pod { .. })
+}
+
+/// The same as [`pass_let_go`], if it becomes known within the time by which another agent may be ahead of this one.
+pub(crate) async fn left_soon(
+    snapshots: &mut watch::Receiver<Arc<Snapshot>>,
+    node: &str,
+    workload: &MeshWorkload,
+) -> Option<Pass> {
+    let left = async {
+        loop {
+            let snapshot = snapshots.borrow_and_update().clone();
+            if let Some(pass) = pass_let_go(&snapshot, node, workload) {
+                return Some(pass);
+            }
+            snapshots.changed().await.ok()?;
+        }
+    };
+    tokio::time::timeout(NEWS, left).await.ok().flatten()
 }
 
 /// What was asked once. Not a permission.

@@ -152,22 +152,28 @@ impl Captured {
             self.leave(&key);
         }
         let mut staying = Vec::new();
-        for (key, capture, since) in std::mem::take(&mut self.leaving) {
+        for (key, mut capture, since) in std::mem::take(&mut self.leaving) {
             if keys.contains(&key) && !self.namespaces.contains_key(&key) {
                 self.namespaces.insert(key, capture);
                 continue;
             }
-            if since.elapsed() < REMOVAL_GRACE {
+            let departure = capture.departure(|namespace| snapshot.is_enrolled(namespace));
+            let stays = match departure {
+                Departure::Stays => true,
+                Departure::Removed | Departure::Gone => since.elapsed() < REMOVAL_GRACE,
+                // What is about to be carried, or waits for this agent to know what another one does, is seen at
+                // the end of that time.
+                Departure::LetGo => {
+                    is_letting_go(&key, &mut capture) || since.elapsed() < REMOVAL_GRACE
+                }
+            };
+            if stays {
                 staying.push((key, capture, since));
                 continue;
             }
-            match capture.departure(|namespace| snapshot.is_enrolled(namespace)) {
-                Departure::Stays => {
-                    staying.push((key, capture, since));
-                    continue;
-                }
-                Departure::Free => capture.remove_rules(),
+            match departure {
                 Departure::Gone => drop(capture),
+                Departure::Removed | Departure::LetGo | Departure::Stays => capture.remove_rules(),
             }
             tracing::info!(workload = key, "no longer captured");
         }
@@ -230,6 +236,19 @@ impl Captured {
     fn inodes(&self) -> HashSet<u64> {
         let leaving = self.leaving.iter().map(|(_, capture, _)| capture);
         self.namespaces.values().chain(leaving).map(NamespaceCapture::inode).collect()
+    }
+}
+
+/// A pod whose namespace has left the mesh: what it opens from here on is none of our business, and what is carried
+/// lives. Whether there is any of that.
+fn is_letting_go(key: &str, capture: &mut NamespaceCapture) -> bool {
+    match capture.let_go().and_then(|()| capture.carries()) {
+        Ok(carries) => carries,
+        Err(error) => {
+            let error = format!("{error:#}");
+            tracing::warn!(workload = key, error, "cannot be let go gently, it is set free");
+            false
+        }
     }
 }
 

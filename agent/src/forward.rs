@@ -9,7 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hauberk_core::{session::Reauthenticate, time::Timestamp};
+use hauberk_core::{
+    policy::Reason,
+    session::{Reauthenticate, Refusal},
+    time::Timestamp,
+};
 use hauberk_telemetry::record::Path;
 use tokio::sync::{oneshot, watch};
 
@@ -55,6 +59,8 @@ pub(crate) struct Forward<'a> {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     /// Tells when the local workload has a newer certificate.
     installed: watch::Receiver<u64>,
+    /// Nobody tells any more: the local workload has left the mesh.
+    dismissed: Option<watch::Sender<u64>>,
     /// When the peer must have answered.
     unanswered: Instant,
     proof_until: Option<Instant>,
@@ -74,6 +80,8 @@ pub(crate) enum Outcome {
     Unanswered,
     /// The destination went away before it saw the stream, which may be opened anew elsewhere.
     NotTaken(Application),
+    /// The destination's agent refused it before the application was told anything.
+    Refused(Application, Reason, Box<Refusal>),
 }
 
 impl<'a> Forward<'a> {
@@ -91,6 +99,7 @@ impl<'a> Forward<'a> {
             permit,
             snapshots,
             installed,
+            dismissed: None,
             unanswered,
             proof_until: None,
             proof_due: None,
@@ -218,6 +227,17 @@ impl<'a> Forward<'a> {
                 self.proof_due = Some(self.proof_due.map_or(due, |earlier| earlier.min(due)));
                 None
             }
+            Turn::Interrupt(Interrupt::Dismissed) => {
+                let snapshot = self.snapshots.borrow().clone();
+                if snapshot.has_let_go(&self.context.node, &self.local.workload) {
+                    // What is open lives, as long as the last certificate is good.
+                    let (sender, installed) = watch::channel(0);
+                    (self.dismissed, self.installed) = (Some(sender), installed);
+                    None
+                } else {
+                    Some(Cut::Unregistered)
+                }
+            }
             Turn::Interrupt(Interrupt::Look) => self.look(relay),
             // They were taken care of.
             Turn::Event(Event::Accepted | Event::Moved) => None,
@@ -253,6 +273,10 @@ impl<'a> Forward<'a> {
     }
 
     fn ask_again(&mut self, snapshot: &Snapshot) -> Option<Cut> {
+        // Its peer decides for itself.
+        if snapshot.has_let_go(&self.context.node, &self.local.workload) {
+            return None;
+        }
         // Before its capture ends, whatever its peer's mode.
         if !snapshot.has_on(&self.context.node, &self.local.workload) {
             return Some(Cut::Unregistered);
@@ -356,6 +380,8 @@ enum Interrupt {
     Policy,
     /// The local workload has a newer certificate.
     Certificate,
+    /// It gets none any more.
+    Dismissed,
     /// It is time to look.
     Look,
 }
@@ -375,7 +401,7 @@ async fn interruption(
         },
         changed = installed.changed() => match changed {
             Ok(()) => Interrupt::Certificate,
-            Err(_) => Interrupt::Cut(Cut::Unregistered),
+            Err(_) => Interrupt::Dismissed,
         },
         () = tokio::time::sleep(pause) => Interrupt::Look,
     }

@@ -323,7 +323,9 @@ impl Stream<'_> {
         match forward.run(carried, report).await {
             Outcome::Over(session) => (session, forward.permit.asked()),
             // Only a destination answers, and takes no streams, and that is us.
-            Outcome::NotTaken(_) | Outcome::Unanswered => (None, forward.permit.asked()),
+            Outcome::NotTaken(_) | Outcome::Refused(..) | Outcome::Unanswered => {
+                (None, forward.permit.asked())
+            }
         }
     }
 }
@@ -532,7 +534,7 @@ pub(crate) async fn serve_plaintext(
     let CapturedConnection { stream, from, wanted } = captured;
     context.metrics.connection_captured(Direction::Inbound);
     let mut report = Report::new(context, Side::Destination, connection_id(), Some(from), wanted);
-    let (_snapshots, snapshot) = context.snapshots().await;
+    let (mut snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
     let local = wanted.and_then(|wanted| locals.serving(wanted.port()));
     if let Some(local) = &local {
@@ -550,12 +552,23 @@ pub(crate) async fn serve_plaintext(
             })
         })
     });
-    let pass = match (probe, &local) {
-        (Some(probe), _) => Ok(probe),
+    let from_mesh = snapshot.has_address(from.ip());
+    // Its rules may be about to know.
+    let left = |local: &Local| authorize::pass_let_go(&snapshot, &context.node, &local.workload);
+    let pass = match (probe.or_else(|| local.as_deref().and_then(left)), &local) {
+        (Some(pass), _) => Ok(pass),
         (None, Some(local)) => authorize::pass_audited(&snapshot, &local.workload, denial),
         (None, None) => Err(denial),
     };
     drop(snapshot);
+    let pass = match (pass, &local) {
+        // Its caller's agent may know before this one that both have left the mesh.
+        (Err(denial), Some(local)) if from_mesh && authorize::may_leave(&local.workload) => {
+            let left = authorize::left_soon(&mut snapshots, &context.node, &local.workload);
+            Box::pin(left).await.ok_or(denial)
+        }
+        (pass, _) => pass,
+    };
     match (pass, local, wanted) {
         (Ok(pass), Some(local), Some(wanted)) => {
             let passing =

@@ -9,7 +9,7 @@ use std::{
 
 use hauberk_core::{
     policy::{Backends, Denial, Reason, resolve::MeshWorkload},
-    session::Open,
+    session::{Open, Refusal},
 };
 use hauberk_linux::socket::reset_on_close;
 use hauberk_telemetry::{
@@ -32,7 +32,7 @@ use crate::{
     pool::Edge,
     relay::Application,
     report::Report,
-    services::Chosen,
+    services::{Asked, Chosen},
     session::{self, HANDSHAKE_TIMEOUT, New, Session, SessionError, Trunk},
     trunks::{Mover, Obtained, obtain},
 };
@@ -130,9 +130,13 @@ async fn decide<'a>(
     let (from, wanted) = (application.from(), application.wanted());
     let (snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
+    if let Some(pass) = authorize::pass_let_go(&snapshot, &context.node, &local.workload) {
+        return Decision::Pass(Box::new(PassWay { application, pass, _chosen: None }));
+    }
     // Before workloads: nobody takes a service's place by claiming its address.
     let service = snapshot.service(wanted);
-    let chosen = service.and_then(|backends| context.balancer.choose(backends));
+    let asked = Asked { service: wanted, caller: from.ip() };
+    let chosen = service.and_then(|backends| context.balancer.choose(backends, asked));
     let target = chosen.as_ref().map_or(wanted, |chosen| chosen.backend);
     let found = match (service, &chosen) {
         (Some(_), None) => Found::Unknown,
@@ -165,7 +169,7 @@ async fn decide<'a>(
         }
     };
     report.destination(&destination.identity, Some(&destination));
-    report.asked(target.port());
+    report.goes_to(target);
     let (source, port) = (&local.workload.identity, target.port());
     let permit = match authorize::check(&snapshot, source, &destination.identity, port) {
         Ok(permit) => permit,
@@ -181,8 +185,15 @@ async fn decide<'a>(
         .and_then(|neighbours| neighbours.find(&destination));
     drop(snapshot);
     if !local.has_certificate().await {
-        report.denied(&not_ready("the workload has no certificate yet"), None);
-        return Decision::Refused;
+        let denial = not_ready("the workload has no certificate yet");
+        let snapshot = snapshots.borrow().clone();
+        return match authorize::pass_audited(&snapshot, &local.workload, denial) {
+            Ok(pass) => Decision::Pass(Box::new(PassWay { application, pass, _chosen: chosen })),
+            Err(denial) => {
+                report.denied(&denial, None);
+                Decision::Refused
+            }
+        };
     }
     let edge = Edge {
         destination: destination.identity.clone(),
@@ -243,7 +254,11 @@ async fn carry(
             }
         }
         attempt += 1;
-        let reused = obtained.as_ref().is_ok_and(|obtained| obtained.reused);
+        let obtained = match obtained {
+            Ok(obtained) => obtained,
+            Err(error) => return Box::pin(way.give_up(context, local, &error, report)).await,
+        };
+        let reused = obtained.reused;
         let carried = match way.open(context, obtained, report) {
             Ok(carried) => carried,
             Err(NotOpened::Gone) => continue,
@@ -268,6 +283,10 @@ async fn carry(
                 return;
             }
             Outcome::NotTaken(again) => way.application = Some(again),
+            Outcome::Refused(application, reason, refusal) => {
+                way.application = Some(application);
+                return Box::pin(way.refused(context, local, reason, &refusal, report)).await;
+            }
         }
     }
     let text =
@@ -295,24 +314,88 @@ impl Way<'_> {
         self.open.original_destination.port()
     }
 
+    /// There is no session. Goes around the mesh if that is allowed.
+    async fn give_up(
+        mut self: Box<Self>,
+        context: &Context,
+        local: &Local,
+        error: &SessionError,
+        report: &mut Report<'_>,
+    ) {
+        if let Some(chosen) = &self.chosen {
+            chosen.failed();
+        }
+        let (reason, may_be_ahead) = match error {
+            SessionError::Refused(failure) => (failure.reason, false),
+            SessionError::Io(_) | SessionError::Closed => (Reason::NotReady, true),
+            SessionError::TimedOut | SessionError::Protocol(_) => (Reason::NotReady, false),
+        };
+        let denial = without_policy(reason, format!("the destination's agent: {error}"));
+        if !self.goes_around(context, local, denial, may_be_ahead, report).await {
+            failed(error, &self.forward.permit, report);
+        }
+    }
+
+    /// The destination's agent does not take it. Goes around the mesh if that agent does not know the destination, and that
+    /// is allowed.
+    async fn refused(
+        mut self: Box<Self>,
+        context: &Context,
+        local: &Local,
+        reason: Reason,
+        refusal: &Refusal,
+        report: &mut Report<'_>,
+    ) {
+        let is_unknown = matches!(
+            reason,
+            Reason::UnknownDestination | Reason::IdentityMismatch | Reason::NotReady
+        );
+        let denial = without_policy(reason, refusal.mend.clone());
+        if !is_unknown || !self.goes_around(context, local, denial, true, report).await {
+            report.denied_by_peer(reason, refusal);
+        }
+    }
+
+    /// Carries the connection without the mesh to its end, if its workload is only audited, or has left the mesh, which
+    /// the other agent may know before this one. Whether it did.
+    async fn goes_around(
+        &mut self,
+        context: &Context,
+        local: &Local,
+        denial: Denial,
+        may_be_ahead: bool,
+        report: &mut Report<'_>,
+    ) -> bool {
+        let mut snapshots = context.subscribe();
+        let snapshot = snapshots.borrow_and_update().clone();
+        let pass = match authorize::pass_audited(&snapshot, &local.workload, denial) {
+            Ok(pass) => Some(pass),
+            Err(_) if may_be_ahead && authorize::may_leave(&local.workload) => {
+                authorize::left_soon(&mut snapshots, &context.node, &local.workload).await
+            }
+            Err(_) => None,
+        };
+        match (pass, self.application.take()) {
+            (Some(pass), Some(Application::Waiting(application))) => {
+                passthrough::outbound(context, local, application, pass, report).await;
+                true
+            }
+            (_, application) => {
+                self.application = application;
+                false
+            }
+        }
+    }
+
     /// Asks for a stream on the session.
     fn open(
         &mut self,
         context: &Context,
-        obtained: Result<Obtained, SessionError>,
+        obtained: Obtained,
         report: &mut Report<'_>,
     ) -> Result<Carried, NotOpened> {
         let permit = &self.forward.permit;
-        let Obtained { mux, reused } = match obtained {
-            Ok(obtained) => obtained,
-            Err(error) => {
-                if let Some(chosen) = &self.chosen {
-                    chosen.failed();
-                }
-                failed(&error, permit, report);
-                return Err(NotOpened::Told);
-            }
-        };
+        let Obtained { mux, reused } = obtained;
         report.tls(mux.tls());
         if *mux.peer() != self.edge.destination {
             let detail = format!("{} answered for {}", mux.peer(), self.edge.destination);

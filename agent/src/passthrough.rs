@@ -125,6 +125,7 @@ async fn no_longer(context: &Context, local: &Local, pass: &Pass) {
                 && workload.process.is_same_as(&local.workload.process)
                 && pass.holds(workload)
         });
+        let holds = holds || snapshot.has_let_go(&context.node, &local.workload);
         if !holds || snapshots.changed().await.is_err() {
             return;
         }

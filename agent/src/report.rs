@@ -35,8 +35,8 @@ pub(crate) struct Report<'a> {
     dst: Party,
     client: Option<SocketAddr>,
     original_destination: Option<SocketAddr>,
-    /// The port that was decided about, where that is not the one that the application dialled.
-    asked: Option<u16>,
+    /// Where it goes, and what was decided about, where that is not what the application dialled.
+    target: Option<Box<SocketAddr>>,
     tls: Option<Arc<TlsInfo>>,
     path: Option<Path>,
     revision: Option<u64>,
@@ -65,8 +65,8 @@ enum Decided {
     Nothing,
     Permitted(Arc<Permitted>),
     WouldDeny(Box<Denial>),
-    /// Allowed by no policy, but to the node's kubelet.
-    Probe,
+    /// Nobody is asked: the node's kubelet, and workloads that have left the mesh.
+    Unasked,
     Denied(Box<Denial>),
     DeniedByPeer(Reason, Box<Refusal>),
 }
@@ -89,7 +89,7 @@ impl<'a> Report<'a> {
             dst: Party::default(),
             client,
             original_destination,
-            asked: None,
+            target: None,
             tls: None,
             path: None,
             revision: None,
@@ -119,9 +119,10 @@ impl<'a> Report<'a> {
         self.original_destination = Some(original_destination);
     }
 
-    /// The decision is about this port: a service leads to another than it has itself.
-    pub(crate) fn asked(&mut self, port: u16) {
-        self.asked = Some(port);
+    /// It goes there, and the decision is about that port: a service leads to another address than its own.
+    pub(crate) fn goes_to(&mut self, target: SocketAddr) {
+        self.target =
+            Some(target).filter(|_| self.original_destination != Some(target)).map(Box::new);
     }
 
     pub(crate) fn tls(&mut self, tls: &Arc<TlsInfo>) {
@@ -142,7 +143,11 @@ impl<'a> Report<'a> {
             Why::Audited(denial) => Decided::WouldDeny(Box::new(denial.clone())),
             Why::Probe(_) => {
                 self.detail = Some("a probe from the node".into());
-                Decided::Probe
+                Decided::Unasked
+            }
+            Why::LetGo => {
+                self.detail = Some("the workload's namespace has left the mesh".into());
+                Decided::Unasked
             }
         };
         self.resolve()
@@ -224,7 +229,7 @@ impl<'a> Report<'a> {
                 Permitted::Audited(_) => Decision::WouldDeny,
             },
             Decided::WouldDeny(_) => Decision::WouldDeny,
-            Decided::Probe => Decision::Allow,
+            Decided::Unasked => Decision::Allow,
             Decided::Nothing | Decided::Denied(_) | Decided::DeniedByPeer(..) => Decision::Deny,
         }
     }
@@ -234,9 +239,10 @@ impl<'a> Report<'a> {
         match &self.decided {
             Decided::Nothing => Some(Reason::NotReady),
             Decided::DeniedByPeer(reason, _) => Some(*reason),
-            Decided::Permitted(_) | Decided::WouldDeny(_) | Decided::Probe | Decided::Denied(_) => {
-                self.denial().map(|denial| denial.reason)
-            }
+            Decided::Permitted(_)
+            | Decided::WouldDeny(_)
+            | Decided::Unasked
+            | Decided::Denied(_) => self.denial().map(|denial| denial.reason),
         }
     }
 
@@ -247,7 +253,7 @@ impl<'a> Report<'a> {
                 Permitted::Allowed(_) => None,
             },
             Decided::WouldDeny(denial) | Decided::Denied(denial) => Some(denial),
-            Decided::Nothing | Decided::Probe | Decided::DeniedByPeer(..) => None,
+            Decided::Nothing | Decided::Unasked | Decided::DeniedByPeer(..) => None,
         }
     }
 
@@ -258,7 +264,7 @@ impl<'a> Report<'a> {
                 Permitted::Audited(_) => None,
             },
             Decided::Nothing
-            | Decided::Probe
+            | Decided::Unasked
             | Decided::WouldDeny(_)
             | Decided::Denied(_)
             | Decided::DeniedByPeer(..) => None,
@@ -273,7 +279,7 @@ impl<'a> Report<'a> {
             Decided::DeniedByPeer(_, refusal) => some(&refusal.policy),
             Decided::Permitted(_)
             | Decided::WouldDeny(_)
-            | Decided::Probe
+            | Decided::Unasked
             | Decided::Denied(_)
             | Decided::Nothing => self.denial()?.policy.as_ref().map(ToString::to_string),
         }
@@ -321,7 +327,10 @@ impl<'a> Report<'a> {
             },
             Decided::WouldDeny(_) => Outcome::WouldDeny,
             Decided::Denied(denial) if wants_a_rule(denial.reason) => Outcome::Denied,
-            Decided::Nothing | Decided::Probe | Decided::Denied(_) | Decided::DeniedByPeer(..) => {
+            Decided::Nothing
+            | Decided::Unasked
+            | Decided::Denied(_)
+            | Decided::DeniedByPeer(..) => {
                 return None;
             }
         };
@@ -329,7 +338,7 @@ impl<'a> Report<'a> {
         Some(Edge {
             source: self.src.end(self.client)?,
             destination: self.dst.end(Some(wanted))?,
-            port: self.asked.unwrap_or(wanted.port()),
+            port: self.target.as_ref().map_or(wanted.port(), |target| target.port()),
             outcome,
         })
     }
@@ -342,7 +351,7 @@ impl<'a> Report<'a> {
         let id = hex::encode(self.id);
         let mut record = ConnectionRecord::new(id, self.time, self.side, self.decision());
         record.src = self.src.told(self.client);
-        record.dst = self.dst.told(self.original_destination);
+        record.dst = self.dst.told(self.target.as_deref().copied().or(self.original_destination));
         let own = match self.side {
             Side::Source => &mut record.src,
             Side::Destination => &mut record.dst,
@@ -369,7 +378,7 @@ impl<'a> Report<'a> {
             }
             Decided::Permitted(_)
             | Decided::WouldDeny(_)
-            | Decided::Probe
+            | Decided::Unasked
             | Decided::Denied(_)
             | Decided::Nothing => {
                 if let Some(denial) = self.denial() {

@@ -12,9 +12,13 @@ mod retire;
 mod say;
 mod up;
 
-use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
-use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 /// Hauberk: mutual TLS between services, and no connection without permission.
 #[derive(Parser)]
@@ -57,7 +61,8 @@ enum Action {
     /// Ask whether a control plane answers as agents need it. Exits with 1 if it does not, with 2 if
     /// there is no file of roots to know it by.
     Probe(ProbeArgs),
-    /// Before the mesh is uninstalled from a cluster: tell its agents to take their rules along when they stop.
+    /// Before the mesh is uninstalled from a cluster: let every pod go, without a connection failing, and tell
+    /// the agents to take what is left of their rules along when they stop.
     Retire(RetireArgs),
     /// Print a completion script for a shell.
     Completions {
@@ -207,10 +212,21 @@ struct RetireArgs {
     timeout: std::time::Duration,
 }
 
+/// The name by which `kubectl` finds it.
+const PLUGIN: &str = "kubectl-hauberk";
+
 /// Runs the command with these arguments, the program's name first.
 #[must_use]
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let command = Command::parse_from(arguments);
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let called = arguments.first().map(Path::new).and_then(Path::file_name);
+    let parser = match called {
+        // As people call it, for its help.
+        Some(name) if name == PLUGIN => Command::command().bin_name("kubectl hauberk"),
+        Some(_) | None => Command::command(),
+    };
+    let command = Command::from_arg_matches(&parser.get_matches_from(arguments))
+        .unwrap_or_else(|error| error.exit());
     let outcome = match command.action {
         Action::Demo(args) => demo::run(&args),
         Action::Up(args) => up::run(&args),

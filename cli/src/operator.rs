@@ -324,7 +324,13 @@ fn denial_line(event: &v1::DeniedEvent) -> String {
             .or_else(|| peer.addr.map(|address| address.ip().to_string()))
             .unwrap_or_else(|| "unknown".to_owned()),
     };
-    let port = record.dst_port().map_or_else(String::new, |port| format!(":{port}"));
+    // A service leads to another port than its own, which is what rules name.
+    let led = record.dst.addr.map(|address| address.port());
+    let port = match (record.dst_port(), led) {
+        (Some(port), Some(led)) if port != led => format!(":{port} (the pod's {led})"),
+        (Some(port), _) => format!(":{port}"),
+        (None, _) => String::new(),
+    };
     let mut line = format!(
         "{}  {} -> {}{port}  {}",
         record.time,

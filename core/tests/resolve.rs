@@ -557,6 +557,7 @@ fn a_rule_about_the_port_of_a_service_is_told_of_that_of_its_pods() {
         )]
         .into(),
         reach: Reach::Cluster,
+        affinity: None,
     };
     let about = "is that of Service payments/db; its pods listen on 5432, and rules are about the pods' ports";
     let about = format!("rule r allows port 80, which {about}");

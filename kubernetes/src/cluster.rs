@@ -1,7 +1,7 @@
 //! What the API server knows that agents enforce, put together from its watches.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
 };
@@ -23,6 +23,7 @@ use crate::{
     objects::ManifestObject,
     pods::PodFacts,
     replicas::{self, Enforced},
+    retire::{AGENTS, RETIRING},
     services::{ServiceFacts, SliceFacts},
     watched::Watched,
 };
@@ -34,7 +35,8 @@ const ZONE: &str = "topology.kubernetes.io/zone";
 pub struct Cluster {
     objects: Vec<Arc<Watched<ManifestObject>>>,
     pods: Arc<Watched<PodFacts>>,
-    service_accounts: Arc<Watched<()>>,
+    /// Each with whether it says that the mesh is about to be uninstalled.
+    service_accounts: Arc<Watched<bool>>,
     /// Each with its label.
     namespaces: Arc<Watched<Option<String>>>,
     /// Each with its zone.
@@ -96,7 +98,7 @@ impl Cluster {
                 "ServiceAccount",
                 Api::<ServiceAccount>::all(client.clone()),
                 sender.clone(),
-                drop,
+                |account| account.annotations().contains_key(RETIRING),
             ),
             namespaces: Watched::follow(
                 "Namespace",
@@ -234,9 +236,19 @@ impl Cluster {
                 snapshot.objects.extend(objects.values().cloned());
             });
         }
+        let agents = format!("{}/{AGENTS}", self.own_namespace);
+        let is_retiring = self.service_accounts.read(|all, _| all.get(&agents) == Some(&true));
         let modes = self.namespaces.read(|namespaces, version| {
             snapshot.seen.insert("Namespace".to_owned(), version);
-            let modes = modes(namespaces, &self.own_namespace, &mut snapshot.notes);
+            let mut modes = modes(namespaces, &self.own_namespace, &mut snapshot.notes);
+            if is_retiring {
+                modes.clear();
+                snapshot.notes.push(format!(
+                    "every pod is let go, since the mesh is about to be uninstalled; if it is not, kubectl annotate \
+                     serviceaccount --namespace {} {AGENTS} {RETIRING}- puts it back in force",
+                    self.own_namespace
+                ));
+            }
             snapshot.namespaces = namespaces
                 .keys()
                 .filter_map(|name| {
@@ -246,8 +258,11 @@ impl Cluster {
                 .collect();
             modes
         });
+        let mut of_pods = Vec::new();
         self.pods.read(|pods, version| {
             snapshot.seen.insert("Pod".to_owned(), version);
+            let there = pods.values().filter(|pod| !pod.over);
+            of_pods.extend(there.flat_map(|pod| pod.addresses.iter().copied()));
             self.service_accounts.read(|accounts, version| {
                 snapshot.seen.insert("ServiceAccount".to_owned(), version);
                 let exists = |pod: &PodFacts| {
@@ -268,9 +283,11 @@ impl Cluster {
             }
             self.services.read(|services, version| {
                 snapshot.seen.insert("Service".to_owned(), version);
+                let own = services.values().flat_map(ServiceFacts::own_addresses);
+                let taken: HashSet<IpAddr> = own.chain(of_pods).collect();
                 let resolve = |service: &ServiceFacts| {
                     let slices = of.get(&service.key()).map(Vec::as_slice).unwrap_or_default();
-                    service.resolve(slices.iter().copied())
+                    service.resolve(slices.iter().copied(), |address| taken.contains(address))
                 };
                 services.values().filter_map(resolve).collect()
             })

@@ -1,8 +1,9 @@
-//! Before the mesh is uninstalled: its agents are told to take their rules along when they stop.
+//! Before the mesh is uninstalled: its pods are let go, all at the same time, and its agents are told to take what is
+//! left of their rules along when they stop.
 
 use std::time::Duration;
 
-use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::{apps::v1::DaemonSet, core::v1::ServiceAccount};
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
@@ -10,8 +11,15 @@ use kube::{
 use serde_json::json;
 use tokio::time::Instant;
 
-/// The agents.
-const AGENTS: &str = "hauberk-agent";
+/// The agents' DaemonSet and service account.
+pub(crate) const AGENTS: &str = "hauberk-agent";
+
+/// The annotation of the agents' service account that takes every pod out of the mesh. It goes with the release, so that a
+/// new one knows nothing of it.
+pub(crate) const RETIRING: &str = "hauberk.dev/retiring";
+
+/// For how long connections that the mesh carries may end by themselves, before the agents are restarted.
+const LETTING_GO: Duration = Duration::from_secs(10);
 
 /// Between two looks.
 const LOOK: Duration = Duration::from_secs(1);
@@ -20,7 +28,7 @@ const LOOK: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 pub enum RetireError {
     /// The API server refused, or could not be asked.
-    #[error("the DaemonSet {AGENTS} in namespace {namespace}: {source}")]
+    #[error("the DaemonSet and the service account {AGENTS} in namespace {namespace}: {source}")]
     Api {
         /// Where it should be.
         namespace: String,
@@ -41,8 +49,9 @@ pub enum RetireError {
     },
 }
 
-/// Restarts the agents with the order to remove their rules and the CNI plugin when they stop, and waits
-/// until all have it. `tell` hears how far it is.
+/// Has the control plane let every pod go, whose connections go on: new ones are none of the mesh's business from then on,
+/// and those that it carries have a while to end. Then restarts the agents with the order to remove their rules and the CNI
+/// plugin when they stop, and waits until all have it. `tell` hears how far it is.
 ///
 /// # Errors
 /// If that is not so when the patience is over.
@@ -52,9 +61,17 @@ pub async fn retire(
     patience: Duration,
     mut tell: impl FnMut(&str),
 ) -> Result<(), RetireError> {
-    let api: Api<DaemonSet> = Api::namespaced(client.clone(), namespace);
     let failed =
         |source| RetireError::Api { namespace: namespace.to_owned(), source: Box::new(source) };
+    let until = Instant::now() + patience;
+    let params = PatchParams::default();
+    let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), namespace);
+    let retiring = Patch::Merge(json!({"metadata": {"annotations": {RETIRING: "true"}}}));
+    accounts.patch(AGENTS, &params, &retiring).await.map_err(failed)?;
+    tell("every pod is let go: new connections are no business of the mesh any more");
+    tokio::time::sleep(LETTING_GO).await;
+    tell("the agents are told to remove what is left when they stop");
+    let api: Api<DaemonSet> = Api::namespaced(client.clone(), namespace);
     let patch = json!({"spec": {
         // All at once: they are about to go.
         "updateStrategy": {
@@ -66,10 +83,8 @@ pub async fn retire(
             "env": [{"name": "HAUBERK_REMOVE_RULES_ON_STOP", "value": "true"}],
         }]}},
     }});
-    let params = PatchParams::default();
     let patched = api.patch(AGENTS, &params, &Patch::Strategic(patch)).await.map_err(failed)?;
     let generation = patched.metadata.generation;
-    let until = Instant::now() + patience;
     loop {
         let status = api.get(AGENTS).await.map_err(failed)?.status.unwrap_or_default();
         let wanted = status.desired_number_scheduled;

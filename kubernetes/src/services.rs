@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
+    time::Duration,
 };
 
 use hauberk_core::{
@@ -10,7 +11,7 @@ use hauberk_core::{
     policy::{Hints, MeshService, Reach},
 };
 use k8s_openapi::api::{
-    core::v1::Service,
+    core::v1::{LoadBalancerIngress, Service},
     discovery::v1::{Endpoint, EndpointSlice},
 };
 use kube::ResourceExt;
@@ -18,15 +19,21 @@ use kube::ResourceExt;
 /// The label of an endpoint slice that names its service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
+/// How long a caller stays with its endpoint where the service does not say: the API server's default.
+const AFFINITY: Duration = Duration::from_secs(10_800);
+
 /// What is needed of a service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ServiceFacts {
     namespace: String,
     name: String,
     addresses: BTreeSet<IpAddr>,
+    /// Addresses that others gave it: external ones, and those of its load balancers.
+    given: BTreeSet<IpAddr>,
     /// TCP ports by their names.
     ports: Vec<(String, u16)>,
     reach: Reach,
+    affinity: Option<Duration>,
 }
 
 /// What is needed of an endpoint slice.
@@ -52,6 +59,12 @@ impl ServiceFacts {
     pub(crate) fn new(service: Service) -> Self {
         let (namespace, name) = (service.namespace().unwrap_or_default(), service.name_any());
         let spec = service.spec.unwrap_or_default();
+        let status = service.status.and_then(|status| status.load_balancer);
+        let balancers = status.and_then(|balancer| balancer.ingress).unwrap_or_default();
+        // One that wants to see all traffic itself is not gone around.
+        let is_address = |one: &LoadBalancerIngress| one.ip_mode.as_deref() != Some("Proxy");
+        let balancers = balancers.into_iter().filter(is_address).filter_map(|one| one.ip);
+        let given = spec.external_ips.unwrap_or_default().into_iter().chain(balancers);
         let listed = spec.cluster_ips.unwrap_or_default().into_iter().chain(spec.cluster_ip);
         let ports = spec.ports.unwrap_or_default().into_iter();
         Self {
@@ -59,6 +72,7 @@ impl ServiceFacts {
             name,
             // A headless one has "None".
             addresses: listed.filter_map(|text| text.parse().ok()).collect(),
+            given: given.filter_map(|text| text.parse().ok()).collect(),
             ports: ports
                 .filter(|port| is_tcp(port.protocol.as_deref()))
                 .filter_map(|port| {
@@ -72,18 +86,37 @@ impl ServiceFacts {
                 Some("Local") => Reach::Node,
                 Some(_) | None => Reach::Cluster,
             },
+            affinity: match spec.session_affinity.as_deref() {
+                Some("ClientIP") => {
+                    let client = spec.session_affinity_config.and_then(|config| config.client_ip);
+                    let seconds = client.and_then(|client| client.timeout_seconds);
+                    let seconds = seconds.and_then(|seconds| u64::try_from(seconds).ok());
+                    Some(seconds.map_or(AFFINITY, Duration::from_secs))
+                }
+                Some(_) | None => None,
+            },
         }
     }
 
-    /// The service with the endpoints of its slices; nothing if it has no address of its own, or names
-    /// that are none.
+    /// Its own addresses, which the cluster gave it.
+    pub(crate) fn own_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses.iter().copied()
+    }
+
+    /// The service with the endpoints of its slices; nothing if it has no address, or names that are none. An address
+    /// that is given to it counts unless it `is_taken`: whoever may make services must not take a pod's place, nor that of
+    /// another service.
     pub(crate) fn resolve<'a>(
         &self,
         slices: impl Iterator<Item = &'a SliceFacts> + Clone,
+        is_taken: impl Fn(&IpAddr) -> bool,
     ) -> Option<MeshService> {
+        // A headless one leads nowhere by itself, whatever else it was given.
         if self.addresses.is_empty() || self.ports.is_empty() {
             return None;
         }
+        let given = self.given.iter().filter(|address| !is_taken(address));
+        let addresses = self.addresses.iter().chain(given).copied().collect();
         let mut ports: BTreeMap<u16, BTreeMap<SocketAddr, Hints>> = BTreeMap::new();
         for (name, number) in &self.ports {
             // While an endpoint moves from one slice to another, it is in both: what is ready in one of them is.
@@ -109,9 +142,10 @@ impl ServiceFacts {
         Some(MeshService {
             namespace: self.namespace.parse().ok()?,
             name: self.name.parse().ok()?,
-            addresses: self.addresses.clone(),
+            addresses,
             ports,
             reach: self.reach,
+            affinity: self.affinity,
         })
     }
 
@@ -288,7 +322,7 @@ mod tests {
 
     /// Those of the service's only port, by the ends of their addresses.
     fn backends(service: &ServiceFacts, slices: &[SliceFacts]) -> Vec<(u8, Hints)> {
-        let service = service.resolve(slices.iter()).unwrap();
+        let service = service.resolve(slices.iter(), |_| false).unwrap();
         assert_eq!(service.ports.len(), 1);
         let backends = service.ports[&80].iter();
         let ends = backends.map(|(backend, hints)| match backend.ip() {
@@ -296,6 +330,60 @@ mod tests {
             IpAddr::V6(ip) => panic!("{ip}"),
         });
         ends.collect()
+    }
+
+    #[test]
+    fn addresses_that_a_service_was_given_are_its_own_unless_they_are_taken() {
+        let service = json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "web", "namespace": "shop"},
+            "spec": {
+                "clusterIP": "10.96.0.1",
+                "externalIPs": ["192.0.2.1", "192.0.2.2"],
+                "ports": [{"port": 80, "protocol": "TCP"}],
+            },
+            "status": {"loadBalancer": {"ingress": [
+                {"ip": "192.0.2.3"},
+                {"ip": "192.0.2.4", "ipMode": "VIP"},
+                {"ip": "192.0.2.5", "ipMode": "Proxy"},
+                {"hostname": "web.example.org"},
+            ]}},
+        });
+        let addresses = |service: serde_json::Value| {
+            let service = ServiceFacts::new(serde_json::from_value(service).unwrap());
+            // Another has the second.
+            let is_taken = |address: &IpAddr| address.to_string() == "192.0.2.2";
+            let service = service.resolve([endpoints()].iter(), is_taken);
+            service.map(|service| service.addresses.iter().map(ToString::to_string).collect())
+        };
+        let wanted = ["10.96.0.1", "192.0.2.1", "192.0.2.3", "192.0.2.4"].map(str::to_owned);
+        assert_eq!(addresses(service.clone()), Some(wanted.to_vec()));
+        let mut headless = service;
+        headless["spec"]["clusterIP"] = "None".into();
+        assert_eq!(addresses(headless), None);
+    }
+
+    #[test]
+    fn a_service_says_how_long_a_caller_stays() {
+        let affinity = |affinity: serde_json::Value| {
+            let mut service = json!({
+                "apiVersion": "v1",
+                "kind": "Service",
+                "metadata": {"name": "web", "namespace": "shop"},
+                "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 80}]},
+            });
+            for (key, value) in affinity.as_object().unwrap() {
+                service["spec"][key] = value.clone();
+            }
+            ServiceFacts::new(serde_json::from_value(service).unwrap()).affinity
+        };
+        assert_eq!(affinity(json!({})), None);
+        assert_eq!(affinity(json!({"sessionAffinity": "None"})), None);
+        assert_eq!(affinity(json!({"sessionAffinity": "ClientIP"})), Some(AFFINITY));
+        let config = json!({"clientIP": {"timeoutSeconds": 90}});
+        let of_client = json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": config});
+        assert_eq!(affinity(of_client), Some(Duration::from_secs(90)));
     }
 
     #[test]
@@ -312,7 +400,7 @@ mod tests {
         let service = service("Local");
         let wanted = vec![(1, hints(&["a"], &[])), (2, hints(&["b"], &[])), (4, Hints::default())];
         assert_eq!(backends(&service, &[endpoints()]), wanted);
-        let resolved = service.resolve([endpoints()].iter()).unwrap();
+        let resolved = service.resolve([endpoints()].iter(), |_| false).unwrap();
         assert_eq!(resolved.reach, Reach::Node);
         assert!(!resolved.asks_for_zones());
     }
@@ -365,7 +453,7 @@ mod tests {
     fn an_endpoint_of_another_family_is_no_other() {
         let six = slice(&json!([endpoint("fd00::1", "a", "ready")]));
         let four = slice(&json!([endpoint("10.0.0.1", "a", "serving")]));
-        let resolved = service("Cluster").resolve([six, four].iter()).unwrap();
+        let resolved = service("Cluster").resolve([six, four].iter(), |_| false).unwrap();
         assert_eq!(resolved.ports[&80].len(), 2);
     }
 

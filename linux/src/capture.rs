@@ -38,7 +38,7 @@ pub use held::{Hold, Opening};
 pub use host::{HostRules, HostWorkload, ProcessMatch};
 pub use monitor::{Monitor, Reports};
 pub use namespace::NamespaceRules;
-pub use older::{Connection, older};
+pub use older::{Connection, closed as closed_older, forget as forget_older, older};
 pub use ruleset::Ruleset;
 
 use std::{collections::HashSet, net::IpAddr};
@@ -268,15 +268,28 @@ pub fn remove() -> Result<()> {
     ended
 }
 
-/// Ends the applications' ends of the connections that the agent has, or had, the other end of.
+/// Ends the applications' ends of the connections that the agent has the other end of.
 fn end_captured() -> Result<()> {
+    end_all(&captured_sockets()?)
+}
+
+/// Whether a captured connection is open in the calling thread's namespace.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn captured_are_open() -> Result<bool> {
+    Ok(!captured_sockets()?.is_empty())
+}
+
+/// The applications' ends of the connections that the agent has the other end of.
+fn captured_sockets() -> Result<Vec<TcpSocket>> {
     let own: HashSet<IpAddr> = addresses()?.into_iter().map(|address| address.ip).collect();
-    let all = tcp_sockets()?;
-    let agents = sockets::other_ends(&all, &own);
-    let captured = all
-        .iter()
-        .filter(|socket| !socket.is_over() && agents.contains(&(socket.local, socket.remote)));
-    end_all(captured)
+    let mut open = tcp_sockets()?;
+    // Of the agent's as well: a new connection around it may have the ends of one that is over.
+    open.retain(|socket| !socket.is_over());
+    let agents = sockets::other_ends(&open, &own);
+    open.retain(|socket| agents.contains(&(socket.local, socket.remote)));
+    Ok(open)
 }
 
 /// Ends connections, all that can be, and gives the first error.

@@ -3,7 +3,10 @@
 
 mod messages;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use hauberk_core::{
     identity::{ResourceName, SpiffeId},
@@ -117,6 +120,7 @@ fn service() -> MeshService {
         addresses: BTreeSet::from(["10.96.0.1".parse().unwrap()]),
         ports: [(80, [("10.0.0.2:8080".parse().unwrap(), hints)].into())].into(),
         reach: Reach::Node,
+        affinity: Some(Duration::from_secs(10_800)),
     }
 }
 
@@ -205,11 +209,13 @@ fn pairs() -> Vec<(&'static str, v1::Resource, Resource)> {
             "service without backends",
             service_with(|message| {
                 message.own_node_only = false;
+                message.affinity_seconds = 0;
                 message.ports[0].backends.clear();
             }),
             Resource::Service(MeshService {
                 ports: BTreeMap::from([(80, BTreeMap::new())]),
                 reach: Reach::Cluster,
+                affinity: None,
                 ..service()
             }),
         ),

@@ -187,6 +187,7 @@ fn changed_services() -> Vec<(&'static str, v1::Resource)> {
         ("service port", service_with(|message| message.ports[0].port = 81)),
         ("no backend", service_with(|message| message.ports[0].backends.clear())),
         ("any node", service_with(|message| message.own_node_only = false)),
+        ("no affinity", service_with(|message| message.affinity_seconds = 0)),
         ("backend address", backend_with(|message| message.address = other())),
         ("backend port", backend_with(|message| message.port = 81)),
         ("fewer nodes", backend_with(|message| message.for_nodes.truncate(1))),
@@ -208,6 +209,7 @@ fn changed_services() -> Vec<(&'static str, v1::Resource)> {
 fn a_service_that_asks_for_nothing_is_as_it_was() {
     let plain = service_with(|service| {
         service.own_node_only = false;
+        service.affinity_seconds = 0;
         let backend = &mut service.ports[0].backends[0];
         backend.for_nodes.clear();
         backend.for_zones.clear();

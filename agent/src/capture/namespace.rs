@@ -1,7 +1,7 @@
 //! A network namespace of a workload's own that is captured.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashSet},
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
@@ -15,7 +15,7 @@ use hauberk_core::{
 };
 use hauberk_linux::{
     Netns, NetnsWorker,
-    capture::{self, Before, NamespaceRules, Unroutable},
+    capture::{self, Before, Connection, NamespaceRules, Unroutable},
 };
 
 use super::{
@@ -34,11 +34,14 @@ use crate::{
 };
 
 /// What becomes of a place whose workload is gone from the registry.
+#[derive(Clone, Copy)]
 pub(super) enum Departure {
     /// It may still be running, and must not be free: a pod whose object was deleted by force, for one.
     Stays,
-    /// It gets its plain network back.
-    Free,
+    /// It is not registered any more, and gets its plain network back.
+    Removed,
+    /// A pod whose namespace has left the mesh: the same, and its connections live.
+    LetGo,
     /// Nothing is there any more.
     Gone,
 }
@@ -57,6 +60,8 @@ pub(super) struct NamespaceCapture {
     ports: Ports,
     outbound: Option<Outbound>,
     listeners: Vec<Accepting>,
+    /// What new connections of a workload that is let go left behind in the rules, at the last look.
+    closed: HashSet<Connection>,
 }
 
 /// Where the agent listens; nothing where it could not.
@@ -107,6 +112,7 @@ impl NamespaceCapture {
             ports: Ports::default(),
             outbound: None,
             listeners: Vec::new(),
+            closed: HashSet::new(),
         };
         // Who lives here first: connections may wait in a listener that was handed over.
         let ready = capture.settle(workload, identities).and_then(|()| capture.listen(inherited));
@@ -123,10 +129,10 @@ impl NamespaceCapture {
     /// What is to become of it, now that its workload is gone. Only leaving the mesh frees a pod.
     pub(super) fn departure(&self, is_enrolled: impl Fn(&str) -> Option<bool>) -> Departure {
         match &self.pod_namespace {
-            None => Departure::Free,
-            Some(namespace) if is_enrolled(namespace.as_str()) == Some(false) => Departure::Free,
+            None => Departure::Removed,
             // Its sandbox is gone, or another one has the name.
             Some(_) if !self.still_there(&self.path).unwrap_or(false) => Departure::Gone,
+            Some(namespace) if is_enrolled(namespace.as_str()) == Some(false) => Departure::LetGo,
             Some(_) => Departure::Stays,
         }
     }
@@ -232,6 +238,31 @@ impl NamespaceCapture {
         self.guard.enforce(&rules.ruleset()?.owned_by(&self.context.node))
     }
 
+    /// Leaves everything alone that is opened from here on; what is carried goes on.
+    pub(super) fn let_go(&self) -> anyhow::Result<()> {
+        let rules = NamespaceRules {
+            outbound_port: self.ports.outbound,
+            plaintext_port: self.ports.plaintext,
+            mesh_listener: self.ports.mesh,
+            letting_go: true,
+            ..closed(Mode::Audit)
+        };
+        self.guard.enforce(&rules.ruleset()?.owned_by(&self.context.node))
+    }
+
+    /// Whether anything is carried still, for a workload that is let go.
+    pub(super) fn carries(&mut self) -> anyhow::Result<bool> {
+        let before = std::mem::take(&mut self.closed);
+        let (closed, carries) = self.worker.call(move || {
+            let closed = capture::closed_older()?;
+            // At the second look: at the first it may be about to be opened.
+            capture::forget_older(&closed.intersection(&before).copied().collect())?;
+            Ok::<_, hauberk_linux::Error>((closed, capture::captured_are_open()?))
+        })??;
+        self.closed = closed;
+        Ok(carries)
+    }
+
     pub(super) fn locals(&self) -> &Locals {
         &self.locals
     }
@@ -279,6 +310,7 @@ pub(crate) fn closed(mode: Mode) -> NamespaceRules {
         mesh_listener: None,
         mesh_port: MESH_PORT,
         unroutable: unroutable(mode),
+        letting_go: false,
     }
 }
 

@@ -49,6 +49,16 @@ pub(super) async fn wind_up(
 ) -> Outcome {
     match *ending {
         Ending::Relay(End::NotTaken) => Outcome::NotTaken(relay.into_parts().0),
+        Ending::Relay(End::Refused(refusal)) if !report.is_open() => match refusal.cause {
+            RefusalCause::Denied(reason) => {
+                Outcome::Refused(relay.into_parts().0, reason, Box::new(refusal))
+            }
+            RefusalCause::Unreachable => {
+                report.closed("unreachable", Some(refusal.mend));
+                relay.into_parts().0.reset();
+                Outcome::Over(None)
+            }
+        },
         Ending::Relay(end) => {
             relay.tell_bytes(report);
             if let Carried::Dedicated(relay) = &mut relay {
@@ -139,14 +149,10 @@ async fn finish(relay: Carried, end: End, report: &mut Report<'_>) -> Option<Box
             report.closed("application_reset", Some(error.to_string()));
             ResetCause::Application
         }
-        End::Refused(refusal) => {
-            match refusal.cause {
-                RefusalCause::Denied(reason) => report.denied_by_peer(reason, &refusal),
-                RefusalCause::Unreachable => {
-                    report.closed("unreachable", Some(refusal.mend.clone()));
-                }
-            }
-            ResetCause::Answer
+        // Behind the answer that took it.
+        End::Refused(_) => {
+            report.closed("protocol_error", Some("refused after it was taken".to_owned()));
+            ResetCause::Protocol
         }
         End::Reset(cause) => {
             reset_by_peer(cause, report);

@@ -8,7 +8,7 @@ use std::{
 
 use hauberk_core::{
     identity::{ResourceName, SpiffeId},
-    policy::{Backends, DecisionTable, resolve::MeshWorkload},
+    policy::{Backends, DecisionTable, ProcessSelector, resolve::MeshWorkload},
 };
 use hauberk_proto::{
     convert::{ConvertError, Resource},
@@ -187,6 +187,19 @@ impl Snapshot {
         })
     }
 
+    /// Whether this pod, which was one of this node, is free: its namespace has left the mesh.
+    pub(crate) fn has_let_go(&self, node: &str, workload: &MeshWorkload) -> bool {
+        let ProcessSelector::Pod { .. } = workload.process else { return false };
+        let namespace = workload.namespace.as_ref();
+        namespace.is_some_and(|name| self.is_enrolled(name.as_str()) == Some(false))
+            && !self.has_on(node, workload)
+    }
+
+    /// Whether an address is one of the mesh.
+    pub(crate) fn has_address(&self, address: IpAddr) -> bool {
+        self.by_address.contains_key(&address.to_canonical())
+    }
+
     /// The backends of the service whose address and port this is.
     pub(crate) fn service(&self, address: SocketAddr) -> Option<&Backends> {
         self.services.get(&address)
@@ -261,6 +274,7 @@ mod tests {
             addresses: ["10.96.0.1".parse().unwrap()].into(),
             ports: [(80, [(near, zone("x")), (far, zone("y"))].into())].into(),
             reach: Reach::Cluster,
+            affinity: None,
         });
         let node = |name: &str, zone: &str| {
             Resource::Node(MeshNode { name: name.parse().unwrap(), zone: zone.to_owned() })
@@ -279,6 +293,7 @@ mod tests {
             first: first.iter().copied().collect(),
             others: others.iter().copied().collect(),
             out_of_reach: 0,
+            affinity: None,
         };
         assert_eq!(seen("node-a"), of(&[near], &[far]));
         assert_eq!(seen("node-b"), of(&[far], &[near]));

@@ -5,10 +5,11 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 use hauberk_core::{
     identity::{IdentityKind, SpiffeId},
     likeness::most_alike,
-    policy::{Mode, Request as Question, Verdict},
+    policy::{Mode, Request as Question, Verdict, service_ports::ServicePorts},
     time::Timestamp,
 };
 use hauberk_proto::{
+    convert::Resource,
     token::JoinToken,
     v1::{self, operator_server},
 };
@@ -332,5 +333,24 @@ fn notes(
             notes.push(format!("{} does not declare that it serves port {port}", workload.shown()));
         }
     }
+    notes.extend(led_elsewhere(published, destination, port));
     notes
+}
+
+/// If the port is one of a service's, which leads to other ports of the destination's pods.
+fn led_elsewhere(published: &Published, destination: &SpiffeId, port: u16) -> Option<String> {
+    let service = |message: &v1::Resource| match Resource::try_from(message.clone()) {
+        Ok(Resource::Service(service)) => Some(service),
+        Ok(_) | Err(_) => None,
+    };
+    let services: Vec<_> = published.resources.values().filter_map(service).collect();
+    let pods = published.workloads.iter().filter(|workload| workload.identity == *destination);
+    let addresses = pods.flat_map(|workload| workload.addresses.iter().copied());
+    let (service, targets) = ServicePorts::of(&services).elsewhere(addresses, port)?;
+    let targets: Vec<_> = targets.iter().map(u16::to_string).collect();
+    let targets = targets.join(" or ");
+    Some(format!(
+        "port {port} is that of the service {service}; connections to it go to port {targets} of the pods, and are \
+         decided as such: ask about that one"
+    ))
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
+    time::Duration,
 };
 
 use crate::identity::ResourceName;
@@ -21,6 +22,8 @@ pub struct MeshService {
     pub ports: BTreeMap<u16, BTreeMap<SocketAddr, Hints>>,
     /// How far connections to it go.
     pub reach: Reach,
+    /// For how long after its last connection a caller stays with its backend, if it does.
+    pub affinity: Option<Duration>,
 }
 
 /// How far connections to a service go.
@@ -50,6 +53,8 @@ pub struct Backends {
     pub others: BTreeSet<SocketAddr>,
     /// How many more are ready, on other nodes, of a service that keeps connections on their own.
     pub out_of_reach: usize,
+    /// For how long after its last connection a caller stays with its backend, if it does.
+    pub affinity: Option<Duration>,
 }
 
 impl MeshService {
@@ -70,7 +75,8 @@ impl MeshService {
                 let alike = backends
                     .iter()
                     .filter(move |(backend, _)| backend.is_ipv4() == address.is_ipv4());
-                let backends = Backends::seen_from(node, zone, self.reach, alike);
+                let seen = Backends::seen_from(node, zone, self.reach, alike);
+                let backends = Backends { affinity: self.affinity, ..seen };
                 (SocketAddr::new(*address, *port), backends)
             })
         })
@@ -143,6 +149,7 @@ mod tests {
             addresses: ["10.96.0.1".parse().unwrap()].into(),
             ports: [(80, backends)].into(),
             reach,
+            affinity: None,
         }
     }
 
@@ -239,7 +246,10 @@ mod tests {
         let places: BTreeMap<_, _> = service.seen_from("a", Some("x")).collect();
         let of = |text: &str| places[&text.parse::<SocketAddr>().unwrap()].clone();
         assert_eq!(of("10.96.0.1:80"), Backends { first: [four].into(), ..Backends::default() });
-        let wanted = Backends { first: [six].into(), others: [far].into(), out_of_reach: 0 };
+        let wanted = Backends { first: [six].into(), others: [far].into(), ..Backends::default() };
         assert_eq!(of("[fd00::1]:80"), wanted);
+        let affinity = Some(Duration::from_secs(60));
+        let service = MeshService { affinity, ..service };
+        assert!(service.seen_from("a", None).all(|(_, backends)| backends.affinity == affinity));
     }
 }

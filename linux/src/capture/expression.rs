@@ -67,6 +67,7 @@ const LOOKUP_SREG: u16 = 2;
 const DYNSET_SET: u16 = 1;
 const DYNSET_OP: u16 = 3;
 const DYNSET_SREG_KEY: u16 = 4;
+const DYNSET_ADD: u32 = 0;
 const DYNSET_DELETE: u32 = 2;
 const LOG_GROUP: u16 = 1;
 const VERDICT_ACCEPT: u32 = 1;
@@ -206,37 +207,63 @@ pub(super) fn destination_port_in(set: &str) -> Vec<Expression> {
 
 /// The connection that an outgoing packet belongs to is in this set of one family.
 pub(super) fn outgoing_in(family: Family, set: &str) -> Vec<Expression> {
-    let mut parts = outgoing(family);
+    let mut parts = ends(family, Way::Out);
     parts.push(lookup(set));
     parts
 }
 
 /// Takes it out of there.
 pub(super) fn forget_outgoing(family: Family, set: &str) -> Vec<Expression> {
-    let mut parts = outgoing(family);
+    change(ends(family, Way::Out), set, DYNSET_DELETE)
+}
+
+/// Puts it in there. Does not match if the set is full.
+pub(super) fn remember_outgoing(family: Family, set: &str) -> Vec<Expression> {
+    change(ends(family, Way::Out), set, DYNSET_ADD)
+}
+
+/// The same for the connection that an incoming packet belongs to, as its outgoing packets have it.
+pub(super) fn remember_incoming(family: Family, set: &str) -> Vec<Expression> {
+    change(ends(family, Way::In), set, DYNSET_ADD)
+}
+
+fn change(mut parts: Vec<Expression>, set: &str, how: u32) -> Vec<Expression> {
     let mut attributes = Vec::new();
     push_name(&mut attributes, DYNSET_SET, set);
-    push_u32(&mut attributes, DYNSET_OP, DYNSET_DELETE);
+    push_u32(&mut attributes, DYNSET_OP, how);
     push_u32(&mut attributes, DYNSET_SREG_KEY, REG);
     parts.push(Expression { name: "dynset", attributes });
     parts
 }
 
-/// Loads source address, source port, destination address and destination port, as the sets of older connections have them.
-fn outgoing(family: Family) -> Vec<Expression> {
+/// Where a packet goes, as its workload sees it.
+#[derive(Clone, Copy)]
+enum Way {
+    Out,
+    In,
+}
+
+/// Loads the workload's address and port and those of the other end, as the sets of older connections have them.
+fn ends(family: Family, way: Way) -> Vec<Expression> {
     // Offsets of the addresses in the IP header, and their length.
     let (number, source, destination, length) = match family {
         Family::V4 => (IPV4, 12, 16, 4),
         Family::V6 => (IPV6, 8, 24, 16),
     };
+    // Each with the offset of its port in the header of TCP.
+    let (source, destination) = ((source, 0), (destination, 2));
+    let (own, other) = match way {
+        Way::Out => (source, destination),
+        Way::In => (destination, source),
+    };
     let registers = length / 4;
     vec![
         meta(META_NFPROTO),
         compare(Is::Equal, &[number]),
-        payload(register(0), PAYLOAD_NETWORK_HEADER, source, length),
-        payload(register(registers), PAYLOAD_TRANSPORT_HEADER, 0, 2),
-        payload(register(registers + 1), PAYLOAD_NETWORK_HEADER, destination, length),
-        payload(register(2 * registers + 1), PAYLOAD_TRANSPORT_HEADER, 2, 2),
+        payload(register(0), PAYLOAD_NETWORK_HEADER, own.0, length),
+        payload(register(registers), PAYLOAD_TRANSPORT_HEADER, own.1, 2),
+        payload(register(registers + 1), PAYLOAD_NETWORK_HEADER, other.0, length),
+        payload(register(2 * registers + 1), PAYLOAD_TRANSPORT_HEADER, other.1, 2),
     ]
 }
 

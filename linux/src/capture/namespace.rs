@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use super::{
     MARK_UNCAPTURED, UNDECIDED, Unroutable, captured,
     expression::{
-        Is, destination_port, from_loopback, goto, jump, opening, pass, reset, set_mark, tcp,
-        to_loopback, to_this_host,
+        Is, destination_port, from_loopback, goto, jump, opening, pass, remember_incoming,
+        remember_outgoing, reset, set_mark, tcp, to_loopback, to_this_host,
     },
     older::Scope,
     parts::{
         agents_own, carried, families_to_listener, given_back_to_listener, held, leaving,
-        mesh_from_loopback, older_chain, older_sets, unroutable,
+        left_alone, mesh_from_loopback, older_chain, older_sets, unroutable,
     },
     ruleset::{Chain, Hook, Ruleset},
     second_line::Routing,
@@ -42,6 +42,11 @@ pub struct NamespaceRules {
     pub mesh_port: u16,
     /// What becomes of connections that cannot be led to the agent.
     pub unroutable: Unroutable,
+    /// Only those that are captured already go on through the agent: the workload has left the mesh. New ones are
+    /// left alone, and noted among those that are older than the rules: for as long as it may take, someone is to have
+    /// the closed ones forgotten ([`closed_older`](super::closed_older), [`forget_older`](super::forget_older)), since
+    /// there is room for 65,535.
+    pub letting_go: bool,
 }
 
 impl NamespaceRules {
@@ -87,12 +92,13 @@ impl NamespaceRules {
     /// Sees what the workload sends before anything else does, and leads it to loopback if the routing rules did
     /// not.
     fn output(&self) -> Chain {
-        Chain::at("output", Hook::ROUTE_OUTPUT)
+        let chain = Chain::at("output", Hook::ROUTE_OUTPUT)
             .rule([tcp(Is::Not), pass()])
             .rules(agents_own())
-            .rule([jump("older")])
-            .rule([to_loopback(Is::Equal), pass()])
-            .rule([set_mark(self.mark())])
+            .rule([jump("older")]);
+        let chain =
+            if self.letting_go { left_alone(chain, Is::Not, remember_outgoing) } else { chain };
+        chain.rule([to_loopback(Is::Equal), pass()]).rule([set_mark(self.mark())])
     }
 
     fn prerouting(&self) -> Chain {
@@ -101,6 +107,13 @@ impl NamespaceRules {
             .rule([from_loopback(Is::Equal), goto("from_loopback")])
             // Or the rule that leads everything to loopback would make its source look false.
             .rule([set_mark(MARK_UNCAPTURED)]);
+        let chain = if self.letting_go {
+            // An agent that does not know yet learns it from this.
+            let chain = chain.rule([destination_port(self.mesh_port), opening(Is::Equal), reset()]);
+            left_alone(chain, Is::Equal, remember_incoming)
+        } else {
+            chain
+        };
         let chain = chain.rule([destination_port(self.mesh_port), goto("mesh")]);
         families_to_listener(chain, self.plaintext_port).rule([opening(Is::Equal), reset()])
     }

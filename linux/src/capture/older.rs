@@ -199,6 +199,30 @@ pub fn older() -> Result<Vec<Connection>> {
     Ok(found)
 }
 
+/// Those of them that are closed by now.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn closed() -> Result<HashSet<Connection>> {
+    // Before the sockets: what is noted meanwhile has one.
+    let noted = older()?;
+    let open: HashSet<_> = tcp_sockets()?.iter().map(Connection::of).collect();
+    Ok(noted.into_iter().filter(|one| !open.contains(one)).collect())
+}
+
+/// Has the rules forget them.
+///
+/// # Errors
+/// If the kernel refuses that.
+pub fn forget(connections: &HashSet<Connection>) -> Result<()> {
+    for (family, set) in [(Family::V4, OLDER_V4), (Family::V6, OLDER_V6)] {
+        let keys = connections.iter().map(Connection::key);
+        let of_family: Vec<_> = keys.filter(|(of, _)| *of == family).map(|(_, key)| key).collect();
+        transaction::remove_connections(set, &of_family)?;
+    }
+    Ok(())
+}
+
 /// The connections that are open and not captured, of those that the rules are to capture.
 pub(super) fn open_uncaptured(scope: &Scope) -> Result<Vec<TcpSocket>> {
     if scope.is_empty() {

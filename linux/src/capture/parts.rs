@@ -122,6 +122,26 @@ pub(super) fn older_chain() -> Chain {
     })
 }
 
+/// Leaves connections alone that are opened from here on, if they are to another host or not, noted by `remember` among
+/// those that are older.
+pub(super) fn left_alone(
+    chain: Chain,
+    to_this: Is,
+    remember: impl Fn(Family, &str) -> Vec<Expression>,
+) -> Chain {
+    let families = [(Family::V4, OLDER_V4), (Family::V6, OLDER_V6)];
+    families.into_iter().fold(chain, |chain, (family, set)| {
+        chain.rule([
+            opening(Is::Equal),
+            // Before it is looked where it goes, or everything would seem to go to loopback.
+            set_mark(MARK_UNCAPTURED),
+            to_this_host(to_this),
+            remember(family, set),
+            let_through(),
+        ])
+    })
+}
+
 /// The rules of the chain [`UNDECIDED`](super::UNDECIDED) while it is being found out which connections are older
 /// than the rules: a packet on loopback that belongs to none of the agent's is lost, and sent again by its
 /// application's kernel, rather than refused.

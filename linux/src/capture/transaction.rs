@@ -72,6 +72,26 @@ pub(super) fn add_connections(set: &str, keys: &[Vec<u8>]) -> Result<()> {
     Ok(())
 }
 
+/// Takes connections out of it. One that is not there is no error.
+pub(super) fn remove_connections(set: &str, keys: &[Vec<u8>]) -> Result<()> {
+    // Many at a time: the kernel waits some milliseconds for each transaction. Rules take them out as well, and one with
+    // a connection that is gone does nothing: then each half is tried.
+    let mut left: Vec<_> = keys.chunks(ELEMENTS_A_MESSAGE).collect();
+    while let Some(keys) = left.pop() {
+        let mut batch = Batch::begin();
+        batch.remove_elements(set, keys);
+        match send(batch.end(), "taking closed connections out of the capture rules") {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                let (first, second) = keys.split_at(keys.len() / 2);
+                left.extend([first, second].into_iter().filter(|half| half.len() < keys.len()));
+                left.retain(|keys| !keys.is_empty());
+            }
+            sent => sent?,
+        }
+    }
+    Ok(())
+}
+
 /// Makes the chains that depend on the network around the table be those of these surroundings.
 pub(super) fn adapt(ruleset: &Ruleset, around: &Surroundings) -> Result<()> {
     let mut batch = Batch::begin();
@@ -210,6 +230,17 @@ impl Batch {
         }
     }
 
+    fn remove_elements(&mut self, set: &str, keys: &[Vec<u8>]) {
+        let header = self.header.clone();
+        let mut request = self.messages.request().op_delsetelem_do(&header);
+        let mut elements =
+            request.encode().push_table(TABLE).push_set_bytes(set.as_bytes()).nested_elements();
+        for key in keys {
+            elements =
+                elements.nested_elem().nested_key().push_value(key).end_nested().end_nested();
+        }
+    }
+
     fn flush_chain(&mut self, chain: &str) {
         let header = self.header.clone();
         self.messages
@@ -309,6 +340,7 @@ mod tests {
             mesh_listener: Some(3),
             mesh_port: 4,
             unroutable: Unroutable::Refuse,
+            letting_go: false,
         };
         let batch = replacement(&rules.ruleset().unwrap(), &Surroundings::default());
         let types = types(batch.payload());

@@ -30,6 +30,7 @@ impl Agent {
             mesh_listener: None,
             mesh_port: MESH,
             unroutable: Unroutable::Refuse,
+            letting_go: false,
         };
         network.in_workload(|| install(&rules.ruleset().unwrap()));
         let (hold, listeners) = network.in_workload(|| {

@@ -5,8 +5,8 @@ use std::{
 };
 
 use hauberk_linux::{
-    capture::{self, Before, NamespaceRules},
-    socket::{linger_on_close, outbound_socket},
+    capture::{self, Before, NamespaceRules, Unroutable},
+    socket::{linger_on_close, outbound_socket, reset_on_close},
 };
 
 use crate::support::*;
@@ -330,6 +330,141 @@ fn what_was_opened_without_the_rules_is_cut() {
     assert_eq!(cut, [SocketAddr::new(family.remote, 80)]);
     let error = std::io::Read::read(&mut intruder, &mut [0]).expect_err("it goes on");
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionAborted);
+}
+
+/// A workload that leaves the mesh: what the agent carries lives, and nobody who comes after has to do with it.
+#[test]
+fn what_is_captured_lives_while_it_is_let_go_and_what_is_new_is_left_alone() {
+    let network = captured_network();
+    let captured = RULES.ruleset().unwrap();
+    let rules = NamespaceRules { letting_go: true, unroutable: Unroutable::Pass, ..RULES };
+    let rules = rules.ruleset().unwrap();
+    let mut living = Vec::new();
+    for family in families() {
+        let agent = listen_captured(&network.workload, family, OUTBOUND);
+        let outgoing = connect(&network.workload, family.remote, 80).unwrap();
+        living.push((outgoing, accept(&agent).0));
+        let mesh = listen_captured(&network.workload, family, MESH_LISTENER);
+        let incoming = connect(&network.remote, family.workload, MESH).unwrap();
+        living.push((incoming, accept(&mesh).0));
+    }
+    let installed =
+        network.in_workload(|| rules.install(&Before::Known(&captured, &[])).unwrap().whole());
+    assert!(installed.unwrap().older.is_empty());
+    assert!(network.in_workload(|| rules.drift().unwrap()).is_empty());
+    let mut new = Vec::new();
+    for family in families() {
+        let agent = listen_captured(&network.workload, family, OUTBOUND);
+        let plaintext = listen_captured(&network.workload, family, PLAINTEXT);
+        let mesh = listen_captured(&network.workload, family, MESH_LISTENER);
+        let server = listen(&network.remote, family.any, 80);
+        let application = listen(&network.workload, family.any, 8080);
+        for (from, to, listener) in [
+            (&network.workload, (family.remote, 80), &server),
+            (&network.remote, (family.workload, 8080), &application),
+        ] {
+            let mut client = connect(from, to.0, to.1).unwrap();
+            let (mut accepted, peer) = accept(listener);
+            assert_eq!(peer, client.local_addr().unwrap());
+            assert_joined(&mut client, &mut accepted);
+            new.push((client, accepted));
+        }
+        // Another agent learns that nobody of the mesh is here.
+        assert_refused(connect(&network.remote, family.workload, MESH));
+        assert!([agent, plaintext, mesh].iter().all(|listener| nobody_came(listener)));
+    }
+    for (client, server) in living.iter_mut().chain(&mut new) {
+        assert_joined(client, server);
+    }
+    assert!(network.in_workload(|| capture::captured_are_open().unwrap()));
+    // What was left alone goes on when it is captured anew, and when the rules are gone.
+    network.in_workload(|| captured.install(&Before::Known(&rules, &[])).unwrap());
+    network.in_workload(|| rules.install(&Before::Known(&captured, &[])).unwrap());
+    for (client, server) in living.iter_mut().chain(&mut new) {
+        assert_joined(client, server);
+    }
+    drop(living);
+    assert!(!network.in_workload(|| capture::captured_are_open().unwrap()));
+    network.in_workload(capture::remove).unwrap();
+    for (client, server) in &mut new {
+        assert_joined(client, server);
+    }
+}
+
+/// Ports are used again long before the kernel has forgotten who had them.
+#[test]
+fn what_has_the_ends_of_a_captured_connection_that_is_over_is_none() {
+    let network = captured_network();
+    let captured = RULES.ruleset().unwrap();
+    let rules = NamespaceRules { letting_go: true, unroutable: Unroutable::Pass, ..RULES };
+    let rules = rules.ruleset().unwrap();
+    for family in families() {
+        let agent = listen_captured(&network.workload, family, OUTBOUND);
+        let client = connect(&network.workload, family.remote, 80).unwrap();
+        let (accepted, _) = accept(&agent);
+        assert!(network.in_workload(|| capture::captured_are_open().unwrap()));
+        let from = client.local_addr().unwrap();
+        // The agent's end waits for what may be late.
+        linger_on_close(&accepted).unwrap();
+        drop(accepted);
+        drop(client);
+        network.in_workload(|| rules.install(&Before::Known(&captured, &[])).unwrap());
+        let server = listen(&network.remote, family.any, 80);
+        let to = SocketAddr::new(family.remote, 80);
+        let again = || {
+            let socket = socket2::Socket::new(
+                socket2::Domain::for_address(to),
+                socket2::Type::STREAM,
+                None,
+            )?;
+            socket.set_reuse_address(true)?;
+            socket.bind(&from.into())?;
+            connect_socket(socket, to)
+        };
+        let mut client = network.in_workload(again).unwrap();
+        let (mut accepted, peer) = accept(&server);
+        assert_eq!(peer, from);
+        assert_joined(&mut client, &mut accepted);
+        assert!(!network.in_workload(|| capture::captured_are_open().unwrap()));
+        network.in_workload(|| capture::remove().unwrap());
+        assert_joined(&mut client, &mut accepted);
+        network.in_workload(|| install(&captured));
+    }
+}
+
+/// There is room for so many only.
+#[test]
+fn those_that_were_left_alone_are_forgotten_once_they_are_closed() {
+    let network = Network::new();
+    let rules = NamespaceRules { letting_go: true, unroutable: Unroutable::Pass, ..RULES };
+    network.in_workload(|| install(&rules.ruleset().unwrap()));
+    let mut staying = Vec::new();
+    for family in families() {
+        let server = listen(&network.remote, family.any, 80);
+        for stays in [true, false] {
+            let client = connect(&network.workload, family.remote, 80).unwrap();
+            let (accepted, _) = accept(&server);
+            if stays {
+                staying.push((client, accepted));
+            } else {
+                // With nothing left of it at either end.
+                reset_on_close(&client).unwrap();
+                drop((client, accepted));
+            }
+        }
+    }
+    network.in_workload(|| {
+        assert_eq!(capture::older().unwrap().len(), 4);
+        let closed = capture::closed_older().unwrap();
+        assert_eq!(closed.len(), 2, "{closed:?}");
+        capture::forget_older(&closed).unwrap();
+        // A second time, as if rules had done it meanwhile.
+        capture::forget_older(&closed).unwrap();
+        assert_eq!(capture::older().unwrap().len(), 2);
+    });
+    for (client, server) in &mut staying {
+        assert_joined(client, server);
+    }
 }
 
 #[test]

@@ -32,6 +32,7 @@ pub(crate) const RULES: NamespaceRules = NamespaceRules {
     mesh_listener: Some(MESH_LISTENER),
     mesh_port: MESH,
     unroutable: Unroutable::Refuse,
+    letting_go: false,
 };
 
 /// Addresses of one family, so that every test can go through both.

@@ -1,6 +1,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    time::Duration,
 };
 
 use hauberk_core::policy::{Hints, MeshNode, MeshService, Reach};
@@ -38,6 +39,9 @@ pub fn service_message(service: &MeshService) -> v1::Service {
             Reach::Cluster => false,
             Reach::Node => true,
         },
+        affinity_seconds: service
+            .affinity
+            .map_or(0, |time| u32::try_from(time.as_secs()).unwrap_or(u32::MAX)),
     }
 }
 
@@ -76,6 +80,10 @@ pub fn service(message: v1::Service) -> Result<MeshService, ConvertError> {
         addresses,
         ports,
         reach: if message.own_node_only { Reach::Node } else { Reach::Cluster },
+        affinity: match message.affinity_seconds {
+            0 => None,
+            seconds => Some(Duration::from_secs(seconds.into())),
+        },
     })
 }
 

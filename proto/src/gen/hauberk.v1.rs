@@ -863,6 +863,9 @@ pub struct Service {
     /// Whether connections go only to backends that are for the caller's own node.
     #[prost(bool, tag = "5")]
     pub own_node_only: bool,
+    /// For how long after its last connection a caller stays with its backend; it does not if this is zero.
+    #[prost(uint32, tag = "6")]
+    pub affinity_seconds: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ServicePort {

@@ -91,6 +91,7 @@ pub(crate) fn service_with(change: impl FnOnce(&mut v1::Service)) -> v1::Resourc
             }],
         }],
         own_node_only: true,
+        affinity_seconds: 10_800,
     };
     change(&mut message);
     v1::Resource { kind: Some(Kind::Service(message)) }

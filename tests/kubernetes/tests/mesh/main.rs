@@ -14,11 +14,13 @@ mod install;
 mod learn;
 mod network_policies;
 mod outage;
+mod owners;
 mod pods;
 mod policy;
 mod replicas;
 mod services;
 mod stolen;
+mod transitions;
 mod trouble;
 mod uninstall;
 mod upgrade;
@@ -36,6 +38,9 @@ use libtest_mimic::{Arguments, Failed, Trial};
 /// What the image runs is this very program, as the `hauberk` command.
 const AS_HAUBERK: &str = "--as-hauberk";
 
+/// The name by which it is a plugin of `kubectl`.
+const PLUGIN: &[u8] = b"/kubectl-hauberk";
+
 /// Started by the first test that needs it.
 type Shared = Arc<Mutex<Option<Arc<Cluster>>>>;
 
@@ -44,7 +49,10 @@ type Test = fn(&Cluster) -> anyhow::Result<()>;
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
-    if arguments.nth(1).is_some_and(|first| first == AS_HAUBERK) {
+    if arguments.next().is_some_and(|program| program.as_encoded_bytes().ends_with(PLUGIN)) {
+        return hauberk_cli::main(std::env::args_os());
+    }
+    if arguments.next().is_some_and(|first| first == AS_HAUBERK) {
         let rest: Vec<OsString> = arguments.collect();
         return hauberk_cli::main(std::iter::once(OsString::from("hauberk")).chain(rest));
     }
@@ -56,6 +64,7 @@ fn main() -> ExitCode {
         install::TESTS,
         policy::TESTS,
         admission::TESTS,
+        owners::TESTS,
         services::TESTS,
         learn::TESTS,
         replicas::TESTS,
@@ -63,6 +72,7 @@ fn main() -> ExitCode {
         upgrade::TESTS,
         network_policies::TESTS,
         stolen::TESTS,
+        transitions::TESTS,
         trouble::TESTS,
         outage::TESTS,
         uninstall::TESTS,

@@ -21,6 +21,10 @@ pub(crate) const TESTS: &[(&str, Test)] = &[
         "an_endpoint_that_ends_serves_while_no_other_is_ready",
         an_endpoint_that_ends_serves_while_no_other_is_ready,
     ),
+    (
+        "external_addresses_lead_to_pods_and_callers_stay_with_theirs",
+        external_addresses_lead_to_pods_and_callers_stay_with_theirs,
+    ),
     ("a_job_with_an_init_container_finishes", a_job_with_an_init_container_finishes),
     ("containers_of_a_pod_talk_to_each_other", containers_of_a_pod_talk_to_each_other),
     ("a_pod_in_its_nodes_network_is_told", a_pod_in_its_nodes_network_is_told),
@@ -263,10 +267,75 @@ fn hinted(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 fn all_of_twenty_reach(cluster: &Cluster, name: &str) -> anyhow::Result<()> {
-    let twenty = "i=0; while [ $i -lt 20 ]; do \
-                  timeout 5 wget -q -O - http://near.payments/ || echo failed; i=$((i+1)); done";
-    let said = cluster.exec("shop", "checkout", &["sh", "-c", twenty])?;
+    let said = twenty(cluster, "http://near.payments/")?;
     ensure!(said == format!("{name}\n").repeat(20), "{said}");
+    Ok(())
+}
+
+/// What so many requests of one pod are answered.
+fn twenty(cluster: &Cluster, url: &str) -> anyhow::Result<String> {
+    let twenty = format!(
+        "i=0; while [ $i -lt 20 ]; do timeout 5 wget -q -O - {url} || echo failed; i=$((i+1)); done"
+    );
+    cluster.exec("shop", "checkout", &["sh", "-c", &twenty])
+}
+
+/// An address that nobody has.
+const EXTERNAL: &str = "192.0.2.80";
+
+/// A service of the same pods with an address from outside, whose callers stay; and one that claims the address of
+/// another's pod.
+fn given_objects(ledger: &str) -> String {
+    format!(
+        "---
+apiVersion: v1
+kind: Service
+metadata: {{name: given, namespace: payments}}
+spec:
+  selector: {{app: near}}
+  sessionAffinity: ClientIP
+  externalIPs: [{EXTERNAL}]
+  ports: [{{port: 80, targetPort: 8080}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: thief, namespace: payments}}
+spec: {{selector: {{app: near}}, externalIPs: ['{ledger}'], ports: [{{port: 8080}}]}}
+"
+    )
+}
+
+fn external_addresses_lead_to_pods_and_callers_stay_with_theirs(
+    cluster: &Cluster,
+) -> anyhow::Result<()> {
+    allowed(cluster)?;
+    let ledger = address(cluster, "payments", "ledger")?;
+    let objects = format!("{}{}", near_objects(), given_objects(&ledger));
+    cluster.apply(&objects)?;
+    let led = given(cluster, &ledger).with_context(|| everything(cluster));
+    cluster.delete(&objects)?;
+    led
+}
+
+fn given(cluster: &Cluster, ledger: &str) -> anyhow::Result<()> {
+    for pod in ["near-a", "near-b"] {
+        cluster.wait_pod("payments", pod, PATIENCE)?;
+    }
+    let external = format!("http://{EXTERNAL}/");
+    // Both are there: without affinity each is reached in its turn.
+    cluster.wait_until("both pods", PATIENCE, |cluster| {
+        let said = twenty(cluster, "http://near.payments/")?;
+        ensure!(said.contains("near-a") && said.contains("near-b"), "{said}");
+        get(cluster, "checkout", &external).map(drop)
+    })?;
+    for url in ["http://given.payments/", &external] {
+        let said = twenty(cluster, url)?;
+        let stays = ["near-a\n", "near-b\n"].map(|name| name.repeat(20)).contains(&said);
+        ensure!(stays, "{url}: {said}");
+        ensure!(get(cluster, "web", url).is_err(), "{url}: nobody allowed it");
+    }
+    let text = get(cluster, "checkout", &format!("http://{ledger}:8080/"))?;
+    ensure!(text == "the ledger\n", "a service has taken the pod's place: {text}");
     Ok(())
 }
 

@@ -1,13 +1,17 @@
 //! The way out. The last tests: nothing of the mesh is left after them.
 
+use std::net::IpAddr;
+
 use anyhow::{Context, ensure};
 use hauberk_kubernetes_tests::Cluster;
 
 use crate::{
     Test, admission,
     install::{CHARTS, PATIENCE, everything},
-    pods::idle,
+    outage::network_of,
+    pods::{address, idle},
     policy::{POLICY, get},
+    transitions::Load,
 };
 
 pub(crate) const TESTS: &[(&str, Test)] = &[
@@ -60,15 +64,22 @@ fn an_upgrade_and_a_rollback_keep_the_mesh(cluster: &Cluster) -> anyhow::Result<
 fn uninstalling_leaves_nothing_and_pods_talk(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply(POLICY)?;
     holds(cluster)?;
-    cluster
-        .helm(&["uninstall", "hauberk", NAMESPACE, "--wait", "--timeout=300s"])
-        .with_context(|| everything(cluster))?;
-    // Helm does not wait for pods to end, and agents remove their rules when their connections have.
-    cluster.wait_until("the agents' end", PATIENCE, |cluster| {
-        let pods = cluster.kubectl(&["get", "pods", NAMESPACE, "--output=name"])?;
-        ensure!(pods.trim().is_empty(), "{pods}");
-        Ok(())
-    })?;
+    let caller: IpAddr = address(cluster, "shop", "checkout")?.parse()?;
+    let ledger: IpAddr = address(cluster, "payments", "ledger")?.parse()?;
+    let network = network_of(cluster, "node-a", caller)?;
+    let done = Load::during(&network, &[(ledger, 8080)], |load| {
+        load.phase("uninstall", || {
+            cluster.helm(&["uninstall", "hauberk", NAMESPACE, "--wait", "--timeout=300s"])?;
+            // Helm does not wait for pods to end, and agents remove their rules when their connections have.
+            cluster.wait_until("the agents' end", PATIENCE, |cluster| {
+                let pods = cluster.kubectl(&["get", "pods", NAMESPACE, "--output=name"])?;
+                ensure!(pods.trim().is_empty(), "{pods}");
+                Ok(())
+            })
+        })
+    })
+    .with_context(|| everything(cluster))?;
+    ensure!(done > 1_000, "only {done} requests were made");
     for name in ["node-a", "node-b"] {
         let node = cluster.node(name)?;
         let rules = node.text(&[
