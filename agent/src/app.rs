@@ -79,6 +79,30 @@ pub fn main(args: Args) -> ExitCode {
     }
 }
 
+/// Says what may not work here, before it fails.
+fn tell_what_the_kernel_lacks() {
+    let release = hauberk_linux::kernel::release().unwrap_or_default();
+    match hauberk_linux::kernel::lacks(&release) {
+        Some(lacks) => {
+            for feature in lacks {
+                let (what, without) = (feature.what, feature.without);
+                let since = format!("{}.{}", feature.since.0, feature.since.1);
+                tracing::warn!(
+                    release,
+                    what,
+                    since,
+                    without,
+                    "the kernel is older than a part that is needed"
+                );
+            }
+        }
+        None => tracing::warn!(
+            release,
+            "the kernel's version is not known: Linux 5.10 or newer is needed"
+        ),
+    }
+}
+
 /// Runs the agent until `stop` is done, then drains.
 ///
 /// # Errors
@@ -89,6 +113,7 @@ pub async fn run(
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> anyhow::Result<()> {
     hauberk_tls::files::private_folder(&args.data).context("open the data folder")?;
+    tell_what_the_kernel_lacks();
     let stop = token(stop);
     if joined_for_another(&args).await? {
         return Ok(());

@@ -154,12 +154,16 @@ impl Captured {
         let mut staying = Vec::new();
         for (key, mut capture, since) in std::mem::take(&mut self.leaving) {
             if keys.contains(&key) && !self.namespaces.contains_key(&key) {
+                take_back(&key, &mut capture);
                 self.namespaces.insert(key, capture);
                 continue;
             }
             let departure = capture.departure(|namespace| snapshot.is_enrolled(namespace));
             let stays = match departure {
-                Departure::Stays => true,
+                Departure::Stays => {
+                    take_back(&key, &mut capture);
+                    true
+                }
                 Departure::Removed | Departure::Gone => since.elapsed() < REMOVAL_GRACE,
                 // What is about to be carried, or waits for this agent to know what another one does, is seen at
                 // the end of that time.
@@ -180,6 +184,17 @@ impl Captured {
         self.leaving = staying;
     }
 
+    /// Pods that were let go and whose namespace is back in the mesh, or whose own is not known: not free any more, wherever
+    /// the runtime says that they are.
+    fn take_back(&mut self, snapshot: &Snapshot) {
+        for (key, capture, _) in &mut self.leaving {
+            match capture.departure(|namespace| snapshot.is_enrolled(namespace)) {
+                Departure::Stays => take_back(key, capture),
+                Departure::Removed | Departure::LetGo | Departure::Gone => {}
+            }
+        }
+    }
+
     /// What is captured under this key is no place of its workload any more.
     fn leave(&mut self, key: &str) {
         if let Some(capture) = self.namespaces.remove(key) {
@@ -191,8 +206,9 @@ impl Captured {
     /// Another workload is in this network namespace now: what leaves there has no say about its rules any more.
     fn make_way(&mut self, path: &Path) {
         let Ok(netns) = hauberk_linux::Netns::open(path) else { return };
-        for (key, capture, since) in std::mem::take(&mut self.leaving) {
+        for (key, mut capture, since) in std::mem::take(&mut self.leaving) {
             if capture.inode() == netns.inode() {
+                take_back(&key, &mut capture);
                 tracing::info!(workload = key, "its network namespace is another workload's now");
                 capture.retire();
             } else {
@@ -252,6 +268,14 @@ fn is_letting_go(key: &str, capture: &mut NamespaceCapture) -> bool {
     }
 }
 
+/// What was let go is captured again, before anything else is known of it.
+fn take_back(key: &str, capture: &mut NamespaceCapture) {
+    if let Err(error) = capture.take_back() {
+        let error = format!("{error:#}");
+        tracing::error!(workload = key, error, "is let go, and cannot be captured again");
+    }
+}
+
 /// Done when it is time, or earlier if a cgroup is not what it was.
 async fn next_reconcile(current: &Captured) {
     let due = Instant::now() + RECONCILE;
@@ -288,6 +312,8 @@ impl Captures {
         loop {
             let snapshot = self.snapshots.borrow_and_update().clone();
             if snapshot.revision > 0 {
+                // Before the runtime is asked, which may take its time.
+                tokio::task::block_in_place(|| current.take_back(&snapshot));
                 sandboxes.look_up(&pods(&snapshot, &self.context.node), &self.starting).await;
                 // It asks the kernel about every namespace, and waits for its answers.
                 tokio::task::block_in_place(|| {

@@ -59,7 +59,9 @@ pub(crate) struct Forward<'a> {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     /// Tells when the local workload has a newer certificate.
     installed: watch::Receiver<u64>,
-    /// Nobody tells any more: the local workload has left the mesh.
+    /// The local workload has left the mesh.
+    is_let_go: bool,
+    /// Nobody tells any more.
     dismissed: Option<watch::Sender<u64>>,
     /// When the peer must have answered.
     unanswered: Instant,
@@ -99,6 +101,7 @@ impl<'a> Forward<'a> {
             permit,
             snapshots,
             installed,
+            is_let_go: false,
             dismissed: None,
             unanswered,
             proof_until: None,
@@ -274,7 +277,8 @@ impl<'a> Forward<'a> {
 
     fn ask_again(&mut self, snapshot: &Snapshot) -> Option<Cut> {
         // Its peer decides for itself.
-        if snapshot.has_let_go(&self.context.node, &self.local.workload) {
+        self.is_let_go = snapshot.has_let_go(&self.context.node, &self.local.workload);
+        if self.is_let_go {
             return None;
         }
         // Before its capture ends, whatever its peer's mode.
@@ -291,7 +295,8 @@ impl<'a> Forward<'a> {
     fn next_look(&self, relay: &Carried) -> Duration {
         let now = hauberk_tls::now();
         let mut pause = LOOK;
-        if let Some(until) = self.permit.until() {
+        // Nobody asks for it any more once the workload has left.
+        if let Some(until) = self.permit.until().filter(|_| !self.is_let_go) {
             pause = pause.min(until.since(now));
         }
         if relay.awaits_answer() {

@@ -552,7 +552,7 @@ pub(crate) async fn serve_plaintext(
             })
         })
     });
-    let from_mesh = snapshot.has_address(from.ip());
+    let from_mesh = snapshot.has_pod_at(from.ip());
     // Its rules may be about to know.
     let left = |local: &Local| authorize::pass_let_go(&snapshot, &context.node, &local.workload);
     let pass = match (probe.or_else(|| local.as_deref().and_then(left)), &local) {

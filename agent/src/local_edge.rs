@@ -142,6 +142,12 @@ impl LocalEdge<'_> {
                     Err(broken) => Ended::Broken(broken),
                 },
             }
+            let snapshot = snapshots.borrow_and_update().clone();
+            let has_left = |local: &Local| snapshot.has_let_go(&self.context.node, &local.workload);
+            if has_left(self.source) && has_left(&self.destination) {
+                // Nobody's business any more; what is open lives.
+                continue;
+            }
             if let Err((denial, detail)) = self.check_both() {
                 break match denial.reason {
                     // There was one: whoever renews it took it out of use at its end.
@@ -152,7 +158,6 @@ impl LocalEdge<'_> {
                     reason => Cut::Certificate(reason, detail.unwrap_or(denial.mend)),
                 };
             }
-            let snapshot = snapshots.borrow_and_update().clone();
             match permit.renew(&snapshot) {
                 Ok(renewed) => permit = renewed,
                 Err(denial) => break Cut::Policy(denial),

@@ -80,6 +80,8 @@ struct LocalWay<'a> {
 
 struct PassWay {
     application: Box<Waiting>,
+    /// Where it goes.
+    to: SocketAddr,
     pass: Pass,
     /// Counts for as long as this lives.
     _chosen: Option<Chosen>,
@@ -131,7 +133,7 @@ async fn decide<'a>(
     let (snapshots, snapshot) = context.snapshots().await;
     report.revision(snapshot.revision);
     if let Some(pass) = authorize::pass_let_go(&snapshot, &context.node, &local.workload) {
-        return Decision::Pass(Box::new(PassWay { application, pass, _chosen: None }));
+        return Decision::Pass(Box::new(PassWay { application, to: wanted, pass, _chosen: None }));
     }
     // Before workloads: nobody takes a service's place by claiming its address.
     let service = snapshot.service(wanted);
@@ -158,9 +160,12 @@ async fn decide<'a>(
                 Some(_) | None => unknown(&found, wanted, snapshot.revision),
             };
             return match authorize::pass_audited(&snapshot, &local.workload, denial) {
-                Ok(pass) => {
-                    Decision::Pass(Box::new(PassWay { application, pass, _chosen: chosen }))
-                }
+                Ok(pass) => Decision::Pass(Box::new(PassWay {
+                    application,
+                    to: wanted,
+                    pass,
+                    _chosen: chosen,
+                })),
                 Err(denial) => {
                     report.denied(&denial, None);
                     Decision::Refused
@@ -188,7 +193,9 @@ async fn decide<'a>(
         let denial = not_ready("the workload has no certificate yet");
         let snapshot = snapshots.borrow().clone();
         return match authorize::pass_audited(&snapshot, &local.workload, denial) {
-            Ok(pass) => Decision::Pass(Box::new(PassWay { application, pass, _chosen: chosen })),
+            Ok(pass) => {
+                Decision::Pass(Box::new(PassWay { application, to: target, pass, _chosen: chosen }))
+            }
             Err(denial) => {
                 report.denied(&denial, None);
                 Decision::Refused
@@ -233,7 +240,7 @@ impl LocalWay<'_> {
 impl PassWay {
     async fn carry(self: Box<Self>, context: &Context, local: &Local, report: &mut Report<'_>) {
         let way = *self;
-        passthrough::outbound(context, local, way.application, way.pass, report).await;
+        passthrough::outbound(context, local, way.application, way.to, way.pass, report).await;
     }
 }
 
@@ -368,8 +375,9 @@ impl Way<'_> {
     ) -> bool {
         let mut snapshots = context.subscribe();
         let snapshot = snapshots.borrow_and_update().clone();
+        let is_permitted = self.forward.permit.renew(&snapshot).is_ok();
         let pass = match authorize::pass_audited(&snapshot, &local.workload, denial) {
-            Ok(pass) => Some(pass),
+            Ok(pass) => Some(pass).filter(|_| is_permitted),
             Err(_) if may_be_ahead && authorize::may_leave(&local.workload) => {
                 authorize::left_soon(&mut snapshots, &context.node, &local.workload).await
             }
@@ -377,7 +385,8 @@ impl Way<'_> {
         };
         match (pass, self.application.take()) {
             (Some(pass), Some(Application::Waiting(application))) => {
-                passthrough::outbound(context, local, application, pass, report).await;
+                let to = self.open.original_destination;
+                passthrough::outbound(context, local, application, to, pass, report).await;
                 true
             }
             (_, application) => {

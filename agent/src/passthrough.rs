@@ -16,16 +16,17 @@ use crate::{
     report::Report,
 };
 
-/// To a destination that the mesh does not know. Dropping the application's connection refuses it.
+/// `to` a destination that the mesh does not know, or cannot reach. Dropping the application's connection refuses it.
 pub(crate) async fn outbound(
     context: &Context,
     local: &Local,
     application: Box<Waiting>,
+    to: SocketAddr,
     pass: Pass,
     report: &mut Report<'_>,
 ) {
     let counters = report.passed(&pass);
-    let peer = match local.place.dial(application.wanted()).await {
+    let peer = match local.place.dial(to).await {
         Ok(peer) => peer,
         Err(error) => {
             report.closed("unreachable", Some(error.to_string()));

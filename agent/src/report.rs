@@ -139,6 +139,8 @@ impl<'a> Report<'a> {
 
     /// It passes without the mesh.
     pub(crate) fn passed(&mut self, pass: &Pass) -> EdgeCounters {
+        // Whatever was tried before.
+        self.tls = None;
         self.decided = match pass.why() {
             Why::Audited(denial) => Decided::WouldDeny(Box::new(denial.clone())),
             Why::Probe(_) => {
@@ -325,6 +327,8 @@ impl<'a> Report<'a> {
                 (Permitted::Audited(_), Side::Destination) => Outcome::WouldDeny,
                 (Permitted::Audited(_), Side::Source) | (Permitted::Allowed(_), _) => return None,
             },
+            // What only waits for its agent needs no rule.
+            Decided::WouldDeny(denial) if denial.reason == Reason::NotReady => return None,
             Decided::WouldDeny(_) => Outcome::WouldDeny,
             Decided::Denied(denial) if wants_a_rule(denial.reason) => Outcome::Denied,
             Decided::Nothing

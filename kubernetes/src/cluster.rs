@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
@@ -98,7 +98,7 @@ impl Cluster {
                 "ServiceAccount",
                 Api::<ServiceAccount>::all(client.clone()),
                 sender.clone(),
-                |account| account.annotations().contains_key(RETIRING),
+                |account| account.annotations().get(RETIRING).is_some_and(|value| value == "true"),
             ),
             namespaces: Watched::follow(
                 "Namespace",
@@ -237,7 +237,10 @@ impl Cluster {
             });
         }
         let agents = format!("{}/{AGENTS}", self.own_namespace);
-        let is_retiring = self.service_accounts.read(|all, _| all.get(&agents) == Some(&true));
+        let is_retiring = self.service_accounts.read(|all, version| {
+            snapshot.seen.insert("ServiceAccount".to_owned(), version);
+            all.get(&agents) == Some(&true)
+        });
         let modes = self.namespaces.read(|namespaces, version| {
             snapshot.seen.insert("Namespace".to_owned(), version);
             let mut modes = modes(namespaces, &self.own_namespace, &mut snapshot.notes);
@@ -258,13 +261,17 @@ impl Cluster {
                 .collect();
             modes
         });
+        let machines = snapshot.objects.iter().filter(|object| object.kind == "Machine");
+        let of_machines: Vec<IpAddr> =
+            machines.flat_map(|object| addresses(&object.text)).collect();
         let mut of_pods = Vec::new();
         self.pods.read(|pods, version| {
             snapshot.seen.insert("Pod".to_owned(), version);
             let there = pods.values().filter(|pod| !pod.over);
             of_pods.extend(there.flat_map(|pod| pod.addresses.iter().copied()));
             self.service_accounts.read(|accounts, version| {
-                snapshot.seen.insert("ServiceAccount".to_owned(), version);
+                // Whether they say that the mesh is retiring was read before.
+                snapshot.seen.entry("ServiceAccount".to_owned()).or_insert(version);
                 let exists = |pod: &PodFacts| {
                     pod.service_account.as_ref().is_some_and(|name| {
                         accounts.contains_key(&format!("{}/{name}", pod.namespace))
@@ -284,10 +291,15 @@ impl Cluster {
             self.services.read(|services, version| {
                 snapshot.seen.insert("Service".to_owned(), version);
                 let own = services.values().flat_map(ServiceFacts::own_addresses);
-                let taken: HashSet<IpAddr> = own.chain(of_pods).collect();
+                let taken: HashSet<IpAddr> = own.chain(of_pods).chain(of_machines).collect();
+                let claims = first_claims(services.values());
                 let resolve = |service: &ServiceFacts| {
                     let slices = of.get(&service.key()).map(Vec::as_slice).unwrap_or_default();
-                    service.resolve(slices.iter().copied(), |address| taken.contains(address))
+                    service.resolve(slices.iter().copied(), |address| {
+                        let mut claimed = service.claims().filter(|claim| claim.ip() == *address);
+                        let is_first = |claim| claims.get(&claim) == Some(&service.key());
+                        taken.contains(address) || !claimed.all(is_first)
+                    })
                 };
                 services.values().filter_map(resolve).collect()
             })
@@ -303,6 +315,30 @@ impl Cluster {
         });
         snapshot
     }
+}
+
+/// Who has each address and port that services were given: the one that was made first.
+fn first_claims<'a>(
+    services: impl Iterator<Item = &'a ServiceFacts>,
+) -> HashMap<SocketAddr, (&'a str, &'a str)> {
+    let mut first: HashMap<SocketAddr, &ServiceFacts> = HashMap::new();
+    for service in services {
+        for claim in service.claims() {
+            let one = first.entry(claim).or_insert(service);
+            if service.precedence() < one.precedence() {
+                *one = service;
+            }
+        }
+    }
+    first.into_iter().map(|(claim, service)| (claim, service.key())).collect()
+}
+
+/// The addresses of a machine, as far as its manifest can be read.
+fn addresses(manifest: &str) -> Vec<IpAddr> {
+    let manifest: serde_json::Value = serde_json::from_str(manifest).unwrap_or_default();
+    let listed = manifest.pointer("/spec/addresses").and_then(serde_json::Value::as_array);
+    let texts = listed.into_iter().flatten().filter_map(serde_json::Value::as_str);
+    texts.filter_map(|text| text.parse().ok()).collect()
 }
 
 fn zones(nodes: &BTreeMap<String, Option<String>>) -> Vec<MeshNode> {
@@ -396,6 +432,41 @@ fn workloads<'a>(
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_two_services_with_one_address_the_first_has_it() {
+        let service = |name: &str, day: &str, port: u16| {
+            let service = serde_json::json!({
+                "apiVersion": "v1",
+                "kind": "Service",
+                "metadata": {
+                    "name": name,
+                    "namespace": "shop",
+                    "creationTimestamp": format!("2026-01-{day}T00:00:00Z"),
+                },
+                "spec": {
+                    "clusterIP": "10.96.0.1",
+                    "externalIPs": ["192.0.2.1"],
+                    "ports": [{"port": port, "protocol": "TCP"}],
+                },
+            });
+            ServiceFacts::new(serde_json::from_value(service).unwrap())
+        };
+        let services =
+            [service("late", "03", 80), service("web", "02", 80), service("a", "03", 81)];
+        let first = first_claims(services.iter());
+        let of = |port: u16| first[&SocketAddr::from(([192, 0, 2, 1], port))];
+        assert_eq!((of(80), of(81)), (("shop", "web"), ("shop", "a")));
+    }
+
+    #[test]
+    fn a_machines_addresses_are_read_from_its_manifest() {
+        let found =
+            addresses(r#"{"kind": "Machine", "spec": {"addresses": ["192.0.2.7", "fd00::7"]}}"#);
+        let wanted = ["192.0.2.7", "fd00::7"].map(|text| text.parse::<IpAddr>().unwrap());
+        assert_eq!(found, wanted);
+        assert!(addresses("{").is_empty() && addresses(r#"{"spec": {}}"#).is_empty());
+    }
 
     fn modes_of(labels: &[(&str, Option<&str>)]) -> (Vec<(String, Mode)>, Vec<String>) {
         let mut notes = Vec::new();

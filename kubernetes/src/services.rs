@@ -30,6 +30,8 @@ pub(crate) struct ServiceFacts {
     addresses: BTreeSet<IpAddr>,
     /// Addresses that others gave it: external ones, and those of its load balancers.
     given: BTreeSet<IpAddr>,
+    /// When it was made, as text that sorts.
+    created: String,
     /// TCP ports by their names.
     ports: Vec<(String, u16)>,
     reach: Reach,
@@ -58,6 +60,7 @@ struct EndpointFacts {
 impl ServiceFacts {
     pub(crate) fn new(service: Service) -> Self {
         let (namespace, name) = (service.namespace().unwrap_or_default(), service.name_any());
+        let created = service.creation_timestamp().map(|time| time.0.to_string());
         let spec = service.spec.unwrap_or_default();
         let status = service.status.and_then(|status| status.load_balancer);
         let balancers = status.and_then(|balancer| balancer.ingress).unwrap_or_default();
@@ -73,6 +76,7 @@ impl ServiceFacts {
             // A headless one has "None".
             addresses: listed.filter_map(|text| text.parse().ok()).collect(),
             given: given.filter_map(|text| text.parse().ok()).collect(),
+            created: created.unwrap_or_default(),
             ports: ports
                 .filter(|port| is_tcp(port.protocol.as_deref()))
                 .filter_map(|port| {
@@ -96,6 +100,17 @@ impl ServiceFacts {
                 Some(_) | None => None,
             },
         }
+    }
+
+    /// The addresses and ports that others gave it.
+    pub(crate) fn claims(&self) -> impl Iterator<Item = SocketAddr> {
+        let ports = || self.ports.iter().map(|(_, port)| *port);
+        self.given.iter().flat_map(move |ip| ports().map(|port| SocketAddr::new(*ip, port)))
+    }
+
+    /// Of two that claim the same, the first has it.
+    pub(crate) fn precedence(&self) -> (&str, (&str, &str)) {
+        (&self.created, self.key())
     }
 
     /// Its own addresses, which the cluster gave it.

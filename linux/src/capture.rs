@@ -165,6 +165,9 @@ impl Ruleset {
         // A listing is not made in one moment: only what two agree on went around the agent.
         let again = older::open_uncaptured(&self.scope)?;
         older.extend(new);
+        // What the rules themselves left alone meanwhile.
+        let known: HashSet<Connection> = older.iter().copied().collect();
+        older.extend(older::older()?.into_iter().filter(|one| !known.contains(one)));
         let spared: HashSet<Connection> = older.iter().copied().collect();
         open.retain(|socket| {
             let ends = Connection { local: socket.local, remote: socket.remote };

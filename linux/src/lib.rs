@@ -11,6 +11,7 @@
 pub mod capture;
 mod dump;
 mod error;
+pub mod kernel;
 pub mod links;
 pub mod netns;
 pub mod owner;

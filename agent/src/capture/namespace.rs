@@ -62,6 +62,8 @@ pub(super) struct NamespaceCapture {
     listeners: Vec<Accepting>,
     /// What new connections of a workload that is let go left behind in the rules, at the last look.
     closed: HashSet<Connection>,
+    /// Its rules leave new connections alone.
+    is_let_go: bool,
 }
 
 /// Where the agent listens; nothing where it could not.
@@ -113,6 +115,7 @@ impl NamespaceCapture {
             outbound: None,
             listeners: Vec::new(),
             closed: HashSet::new(),
+            is_let_go: false,
         };
         // Who lives here first: connections may wait in a listener that was handed over.
         let ready = capture.settle(workload, identities).and_then(|()| capture.listen(inherited));
@@ -160,8 +163,10 @@ impl NamespaceCapture {
         workload: &Arc<MeshWorkload>,
         identities: &mut Identities,
     ) -> anyhow::Result<()> {
-        self.settle(workload, identities)?;
-        self.enforce(workload)
+        let settled = self.settle(workload, identities);
+        // Whoever cannot be settled is captured all the same.
+        self.enforce(workload)?;
+        settled
     }
 
     /// Makes the workload the one that lives here.
@@ -228,18 +233,30 @@ impl NamespaceCapture {
         Ok(())
     }
 
-    fn enforce(&self, workload: &MeshWorkload) -> anyhow::Result<()> {
+    fn enforce(&mut self, workload: &MeshWorkload) -> anyhow::Result<()> {
+        self.enforce_mode(workload.mode)
+    }
+
+    fn enforce_mode(&mut self, mode: Mode) -> anyhow::Result<()> {
         let rules = NamespaceRules {
             outbound_port: self.ports.outbound,
             plaintext_port: self.ports.plaintext,
             mesh_listener: self.ports.mesh,
-            ..closed(workload.mode)
+            ..closed(mode)
         };
-        self.guard.enforce(&rules.ruleset()?.owned_by(&self.context.node))
+        self.guard.enforce(&rules.ruleset()?.owned_by(&self.context.node))?;
+        self.is_let_go = false;
+        Ok(())
+    }
+
+    /// Captures everything again if it was let go, whatever else becomes of it.
+    pub(super) fn take_back(&mut self) -> anyhow::Result<()> {
+        if self.is_let_go { self.enforce_mode(Mode::Enforce) } else { Ok(()) }
     }
 
     /// Leaves everything alone that is opened from here on; what is carried goes on.
-    pub(super) fn let_go(&self) -> anyhow::Result<()> {
+    pub(super) fn let_go(&mut self) -> anyhow::Result<()> {
+        self.is_let_go = true;
         let rules = NamespaceRules {
             outbound_port: self.ports.outbound,
             plaintext_port: self.ports.plaintext,

@@ -195,9 +195,13 @@ impl Snapshot {
             && !self.has_on(node, workload)
     }
 
-    /// Whether an address is one of the mesh.
-    pub(crate) fn has_address(&self, address: IpAddr) -> bool {
-        self.by_address.contains_key(&address.to_canonical())
+    /// Whether an address is that of a pod of the mesh.
+    pub(crate) fn has_pod_at(&self, address: IpAddr) -> bool {
+        let Some(Address::Whole(place)) = self.by_address.get(&address.to_canonical()) else {
+            return false;
+        };
+        let workload = self.workloads.get(*place);
+        workload.is_some_and(|one| matches!(one.process, ProcessSelector::Pod { .. }))
     }
 
     /// The backends of the service whose address and port this is.

@@ -96,8 +96,16 @@ impl NamespaceRules {
             .rule([tcp(Is::Not), pass()])
             .rules(agents_own())
             .rule([jump("older")]);
-        let chain =
-            if self.letting_go { left_alone(chain, Is::Not, remember_outgoing) } else { chain };
+        let chain = if self.letting_go {
+            // What finds no room there is captured, and marked for nothing else.
+            left_alone(chain, Is::Not, remember_outgoing).rule([
+                opening(Is::Equal),
+                to_this_host(Is::Not),
+                set_mark(self.mark()),
+            ])
+        } else {
+            chain
+        };
         chain.rule([to_loopback(Is::Equal), pass()]).rule([set_mark(self.mark())])
     }
 

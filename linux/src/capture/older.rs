@@ -199,14 +199,16 @@ pub fn older() -> Result<Vec<Connection>> {
     Ok(found)
 }
 
-/// Those of them that are closed by now.
+/// Those of them that are closed by now, or over but for what may be late.
 ///
 /// # Errors
 /// If the kernel cannot be asked.
 pub fn closed() -> Result<HashSet<Connection>> {
     // Before the sockets: what is noted meanwhile has one.
     let noted = older()?;
-    let open: HashSet<_> = tcp_sockets()?.iter().map(Connection::of).collect();
+    let sockets = tcp_sockets()?;
+    let open = sockets.iter().filter(|socket| !socket.is_over());
+    let open: HashSet<_> = open.map(Connection::of).collect();
     Ok(noted.into_iter().filter(|one| !open.contains(one)).collect())
 }
 

@@ -19,15 +19,21 @@ use crate::{
     Test,
     install::{PATIENCE, everything},
     outage::{Live, network_of},
-    pods::address,
+    pods::{address, server},
     policy::{POLICY, get},
     trouble::{LEDGER, in_pod},
 };
 
-pub(crate) const TESTS: &[(&str, Test)] = &[(
-    "namespaces_come_and_go_without_a_failed_request",
-    namespaces_come_and_go_without_a_failed_request,
-)];
+pub(crate) const TESTS: &[(&str, Test)] = &[
+    (
+        "namespaces_come_and_go_without_a_failed_request",
+        namespaces_come_and_go_without_a_failed_request,
+    ),
+    (
+        "a_pod_that_is_back_is_captured_before_the_runtime_answers",
+        a_pod_that_is_back_is_captured_before_the_runtime_answers,
+    ),
+];
 
 /// How long requests go on after each change.
 const SETTLING: Duration = Duration::from_secs(5);
@@ -152,6 +158,53 @@ fn namespaces_come_and_go_without_a_failed_request(cluster: &Cluster) -> anyhow:
     ensure!(done > 10_000, "only {done} requests were made");
     cluster.wait_until("the mesh to refuse", PATIENCE, |cluster| {
         ensure!(get(cluster, "web", LEDGER).is_err(), "nobody allowed it");
+        Ok(())
+    })
+}
+
+/// It was let go, and something of it is carried still: its rules are there, and leave new connections alone.
+fn a_pod_that_is_back_is_captured_before_the_runtime_answers(
+    cluster: &Cluster,
+) -> anyhow::Result<()> {
+    let caller: IpAddr = address(cluster, "shop", "checkout")?.parse()?;
+    let ledger: IpAddr = address(cluster, "payments", "ledger")?.parse()?;
+    let outside = server(cluster)?;
+    let network = network_of(cluster, "node-a", caller)?;
+    let reaches = || -> anyhow::Result<bool> {
+        Ok(network.run(|| TcpStream::connect_timeout(&outside, ANSWER))?.is_ok())
+    };
+    cluster.apply(&POLICY.replace("[8080]", "[8080, 9000]"))?;
+    let mut live = cluster.wait_until("the policy", PATIENCE, |_| {
+        let mut live = Live::open(&network, SocketAddr::new(ledger, 9000))?;
+        live.echo()?;
+        Ok(live)
+    })?;
+    ensure!(!reaches()?, "it reaches what is outside");
+    label(cluster, "hauberk.dev/mode-")?;
+    cluster.wait_until("the pod to be let go", PATIENCE, |_| {
+        ensure!(reaches()?, "it does not reach what is outside");
+        Ok(())
+    })?;
+    live.echo().context("the connection that was open")?;
+    // Longer than a pod is remembered that has nothing open.
+    thread::sleep(SETTLING);
+    ensure!(free(cluster, caller).is_err(), "its rules are gone");
+    cluster.stop_containerd("node-a")?;
+    let back = label(cluster, "hauberk.dev/mode=enforce").and_then(|()| {
+        let began = Instant::now();
+        cluster.wait_until("the pod to be captured", ANSWER, |_| {
+            ensure!(!reaches()?, "it reaches what is outside");
+            Ok(())
+        })?;
+        eprintln!("captured {:?} after the label", began.elapsed());
+        Ok(())
+    });
+    cluster.start_containerd("node-a")?;
+    back.with_context(|| everything(cluster))?;
+    live.echo().context("the connection, after all")?;
+    cluster.wait_until("the allowed connection", PATIENCE, |cluster| {
+        let text = get(cluster, "checkout", LEDGER)?;
+        ensure!(text == "the ledger\n", "{text}");
         Ok(())
     })
 }
