@@ -274,19 +274,24 @@ mod tests {
 
     use super::*;
 
-    fn service(policy: &str) -> ServiceFacts {
-        let service = json!({
+    /// With these fields beside the usual ones of its specification, and this status.
+    fn service_with(fields: &Value, status: &Value) -> ServiceFacts {
+        let mut service = json!({
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": "web", "namespace": "shop"},
-            "spec": {
-                "clusterIP": "10.96.0.1",
-                "clusterIPs": ["10.96.0.1"],
-                "internalTrafficPolicy": policy,
-                "ports": [{"port": 80, "protocol": "TCP"}],
-            },
+            "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 80, "protocol": "TCP"}]},
+            "status": status,
         });
+        for (key, value) in fields.as_object().unwrap() {
+            service["spec"][key] = value.clone();
+        }
         ServiceFacts::new(serde_json::from_value(service).unwrap())
+    }
+
+    fn service(policy: &str) -> ServiceFacts {
+        let fields = json!({"clusterIPs": ["10.96.0.1"], "internalTrafficPolicy": policy});
+        service_with(&fields, &json!({}))
     }
 
     fn slice(endpoints: &Value) -> SliceFacts {
@@ -349,56 +354,33 @@ mod tests {
 
     #[test]
     fn addresses_that_a_service_was_given_are_its_own_unless_they_are_taken() {
-        let service = json!({
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": "web", "namespace": "shop"},
-            "spec": {
-                "clusterIP": "10.96.0.1",
-                "externalIPs": ["192.0.2.1", "192.0.2.2"],
-                "ports": [{"port": 80, "protocol": "TCP"}],
-            },
-            "status": {"loadBalancer": {"ingress": [
-                {"ip": "192.0.2.3"},
-                {"ip": "192.0.2.4", "ipMode": "VIP"},
-                {"ip": "192.0.2.5", "ipMode": "Proxy"},
-                {"hostname": "web.example.org"},
-            ]}},
-        });
-        let addresses = |service: serde_json::Value| {
-            let service = ServiceFacts::new(serde_json::from_value(service).unwrap());
+        let given = json!(["192.0.2.1", "192.0.2.2"]);
+        let status = json!({"loadBalancer": {"ingress": [
+            {"ip": "192.0.2.3"},
+            {"ip": "192.0.2.4", "ipMode": "VIP"},
+            {"ip": "192.0.2.5", "ipMode": "Proxy"},
+            {"hostname": "web.example.org"},
+        ]}});
+        let addresses = |fields: &Value| {
             // Another has the second.
             let is_taken = |address: &IpAddr| address.to_string() == "192.0.2.2";
-            let service = service.resolve([endpoints()].iter(), is_taken);
+            let service = service_with(fields, &status).resolve([endpoints()].iter(), is_taken);
             service.map(|service| service.addresses.iter().map(ToString::to_string).collect())
         };
         let wanted = ["10.96.0.1", "192.0.2.1", "192.0.2.3", "192.0.2.4"].map(str::to_owned);
-        assert_eq!(addresses(service.clone()), Some(wanted.to_vec()));
-        let mut headless = service;
-        headless["spec"]["clusterIP"] = "None".into();
-        assert_eq!(addresses(headless), None);
+        assert_eq!(addresses(&json!({"externalIPs": given})), Some(wanted.to_vec()));
+        assert_eq!(addresses(&json!({"externalIPs": given, "clusterIP": "None"})), None);
     }
 
     #[test]
     fn a_service_says_how_long_a_caller_stays() {
-        let affinity = |affinity: serde_json::Value| {
-            let mut service = json!({
-                "apiVersion": "v1",
-                "kind": "Service",
-                "metadata": {"name": "web", "namespace": "shop"},
-                "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 80}]},
-            });
-            for (key, value) in affinity.as_object().unwrap() {
-                service["spec"][key] = value.clone();
-            }
-            ServiceFacts::new(serde_json::from_value(service).unwrap()).affinity
-        };
-        assert_eq!(affinity(json!({})), None);
-        assert_eq!(affinity(json!({"sessionAffinity": "None"})), None);
-        assert_eq!(affinity(json!({"sessionAffinity": "ClientIP"})), Some(AFFINITY));
+        let affinity = |fields: &Value| service_with(fields, &json!({})).affinity;
+        assert_eq!(affinity(&json!({})), None);
+        assert_eq!(affinity(&json!({"sessionAffinity": "None"})), None);
+        assert_eq!(affinity(&json!({"sessionAffinity": "ClientIP"})), Some(AFFINITY));
         let config = json!({"clientIP": {"timeoutSeconds": 90}});
         let of_client = json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": config});
-        assert_eq!(affinity(of_client), Some(Duration::from_secs(90)));
+        assert_eq!(affinity(&of_client), Some(Duration::from_secs(90)));
     }
 
     #[test]

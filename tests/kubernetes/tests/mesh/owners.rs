@@ -17,25 +17,21 @@ pub(crate) const TESTS: &[(&str, Test)] = &[
     ("kubectl_asks_the_mesh", kubectl_asks_the_mesh),
 ];
 
-const BINDINGS: &str = "
+/// Who has one of Kubernetes' own roles in `payments`.
+fn bindings() -> String {
+    let binding = |(user, role): (&str, &str)| {
+        format!(
+            "---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
-metadata: {name: test-view, namespace: payments}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: view}
-subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: vera}]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: RoleBinding
-metadata: {name: test-edit, namespace: payments}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: edit}
-subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: edda}]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: RoleBinding
-metadata: {name: test-admin, namespace: payments}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: admin}
-subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: ada}]
-";
+metadata: {{name: test-{role}, namespace: payments}}
+roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: {role}}}
+subjects: [{{apiGroup: rbac.authorization.k8s.io, kind: User, name: {user}}}]
+"
+        )
+    };
+    [("vera", "view"), ("edda", "edit"), ("ada", "admin")].map(binding).concat()
+}
 
 fn kubernetes_own_roles_cover_policies(cluster: &Cluster) -> anyhow::Result<()> {
     // Who, what, in which namespace, and whether they may.
@@ -53,7 +49,7 @@ fn kubernetes_own_roles_cover_policies(cluster: &Cluster) -> anyhow::Result<()> 
         ("ada", "create machines", "payments", false),
         ("ada", "create accesspolicies", "shop", false),
     ];
-    cluster.apply(BINDINGS)?;
+    cluster.apply(&bindings())?;
     // The controller that adds roles up takes a moment.
     let judged = cluster.wait_until("the roles", PATIENCE, |cluster| {
         for (user, what, namespace, may) in WANTED {
@@ -70,7 +66,7 @@ fn kubernetes_own_roles_cover_policies(cluster: &Cluster) -> anyhow::Result<()> 
         }
         Ok(())
     });
-    cluster.delete(BINDINGS)?;
+    cluster.delete(&bindings())?;
     judged
 }
 
