@@ -19,9 +19,13 @@ generate:
     cargo run -p hauberk-proto-generate
 
 # Hauberk beside raw TCP, plain relays, haproxy and stunnel: half an hour, as root, with haproxy,
-# stunnel4 and util-linux installed.
-bench:
-    cargo run --release -p hauberk-bench -- run --rounds 3 --seconds 2 --out docs
+# stunnel4 and util-linux installed. More options after it: `just bench --before PATH` measures an earlier build as well.
+bench *options:
+    cargo run --release -p hauberk-bench -- run --rounds 3 --seconds 2 --out docs {{options}}
+
+# PostgreSQL, Redis and iperf3, straight and through the mesh: a minute, as root, with those three installed.
+bench-apps *options:
+    cargo run --release -p hauberk-bench -- apps {{options}}
 
 # The same in under five minutes, without writing anything.
 bench-quick:
