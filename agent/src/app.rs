@@ -162,8 +162,7 @@ pub async fn run(
         node.trust.clone(),
         metrics.clone(),
         records.clone(),
-        args.local_edges,
-        args.records_per_key.unwrap_or(u64::MAX),
+        &args.carrying(),
         enforcer.subscribe(),
     )?);
     let board = StatusBoard::new(context.clone(), node.slot.clone());
@@ -203,7 +202,7 @@ pub async fn run(
         kept_sandboxes: args.data.join("sandboxes.json"),
         cri_socket: args.cri_socket.clone(),
         starting: starting.clone(),
-        installation,
+        has_plugin: installation.is_some(),
         board: board.clone(),
         snapshots: enforcer.subscribe(),
         inherited: inherited.clone(),
@@ -236,6 +235,7 @@ pub async fn run(
         subscription,
         node: node.clone(),
         plugin: server,
+        installation,
         replaced: replaced.clone(),
     };
     let duties = OnDuty::begin(means, captures, Captured::default())?;

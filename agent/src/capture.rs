@@ -9,6 +9,7 @@ mod host;
 mod listeners;
 mod locals;
 mod namespace;
+mod older;
 mod sandboxes;
 mod serve;
 mod strays;
@@ -23,7 +24,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hauberk_core::policy::{ProcessSelector, resolve::MeshWorkload};
+use hauberk_core::policy::{Mode, ProcessSelector, resolve::MeshWorkload};
 use hauberk_telemetry::{Health, State as HealthState};
 use tokio::sync::watch;
 
@@ -36,7 +37,7 @@ pub(crate) use namespace::closed as closed_namespace_rules;
 pub(crate) use sandboxes::netns_file;
 
 use crate::{
-    cni::{Installation, Starting},
+    cni::Starting,
     context::Context,
     departed::Departed,
     handover::{Inherited, Replaced, Seat},
@@ -46,6 +47,7 @@ use crate::{
 use guard::Condition;
 use host::HostCapture;
 use namespace::{Departure, NamespaceCapture};
+use older::OlderCount;
 use sandboxes::Sandboxes;
 use users::UserNews;
 
@@ -78,8 +80,8 @@ pub(crate) struct Captures {
     pub(crate) kept_sandboxes: PathBuf,
     pub(crate) cri_socket: PathBuf,
     pub(crate) starting: Starting,
-    /// The CNI plugin, if this node has pods.
-    pub(crate) installation: Option<Installation>,
+    /// Whether this node has pods, which a CNI plugin announces.
+    pub(crate) has_plugin: bool,
     pub(crate) board: StatusBoard,
     pub(crate) snapshots: watch::Receiver<Arc<Snapshot>>,
     /// What the agent before left.
@@ -276,6 +278,26 @@ fn take_back(key: &str, capture: &mut NamespaceCapture) {
     }
 }
 
+/// How many connections of each of these workloads are older than its capture; nothing of any if that is not known.
+fn older_of<'a>(
+    counts: anyhow::Result<BTreeMap<String, OlderCount>>,
+    keys: impl IntoIterator<Item = &'a String>,
+) -> BTreeMap<String, OlderCount> {
+    match counts {
+        Ok(counts) => {
+            let of = |key: &String| (key.clone(), counts.get(key).copied().unwrap_or_default());
+            keys.into_iter().map(of).collect()
+        }
+        Err(error) => {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "which connections are older than the capture is not known"
+            );
+            BTreeMap::new()
+        }
+    }
+}
+
 /// Done when it is time, or earlier if a cgroup is not what it was.
 async fn next_reconcile(current: &Captured) {
     let due = Instant::now() + RECONCILE;
@@ -301,8 +323,6 @@ impl Captures {
     /// there.
     pub(crate) async fn run(mut self, mut current: Captured) -> (Self, Captured) {
         let mut known = false;
-        // A pod that starts before there is any state waits.
-        self.look_after_plugin();
         let mut sandboxes = Sandboxes::new(
             self.cri_socket.clone(),
             self.netns_dir.clone(),
@@ -322,7 +342,6 @@ impl Captures {
                 known = true;
                 self.release_strays(&snapshot, &mut sandboxes, &mut current).await;
                 self.note_ready(sandboxes.problem());
-                self.look_after_plugin();
                 for (namespace, name) in self.departed.look(&snapshot, Instant::now()) {
                     self.context.metrics.forget(&namespace, &name);
                 }
@@ -381,11 +400,11 @@ impl Captures {
         self.board.retain(&keys);
 
         let mut on_host = Vec::new();
-        for workload in wanted {
-            match self.namespace_path(&workload, sandboxes) {
-                Some(Ok(path)) => self.namespace(&workload, &path, current),
-                Some(Err(error)) => self.note(&workload, Err(error)),
-                None => on_host.push(workload),
+        for workload in &wanted {
+            match self.namespace_path(workload, sandboxes) {
+                Some(Ok(path)) => self.namespace(workload, &path, current),
+                Some(Err(error)) => self.note(workload, Err(error)),
+                None => on_host.push(workload.clone()),
             }
         }
         self.host(&on_host, current);
@@ -399,6 +418,11 @@ impl Captures {
         let (enrolled, unenrolled) = self.board.counts();
         self.context.metrics.set_workloads(enrolled, unenrolled);
         self.context.metrics.set_capture_unreported(self.board.unreported());
+        let older = |mode| {
+            let of_mode = wanted.iter().filter(|workload| workload.mode == mode);
+            of_mode.map(|workload| self.board.older(&workload.key()).open).sum()
+        };
+        self.context.metrics.set_older_connections(older(Mode::Enforce), older(Mode::Audit));
     }
 
     /// Where the network namespace of a workload is; nothing for one of the host's.
@@ -446,10 +470,14 @@ impl Captures {
                 })
             }
         };
-        let capture = current.namespaces.get(&key);
-        let netns = capture.map(NamespaceCapture::inode);
-        let condition = capture.map(NamespaceCapture::condition).unwrap_or_default();
-        self.note_in(workload, outcome, netns, condition);
+        let Some(capture) = current.namespaces.get_mut(&key) else {
+            self.note(workload, outcome);
+            return;
+        };
+        // Said together: what is captured and has older connections must not pass for captured alone.
+        let older = older_of(capture.look_at_older(), [&key]).remove(&key);
+        let (netns, condition) = (Some(capture.inode()), capture.condition());
+        self.note_in(workload, outcome, netns, condition, older);
     }
 
     fn host(&mut self, workloads: &[Arc<MeshWorkload>], current: &mut Captured) {
@@ -482,9 +510,12 @@ impl Captures {
         };
         let outcomes = host.update(&self.context, workloads, &mut self.identities);
         let condition = host.condition();
-        for (workload, outcome) in workloads.iter().zip(outcomes) {
-            self.note_in(workload, outcome, None, condition.clone());
-            self.board.set_unreached(&workload.key(), host.unreached(workload));
+        let keys: Vec<String> = workloads.iter().map(|workload| workload.key()).collect();
+        let older = older_of(host.look_at_older(), &keys);
+        for ((workload, key), outcome) in workloads.iter().zip(&keys).zip(outcomes) {
+            let older = older.get(key).copied();
+            self.note_in(workload, outcome, None, condition.clone(), older);
+            self.board.set_unreached(key, host.unreached(workload));
         }
     }
 
@@ -520,8 +551,7 @@ impl Captures {
         if found.is_empty() {
             return;
         }
-        let has_pods =
-            self.installation.is_some() || !pods(snapshot, &self.context.node).is_empty();
+        let has_pods = self.has_plugin || !pods(snapshot, &self.context.node).is_empty();
         let of_pods = if has_pods {
             match sandboxes.pod_namespaces().await {
                 Ok(all) => Some(all),
@@ -548,20 +578,8 @@ impl Captures {
         }
     }
 
-    fn look_after_plugin(&mut self) {
-        let Some(installation) = &self.installation else { return };
-        match tokio::task::block_in_place(|| installation.ensure()) {
-            Ok(false) => {}
-            Ok(true) => tracing::info!("the CNI plugin is in place"),
-            Err(error) => tracing::warn!(
-                error = format!("{error:#}"),
-                "the CNI plugin is not in place: pods start before they are captured"
-            ),
-        }
-    }
-
     fn note(&mut self, workload: &MeshWorkload, outcome: anyhow::Result<()>) {
-        self.note_in(workload, outcome, None, Condition::default());
+        self.note_in(workload, outcome, None, Condition::default(), None);
     }
 
     fn note_in(
@@ -570,10 +588,11 @@ impl Captures {
         outcome: anyhow::Result<()>,
         netns: Option<u64>,
         condition: Condition,
+        older: Option<OlderCount>,
     ) {
         let slot = self.identities.ensure(workload).ok().map(|identity| identity.slot.clone());
         let problem = outcome.err().map(|error| format!("{error:#}"));
-        if self.board.set(&workload.key(), slot, problem.clone(), netns, condition)
+        if self.board.set(&workload.key(), slot, problem.clone(), netns, condition, older)
             && let Some(problem) = problem
         {
             tracing::warn!(

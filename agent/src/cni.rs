@@ -1,8 +1,9 @@
 //! The agent's end of the CNI plugin: no pod of the mesh starts before it is captured.
 //!
-//! `install.rs` keeps the plugin and its entry in the node's network configuration in place.
+//! `install.rs` puts the plugin and its entry in the node's network configuration in place, `keep.rs` keeps both there.
 
 mod install;
+mod keep;
 
 use std::{
     collections::HashMap,
@@ -23,6 +24,7 @@ use tokio::{
 };
 
 pub(crate) use install::{Installation, uninstall};
+pub(crate) use keep::Keeper;
 
 use crate::{capture::StatusBoard, handover::Replaced, policy::Snapshot};
 

@@ -100,6 +100,13 @@ pub struct Args {
     #[arg(long, env = "HAUBERK_LOCAL_EDGES", value_enum, default_value_t = LocalEdges::Mtls)]
     pub local_edges: LocalEdges,
 
+    /// When connections that are older than the capture of their workload, and go on in clear, are closed: so long after
+    /// it is enforced, or keep. Idle ones are closed first, the others after 10s more; an agent that starts anew counts
+    /// from then.
+    #[arg(long, env = "HAUBERK_OLDER_CONNECTIONS", value_name = "DURATION|keep",
+          default_value = "5m", value_parser = older_connections)]
+    pub older_connections: OlderConnections,
+
     /// Renew the keys of a session after so many records, if that is earlier than its cipher demands
     /// (2^24.5 records for AES-GCM); at least 64.
     #[arg(long, env = "HAUBERK_RECORDS_PER_KEY", value_name = "NUMBER",
@@ -140,6 +147,15 @@ pub enum LocalEdges {
     VerifiedLocal,
 }
 
+/// What becomes of connections that are older than the capture of their workload, once it is enforced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OlderConnections {
+    /// They go on in clear for as long as they are open.
+    Keep,
+    /// They go on for so long, and are closed.
+    CloseAfter(Duration),
+}
+
 /// How logs are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -149,7 +165,23 @@ pub enum LogFormat {
     Json,
 }
 
+/// How connections are carried.
+pub(crate) struct Carrying {
+    pub(crate) local_edges: LocalEdges,
+    pub(crate) older_connections: OlderConnections,
+    /// Records that are sent under one key.
+    pub(crate) records_per_key: u64,
+}
+
 impl Args {
+    pub(crate) fn carrying(&self) -> Carrying {
+        Carrying {
+            local_edges: self.local_edges,
+            older_connections: self.older_connections,
+            records_per_key: self.records_per_key.unwrap_or(u64::MAX),
+        }
+    }
+
     /// What the command line gives if nothing is named.
     #[must_use]
     pub fn defaults() -> Self {
@@ -169,6 +201,7 @@ impl Args {
             records: "-".into(),
             netns_dir: "/run/netns".into(),
             local_edges: LocalEdges::Mtls,
+            older_connections: OlderConnections::CloseAfter(Duration::from_secs(300)),
             records_per_key: None,
             take_over: false,
             drain: Duration::from_secs(10),
@@ -177,6 +210,14 @@ impl Args {
             stop_with_stdin: false,
         }
     }
+}
+
+fn older_connections(text: &str) -> Result<OlderConnections, String> {
+    if text == "keep" {
+        return Ok(OlderConnections::Keep);
+    }
+    let after = duration(text).map_err(|error| format!("{error}, or keep"))?;
+    Ok(OlderConnections::CloseAfter(after))
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

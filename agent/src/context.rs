@@ -25,10 +25,11 @@ use tokio::{net::TcpStream, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::LocalEdges,
+    config::{Carrying, LocalEdges, OlderConnections},
     edges::Edges,
     identity::LocalIdentity,
     inbound::{MAX_IDLE, MAX_IDLE_OF_IDENTITY},
+    kubelet::Probes,
     lanes::Lanes,
     mux::Multiplexes,
     policy::Snapshot,
@@ -55,6 +56,8 @@ pub(crate) struct Context {
     pub(crate) records: RecordSink,
     /// What no policy allows.
     pub(crate) edges: Arc<Edges>,
+    /// What becomes of what is older than the capture.
+    pub(crate) older_connections: OlderConnections,
     /// Records that are sent under one key, if that is less than TLS allows.
     pub(crate) records_per_key: u64,
     /// Incoming handshakes of all places.
@@ -63,6 +66,8 @@ pub(crate) struct Context {
     pub(crate) idle: Arc<FairRoom>,
     /// Which backends of services get this node's connections.
     pub(crate) balancer: Arc<Balancer>,
+    /// Which of the kubelet's probes were recorded.
+    pub(crate) probes: Probes,
     /// Incoming multiplexed sessions.
     pub(crate) multiplexes: Multiplexes,
     /// The captured workloads of this node by their keys, for `verified-local`; none under `mtls`.
@@ -98,8 +103,7 @@ impl Context {
         trust: Arc<TrustSlot>,
         metrics: AgentMetrics,
         records: RecordSink,
-        local_edges: LocalEdges,
-        records_per_key: u64,
+        carrying: &Carrying,
         snapshots: watch::Receiver<Arc<Snapshot>>,
     ) -> anyhow::Result<Self> {
         Ok(Self {
@@ -108,12 +112,14 @@ impl Context {
             metrics,
             records,
             edges: Arc::new(Edges::new(SystemTime::now().into())),
-            records_per_key,
+            older_connections: carrying.older_connections,
+            records_per_key: carrying.records_per_key,
             handshakes: HandshakeLimiter::new(),
             idle: FairRoom::new(MAX_IDLE, MAX_IDLE_OF_IDENTITY),
             balancer: Arc::default(),
+            probes: Probes::default(),
             multiplexes: Multiplexes::default(),
-            neighbours: match local_edges {
+            neighbours: match carrying.local_edges {
                 LocalEdges::Mtls => None,
                 LocalEdges::VerifiedLocal => Some(Neighbours::default()),
             },

@@ -14,7 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     capture::{CAPTURE_CHECK, Captured, Captures},
-    cni::{self, Server},
+    cni::{self, Installation, Keeper, Server},
     context::Context,
     handover::Replaced,
     identity::Node,
@@ -31,6 +31,8 @@ pub(crate) struct Means {
     pub(crate) node: Arc<Mutex<Node>>,
     /// Answers the CNI plugin on this socket, if the node has pods.
     pub(crate) plugin: Option<(Server, PathBuf)>,
+    /// Where the plugin is to be, then.
+    pub(crate) installation: Option<Installation>,
     pub(crate) replaced: Replaced,
 }
 
@@ -39,6 +41,7 @@ pub(crate) struct OnDuty {
     means: Means,
     capturing: JoinHandle<(Captures, Captured)>,
     answering: Option<AbortOnDropHandle<()>>,
+    keeper: Option<Keeper>,
     subscribed: AbortOnDropHandle<()>,
 }
 
@@ -67,6 +70,9 @@ impl OnDuty {
                 Some(AbortOnDropHandle::new(tokio::spawn(answering)))
             }
         };
+        // A pod that starts before there is any state waits.
+        let metrics = &means.context.metrics;
+        let keeper = means.installation.clone().map(|one| Keeper::start(one, metrics.clone()));
         let subscribed = tokio::spawn(means.subscription.clone().run());
         Ok(Self {
             // On a thread of its own: it asks the kernel about every workload, and what is ready on a thread that carries
@@ -75,6 +81,7 @@ impl OnDuty {
                 Handle::current().block_on(captures.run(captured))
             }),
             answering,
+            keeper,
             subscribed: AbortOnDropHandle::new(subscribed),
             means,
         })
@@ -106,6 +113,9 @@ impl OnDuty {
         self.means.health.set(CAPTURE_CHECK, HealthState::NotReady(text.to_owned()));
         // Pods that start from now on wait for the next agent.
         drop(self.answering);
+        if let Some(keeper) = self.keeper {
+            keeper.stop().await;
+        }
         say();
         let (captures, captured) = self.capturing.await.context("stop capturing")?;
         Ok(OffDuty { means: self.means, captures, captured, subscribed: self.subscribed })

@@ -57,8 +57,8 @@ enum Kind {
 impl Kind {
     fn of(edge: &Edge) -> Self {
         match (edge.identities(), edge.outcome) {
-            (None, Outcome::WouldDeny | Outcome::Denied) => Self::Outside,
-            (Some(_), Outcome::WouldDeny) => Self::Passed,
+            (None, _) => Self::Outside,
+            (Some(_), Outcome::WouldDeny | Outcome::Older) => Self::Passed,
             (Some(_), Outcome::Denied) => Self::Denied,
         }
     }

@@ -26,6 +26,7 @@ mod forward;
 mod handover;
 mod identity;
 mod inbound;
+mod kubelet;
 mod lanes;
 mod local_edge;
 mod mux;

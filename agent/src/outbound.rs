@@ -540,7 +540,8 @@ fn unknown(found: &Found<'_>, wanted: SocketAddr, revision: u64) -> Denial {
             wanted.port()
         ),
         Found::Unknown | Found::Workload(_) => format!(
-            "no workload has the address {}; register the destination with a Workload or Machine manifest",
+            "no workload has the address {}; put it into the mesh: a pod by its namespace's label hauberk.dev/mode, \
+             anything else by a Workload or Machine manifest",
             wanted.ip()
         ),
     };

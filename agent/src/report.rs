@@ -23,6 +23,10 @@ use crate::{
     context::Context,
 };
 
+/// More than a probe says and hears, and longer than it lasts.
+const LARGEST_PROBE: u64 = 16 * 1024;
+const LONGEST_PROBE: Duration = Duration::from_secs(10);
+
 /// Collects what becomes known of a connection, and tells it when it is dropped. Until then it only points
 /// to what others hold: an open connection has no texts of its own.
 pub(crate) struct Report<'a> {
@@ -49,6 +53,7 @@ pub(crate) struct Report<'a> {
     opened_after: Option<Duration>,
     counters: Option<EdgeCounters>,
     counted: bool,
+    is_probe: bool,
     /// From the first byte that could pass.
     open: Option<OpenConnection>,
 }
@@ -102,6 +107,7 @@ impl<'a> Report<'a> {
             opened_after: None,
             counters: None,
             counted: false,
+            is_probe: false,
             open: None,
         }
     }
@@ -145,6 +151,7 @@ impl<'a> Report<'a> {
             Why::Audited(denial) => Decided::WouldDeny(Box::new(denial.clone())),
             Why::Probe(_) => {
                 self.detail = Some("a probe from the node".into());
+                self.is_probe = true;
                 Decided::Unasked
             }
             Why::LetGo => {
@@ -351,6 +358,21 @@ impl<'a> Report<'a> {
         (self.src.labels(), self.dst.labels())
     }
 
+    /// A probe that ends as others before is counted, and not recorded.
+    fn is_old_news(&self) -> bool {
+        let (Some(workload), Some(at)) = (&self.dst.workload, self.original_destination) else {
+            return false;
+        };
+        let end = self.ended.unwrap_or("aborted");
+        // Other processes of the node's own network pass for the kubelet: what does not look like a probe is recorded.
+        let is_small = self.sent.saturating_add(self.received) <= LARGEST_PROBE
+            && self.started.elapsed() <= LONGEST_PROBE;
+        self.is_probe
+            && self.terminated.is_none()
+            && is_small
+            && !self.context.probes.note(workload.key(), at.port(), end, Instant::now())
+    }
+
     fn record(&mut self) -> ConnectionRecord {
         let id = hex::encode(self.id);
         let mut record = ConnectionRecord::new(id, self.time, self.side, self.decision());
@@ -413,6 +435,9 @@ impl Drop for Report<'_> {
             self.resolve();
         }
         self.count();
+        if self.is_old_news() {
+            return;
+        }
         let record = self.record();
         self.context.records.submit(record);
     }

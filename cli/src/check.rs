@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::{
     CheckArgs, Output,
-    operator::{clocks_off, has_expired, now, time, whole_status},
+    operator::{clocks_off, has_expired, now, older, time, whole_status},
     say::say,
 };
 
@@ -49,9 +49,15 @@ pub(crate) fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
 /// How long `check` speaks of capture rules that somebody altered.
 const RESTORED_SHOWN: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// What to do about a node of a cluster whose agent is missing: it attests its node by itself.
+const AGENT_POD: &str = "kubectl get pods --all-namespaces --selector=app.kubernetes.io/component=agent --output=wide \
+                         shows its agent, kubectl logs what keeps it from the control plane";
+
 /// What to do about a node whose certificate has expired.
-fn way_back(node: &v1::NodeInfo, now: Timestamp) -> &'static str {
-    if node.renewable_until_unix_ms > now.unix_millis() {
+fn way_back(node: &v1::NodeInfo, now: Timestamp, kubernetes: bool) -> &'static str {
+    if kubernetes {
+        AGENT_POD
+    } else if node.renewable_until_unix_ms > now.unix_millis() {
         "start its agent and let it reach the control plane: it renews the certificate by itself until then"
     } else {
         "hauberk token create --node NAME here, hauberk join TOKEN there; its agent takes it up as it runs"
@@ -70,7 +76,11 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
     for warning in &status.warnings {
         find(
             warning.clone(),
-            "a name may be misspelt, a Workload manifest missing, or a pod not fit for the mesh",
+            if status.kubernetes {
+                "it says what to mend; where a name is not known, it may be misspelt, or its namespace not labelled"
+            } else {
+                "a name may be misspelt, or a Workload manifest missing"
+            },
         );
     }
     for note in &status.ca_notes {
@@ -89,7 +99,11 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
         } else if !node.joined {
             find(
                 format!("node {} has not joined", node.name),
-                "hauberk token create --node NAME here, hauberk join TOKEN there",
+                if status.kubernetes {
+                    AGENT_POD
+                } else {
+                    "hauberk token create --node NAME here, hauberk join TOKEN there"
+                },
             );
         } else if !node.connected && has_expired(node, now) {
             let end = time(node.certificate_not_after_unix_ms);
@@ -104,7 +118,7 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
                     "node {} is away, and its certificate, which ended at {end}, {until}",
                     node.name
                 ),
-                way_back(node, now),
+                way_back(node, now, status.kubernetes),
             );
         } else if !node.connected {
             find(
@@ -112,7 +126,11 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
                     "node {} is away; it enforces revision {}",
                     node.name, node.enforced_revision
                 ),
-                "is its agent running, and does it reach the control plane?",
+                if status.kubernetes {
+                    AGENT_POD
+                } else {
+                    "is its agent running, and does it reach the control plane?"
+                },
             );
         } else if node.enforced_revision != status.revision {
             find(
@@ -144,13 +162,36 @@ fn findings(status: &v1::GetStatusResponse, warn: Duration, now: Timestamp) -> V
                     workload.node,
                     told.unwrap_or("its agent has not told of it yet")
                 ),
-                "what it serves is refused until it is; so is what it sends, unless its user or cgroup is \
-                 what is missing",
+                if status.kubernetes {
+                    "its connections are refused until it is; the log of its node's agent says more"
+                } else {
+                    "what it serves is refused until it is; so is what it sends, unless its user or cgroup is \
+                     what is missing"
+                },
             );
         } else if workload.not_after_unix_ms <= now.unix_millis() {
             find(
                 format!("{} has no valid certificate", workload.workload),
                 "look at the log of its agent for failed renewals",
+            );
+        }
+        if workload.older > 0 {
+            let enforced = workload.mode == i32::from(v1::Mode::Enforce);
+            let hint = match (enforced, workload.older_closed_unix_ms) {
+                (true, 0) => {
+                    "restart what opened them; agents close them if --older-connections (agent.olderConnections) is a \
+                     time, and log it if they cannot"
+                }
+                (true, _) => {
+                    "restart what opened them before that, if it cannot stand that they are closed"
+                }
+                (false, _) => {
+                    "hauberk learn knows them by their addresses; restart what opened them, and the mesh carries them"
+                }
+            };
+            find(
+                format!("{} on {} has {}", workload.workload, workload.node, older(workload)),
+                hint,
             );
         }
         if !workload.unreached.is_empty() {

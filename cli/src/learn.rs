@@ -58,6 +58,8 @@ struct Told {
     existing: Existing,
     /// A sentence each.
     gaps: Vec<String>,
+    /// The same, of identities that several workloads have.
+    shared_identities: Vec<String>,
 }
 
 /// How an edge stands with the policies that are there.
@@ -104,6 +106,7 @@ fn merged(mut answers: Vec<v1::LearnResponse>) -> anyhow::Result<Told> {
             known.full |= gap.full;
             known.unread |= gap.unread;
         }
+        told.shared_identities = answer.shared_identities;
         told.existing = Existing {
             names: answer.policies.into_iter().collect(),
             owners: answer
@@ -266,6 +269,7 @@ impl Fate {
 /// What is asked for, sorted by what becomes of it.
 struct Chosen<'a> {
     learned: Learned,
+    shared_identities: Vec<&'a String>,
     edges: BTreeMap<Fate, Vec<Row<'a>>>,
 }
 
@@ -295,7 +299,11 @@ impl<'a> Chosen<'a> {
         if !unvouched.is_empty() {
             edges.insert(Fate::Unvouched, unvouched);
         }
-        Self { learned, edges }
+        let is_of = |sentence: &&String| {
+            choice.namespace.is_none_or(|namespace| sentence.contains(&format!(" {namespace}/")))
+        };
+        let shared_identities = told.shared_identities.iter().filter(is_of).collect();
+        Self { learned, shared_identities, edges }
     }
 
     fn count(&self, fate: Fate) -> usize {
@@ -307,6 +315,9 @@ impl<'a> Chosen<'a> {
         let mut text = String::from(
             "# What was seen and no policy allows. These allow it, whatever it was: read them first.\n",
         );
+        for shared in &self.shared_identities {
+            text.push_str(&format!("# NOT TOLD APART: {shared}\n"));
+        }
         for gap in gaps {
             text.push_str(&format!("# NOT COMPLETE: {gap}\n"));
         }
@@ -335,6 +346,7 @@ impl<'a> Chosen<'a> {
             "policies": policies,
             "edges": edges.collect::<Vec<Value>>(),
             "gaps": gaps,
+            "shared_identities": self.shared_identities,
         })
     }
 
@@ -362,6 +374,9 @@ impl<'a> Chosen<'a> {
             if count > 0 {
                 eprintln!("edges {what}: {count}");
             }
+        }
+        for shared in &self.shared_identities {
+            eprintln!("not told apart: {shared}");
         }
         for gap in gaps {
             eprintln!("not complete: {gap}");
@@ -425,6 +440,7 @@ fn edge_json(fate: Fate, edge: &Edge, seen: &Seen, standing: &Standing) -> Value
         "decision": match edge.outcome {
             Outcome::WouldDeny => "would_deny",
             Outcome::Denied => "deny",
+            Outcome::Older => "older",
         },
         "guardrail": match standing {
             Standing::Guarded(guardrail) => Some(guardrail),

@@ -1,6 +1,6 @@
 //! Questions to the control plane, and their answers for people and programs.
 
-use std::{future::Future, path::Path, process::ExitCode, time::Duration};
+use std::{collections::BTreeSet, future::Future, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::Context;
 use comfy_table::{Table, presets};
@@ -76,6 +76,12 @@ fn merged(statuses: Vec<v1::GetStatusResponse>) -> Option<v1::GetStatusResponse>
     statuses.sort_by_key(|status| status.revision);
     let mut whole = statuses.pop()?;
     for other in statuses {
+        // Who has left a replica is known to it as it was then.
+        let hears = |status: &v1::GetStatusResponse| -> BTreeSet<String> {
+            let nodes = status.nodes.iter().filter(|node| node.connected);
+            nodes.map(|node| node.name.clone()).collect()
+        };
+        let (here, there) = (hears(&whole), hears(&other));
         for node in &mut whole.nodes {
             let known = other.nodes.iter().find(|known| known.name == node.name);
             if let Some(known) = known.filter(|known| known.connected && !node.connected) {
@@ -87,7 +93,9 @@ fn merged(statuses: Vec<v1::GetStatusResponse>) -> Option<v1::GetStatusResponse>
                 (&known.workload, &known.node) == (&workload.workload, &workload.node)
             });
             let told = |known: &v1::WorkloadInfo| known.captured || !known.problem.is_empty();
-            if let Some(known) = known.filter(|known| told(known) && !told(workload)) {
+            let is_heard_there = !here.contains(&workload.node) && there.contains(&workload.node);
+            let is_told_there = |known: &&v1::WorkloadInfo| told(known) && !told(workload);
+            if let Some(known) = known.filter(|known| is_heard_there || is_told_there(known)) {
                 workload.clone_from(known);
             }
         }
@@ -149,6 +157,8 @@ fn status_json(status: &v1::GetStatusResponse) -> serde_json::Value {
             "restored_what": workload.restored_what,
             "unreached": workload.unreached,
             "unreported": workload.unreported,
+            "older": workload.older,
+            "older_closed": time(workload.older_closed_unix_ms),
             "certificate_not_after": time(workload.not_after_unix_ms),
             "serial": workload.serial,
         })).collect::<Vec<_>>(),
@@ -186,6 +196,12 @@ fn print_status(status: &v1::GetStatusResponse, now: Timestamp) {
         table(&["WORKLOAD", "NODE", "IDENTITY", "MODE", "CAPTURED", "CERTIFICATE UNTIL"]);
     for workload in &status.workloads {
         let captured = match (workload.captured, workload.problem.as_str()) {
+            (true, _) if workload.older > 0 && workload.unreached.is_empty() => {
+                format!("partly: {}", older(workload))
+            }
+            (true, _) if workload.older > 0 => {
+                format!("partly: {}; not reached: {}", older(workload), workload.unreached)
+            }
             (true, _) if workload.unreached.is_empty() => "yes".to_owned(),
             (true, _) => format!("yes, but not reached: {}", workload.unreached),
             (false, "") => "no".to_owned(),
@@ -212,6 +228,18 @@ fn print_status(status: &v1::GetStatusResponse, now: Timestamp) {
     }
     for (node, skew) in clocks_off(status) {
         say!("clock: node {node} is {skew} the control plane");
+    }
+}
+
+/// What is said of connections that are older than their workload's capture.
+pub(crate) fn older(workload: &v1::WorkloadInfo) -> String {
+    let what = match workload.older {
+        1 => "1 older connection in clear".to_owned(),
+        count => format!("{count} older connections in clear"),
+    };
+    match workload.older_closed_unix_ms {
+        0 => what,
+        from => format!("{what}, closed from {}", time(from)),
     }
 }
 

@@ -23,6 +23,8 @@ const FOLLOWER_BACKLOG: usize = 1_024;
 pub(crate) struct Agent {
     /// Streams open now; more than one only while a restart or a renewal overlaps.
     pub(crate) streams: usize,
+    /// When the newest of them was opened.
+    pub(crate) connected: Option<Timestamp>,
     pub(crate) version: String,
     pub(crate) enforced_revision: u64,
     pub(crate) refused: Option<String>,

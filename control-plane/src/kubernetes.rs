@@ -128,7 +128,7 @@ impl Connection {
     ) -> (Follower, StatusWriter) {
         let (states, objects) = watch::channel(Arc::default());
         let follower = Follower {
-            publisher,
+            publisher: publisher.clone(),
             cluster: self.cluster.clone(),
             shared: Shared::new(self.prompt, self.namespace.clone()),
             trust_domain: trust_domain.clone(),
@@ -144,6 +144,7 @@ impl Connection {
             client,
             cluster: self.cluster,
             fleet,
+            publisher,
             objects,
         };
         (follower, writer)

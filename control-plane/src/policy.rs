@@ -2,6 +2,7 @@
 
 mod judge;
 mod kubernetes;
+mod namespaces;
 mod publish;
 mod source;
 mod status;

@@ -223,9 +223,10 @@ impl Counted {
 fn vouches(edge: &Edge, runs_there: impl Fn(&SpiffeId) -> bool) -> bool {
     let there = |end: &End| matches!(end, End::Identity(id) if runs_there(id));
     match (edge.outcome, edge.identities()) {
-        // The destination's agent has seen the caller's proof; a caller's could make edges up for anybody.
-        (Outcome::WouldDeny, Some(_)) => there(&edge.destination),
-        (Outcome::WouldDeny, None) | (Outcome::Denied, _) => {
+        // The destination's agent has seen the caller's proof, or, where it is older than the capture, its address; a
+        // caller's could make edges up for anybody.
+        (Outcome::WouldDeny | Outcome::Older, Some(_)) => there(&edge.destination),
+        (Outcome::WouldDeny | Outcome::Older, None) | (Outcome::Denied, _) => {
             there(&edge.source) || there(&edge.destination)
         }
     }

@@ -43,6 +43,9 @@ pub enum Outcome {
     WouldDeny,
     /// They were refused for want of a rule.
     Denied,
+    /// They are older than the capture, and pass in clear. Nobody has proven anything: the caller is who has its
+    /// address.
+    Older,
 }
 
 /// Who connects to whom on which port, and no policy allows it.
@@ -151,6 +154,8 @@ pub struct LearnedRule {
     pub from: PeerSelector,
     /// What it rests on, over all ports.
     pub seen: Seen,
+    /// How many of these connections are older than the capture ([`Outcome::Older`]).
+    pub older: u64,
 }
 
 /// What comes of edges.
@@ -214,6 +219,7 @@ struct Caller {
     name: ResourceName,
     ports: BTreeSet<u16>,
     seen: Seen,
+    older: u64,
 }
 
 /// Notes an edge with its destination; nothing if no manifest can name both of its ends.
@@ -228,14 +234,16 @@ fn note<'a>(
     let known = destinations
         .entry(destination)
         .or_insert_with(|| Destination { place, callers: BTreeMap::new() });
+    let older = if edge.outcome == Outcome::Older { seen.count } else { 0 };
     match known.callers.entry(source) {
         Entry::Vacant(entry) => {
-            entry.insert(Caller { from, name, ports: BTreeSet::from([edge.port]), seen });
+            entry.insert(Caller { from, name, ports: BTreeSet::from([edge.port]), seen, older });
         }
         Entry::Occupied(mut entry) => {
             let caller = entry.get_mut();
             caller.ports.insert(edge.port);
             caller.seen.add(&seen);
+            caller.older = caller.older.saturating_add(older);
         }
     }
     Some(())
@@ -291,12 +299,12 @@ fn caller(source: &SpiffeId, destination: &SpiffeId) -> Option<(PeerSelector, Re
 /// The rules of one destination, in the order of their names.
 fn rules(callers: impl Iterator<Item = Caller>) -> Vec<LearnedRule> {
     let mut rules: BTreeMap<ResourceName, LearnedRule> = BTreeMap::new();
-    for Caller { from, name, ports, seen } in callers {
+    for Caller { from, name, ports, seen, older } in callers {
         let ports: Vec<u16> = ports.into_iter().collect();
         for some in ports.chunks(MAX_PORTS) {
             let name = unused(&name, |name| rules.contains_key(name));
             let ports = some.iter().copied().collect();
-            let rule = LearnedRule { name: name.clone(), ports, from: from.clone(), seen };
+            let rule = LearnedRule { name: name.clone(), ports, from: from.clone(), seen, older };
             rules.insert(name, rule);
         }
     }

@@ -203,6 +203,37 @@ spec:
     assert_eq!(with(text).policies, [policy(LEDGER), policy(REPORT)]);
 }
 
+/// A CronJob has no pod between two runs, and a Deployment may have none for a while.
+#[test]
+fn a_service_account_that_exists_resolves_without_a_workload() {
+    let policy = |target: &str, from: &str| {
+        format!(
+            "apiVersion: hauberk.dev/v1alpha1\nkind: AccessPolicy\nmetadata: {{name: p, namespace: payments}}\n\
+             spec: {{owner: {{team: t, contact: c}}, target: {{serviceAccount: {target}}},\n  \
+             rules: [{{name: r, ports: [1], from: [{from}]}}]}}\n"
+        )
+    };
+    let unresolved = |target: &str, from: &str| {
+        let mut declared = declared(&[MESH, &policy(target, from)]);
+        let name = |text: &str| text.parse().unwrap();
+        declared.service_accounts =
+            [(name("shop"), name("nightly")), (name("payments"), name("standby"))].into();
+        let resolved = resolve(&declared, &td("example.org")).unwrap();
+        resolved.unresolved.into_iter().map(|one| one.problem).collect::<Vec<_>>()
+    };
+    let job = "serviceAccount: {namespace: shop, name: nightly}";
+    assert_eq!(unresolved("ledger", &format!("{{{job}}}")), Vec::<String>::new());
+    assert_eq!(unresolved("standby", &format!("{{{job}}}")), Vec::<String>::new());
+    assert_eq!(unresolved("ledger", "{anyIn: {namespace: shop}}"), Vec::<String>::new());
+    // The same name elsewhere is another one.
+    let other = unresolved("ledger", "{serviceAccount: {namespace: payments, name: nightly}}");
+    assert_eq!(other.len(), 1, "{other:?}");
+    let other = unresolved("standby", "{serviceAccount: {namespace: payments, name: nightly}}");
+    assert_eq!(other.len(), 1, "also while nobody has the target: {other:?}");
+    let other = unresolved("nightly", &format!("{{{job}}}"));
+    assert_eq!(other, ["spec.target matches no workload, so the policy allows nothing"]);
+}
+
 #[test]
 fn a_peer_that_nobody_is_stays_in_the_rule_and_is_told() {
     let unknown = |peer: &str| format!("rule r allows {peer}, which no registered workload has");

@@ -1,14 +1,15 @@
 //! What the API server knows that agents enforce, put together from its watches.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
+use hauberk_core::identity::ResourceName;
 use hauberk_core::policy::{MeshNamespace, MeshNode, MeshService, Mode, ProcessSelector, Workload};
 use k8s_openapi::api::{
-    core::v1::{ConfigMap, Namespace, Node, Pod, Service, ServiceAccount},
+    core::v1::{ConfigMap, Namespace, NamespaceCondition, Node, Pod, Service, ServiceAccount},
     discovery::v1::EndpointSlice,
 };
 use kube::{
@@ -19,10 +20,10 @@ use kube::{
 use tokio::sync::watch;
 
 use crate::{
-    MODE_LABEL, crd,
+    MODE_LABEL, captured, crd,
     objects::ManifestObject,
     pods::PodFacts,
-    replicas::{self, Enforced},
+    replicas::{self, Reported},
     retire::{AGENTS, RETIRING},
     services::{ServiceFacts, SliceFacts},
     watched::Watched,
@@ -44,7 +45,9 @@ pub struct Cluster {
     services: Arc<Watched<ServiceFacts>>,
     slices: Arc<Watched<SliceFacts>>,
     /// What the replicas of the control plane say of their agents.
-    replicas: Arc<Watched<Enforced>>,
+    replicas: Arc<Watched<Reported>>,
+    /// Whether each says that its pods are captured.
+    captured: Arc<Watched<Option<NamespaceCondition>>>,
     /// Where the mesh itself runs.
     own_namespace: String,
     changed: watch::Receiver<u64>,
@@ -57,6 +60,8 @@ pub struct Snapshot {
     pub objects: Vec<ManifestObject>,
     /// The pods that are in the mesh.
     pub workloads: Vec<Workload>,
+    /// The service accounts of the namespaces in the mesh, each with its namespace.
+    pub service_accounts: BTreeSet<(ResourceName, ResourceName)>,
     /// The services that have an address of their own.
     pub services: Vec<MeshService>,
     /// All namespaces.
@@ -65,6 +70,8 @@ pub struct Snapshot {
     pub nodes: Vec<String>,
     /// The nodes that are in a zone, if a service asks for zones.
     pub zones: Vec<MeshNode>,
+    /// Service accounts that several workloads have, a sentence each: to policies they are one.
+    pub shared_identities: Vec<String>,
     /// What people should know: pods that cannot be in the mesh, for one.
     pub notes: Vec<String>,
     /// The newest resource version of each kind: how much this snapshot has seen.
@@ -128,8 +135,15 @@ impl Cluster {
                 "ConfigMap",
                 Api::<ConfigMap>::namespaced(client.clone(), own_namespace),
                 watcher::Config::default().labels(replicas::LABEL),
-                quiet,
+                quiet.clone(),
                 |map| replicas::read(&map),
+            ),
+            // By itself: what is written there changes nothing that is enforced.
+            captured: Watched::follow(
+                "Namespace",
+                Api::<Namespace>::all(client.clone()),
+                quiet,
+                |namespace| captured::condition(&namespace),
             ),
             own_namespace: own_namespace.to_owned(),
             changed,
@@ -163,11 +177,21 @@ impl Cluster {
         kinds
     }
 
-    /// The revisions that the agents of all replicas enforce, as these have told.
+    /// What all replicas have told of their agents, each by its ConfigMap, as `namespace/name`.
     #[must_use]
-    pub fn agents_of_replicas(&self) -> Enforced {
-        self.replicas
-            .read(|maps, _| maps.values().flatten().map(|(k, v)| (k.clone(), *v)).collect())
+    pub fn reports(&self) -> BTreeMap<String, Reported> {
+        self.replicas.read(|maps, _| maps.clone())
+    }
+
+    /// The conditions of all namespaces that say whether their pods are captured; nothing before they are listed.
+    #[must_use]
+    pub fn captured(&self) -> Option<BTreeMap<String, Option<NamespaceCondition>>> {
+        self.captured.is_listed().then(|| self.captured.read(|all, _| all.clone()))
+    }
+
+    fn is_retiring(&self) -> bool {
+        let agents = format!("{}/{AGENTS}", self.own_namespace);
+        self.service_accounts.read(|all, _| all.get(&agents) == Some(&true))
     }
 
     /// An object as it is now.
@@ -236,11 +260,10 @@ impl Cluster {
                 snapshot.objects.extend(objects.values().cloned());
             });
         }
-        let agents = format!("{}/{AGENTS}", self.own_namespace);
-        let is_retiring = self.service_accounts.read(|all, version| {
+        self.service_accounts.read(|_, version| {
             snapshot.seen.insert("ServiceAccount".to_owned(), version);
-            all.get(&agents) == Some(&true)
         });
+        let is_retiring = self.is_retiring();
         let modes = self.namespaces.read(|namespaces, version| {
             snapshot.seen.insert("Namespace".to_owned(), version);
             let mut modes = modes(namespaces, &self.own_namespace, &mut snapshot.notes);
@@ -277,7 +300,15 @@ impl Cluster {
                         accounts.contains_key(&format!("{}/{name}", pod.namespace))
                     })
                 };
+                let in_mesh = accounts.keys().filter_map(|key| {
+                    let (namespace, name) = key.split_once('/')?;
+                    modes.contains_key(namespace).then_some(())?;
+                    Some((namespace.parse().ok()?, name.parse().ok()?))
+                });
+                snapshot.service_accounts = in_mesh.collect();
                 snapshot.workloads = workloads(pods.values(), &modes, exists, &mut snapshot.notes);
+                let enrolled = pods.values().filter(|pod| modes.contains_key(&pod.namespace));
+                snapshot.shared_identities = shared_identities(enrolled);
             });
         });
         snapshot.services = self.slices.read(|slices, version| {
@@ -385,6 +416,34 @@ fn modes(
     modes
 }
 
+/// At most so many are named in a sentence.
+const NAMED: usize = 4;
+
+/// The service accounts that pods of several makers have.
+fn shared_identities<'a>(pods: impl Iterator<Item = &'a PodFacts>) -> Vec<String> {
+    let mut makers: BTreeMap<(&str, &str), BTreeSet<&str>> = BTreeMap::new();
+    for pod in pods.filter(|pod| !pod.over && !pod.host_network && pod.node.is_some()) {
+        if let Some(account) = &pod.service_account {
+            let of_account = makers.entry((&pod.namespace, account)).or_default();
+            of_account.insert(&pod.made_by);
+        }
+    }
+    let shared = makers.into_iter().filter(|(_, makers)| makers.len() > 1);
+    let sentence = |((namespace, account), makers): ((&str, &str), BTreeSet<&str>)| {
+        let mut named: Vec<String> = makers.iter().take(NAMED).map(ToString::to_string).collect();
+        if makers.len() > NAMED {
+            named.push(format!("{} more", makers.len() - NAMED));
+        }
+        let last = named.pop().unwrap_or_default();
+        format!(
+            "service account {namespace}/{account} is that of {} and {last}: policies cannot tell them apart, and what \
+             one may, all may; give each its own (spec.serviceAccountName)",
+            named.join(", ")
+        )
+    };
+    shared.map(sentence).collect()
+}
+
 fn workloads<'a>(
     pods: impl Iterator<Item = &'a PodFacts>,
     modes: &HashMap<String, Mode>,
@@ -432,6 +491,56 @@ fn workloads<'a>(
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_service_account_of_several_workloads_is_told_with_their_names() {
+        let pod = |name: &str, account: &str, owner: serde_json::Value, hash: &str| {
+            let pod = serde_json::json!({
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {
+                    "name": name, "namespace": "shop", "uid": "1",
+                    "labels": {"pod-template-hash": hash}, "ownerReferences": owner,
+                },
+                "spec": {"serviceAccountName": account, "nodeName": "one", "containers": []},
+            });
+            PodFacts::new(serde_json::from_value(pod).unwrap())
+        };
+        let by = |kind: &str, name: &str| serde_json::json!([{"kind": kind, "name": name, "controller": true, "apiVersion": "v1", "uid": "2"}]);
+        let pods = [
+            pod("front-6f-a", "default", by("ReplicaSet", "front-6f"), "6f"),
+            // While it is rolled out.
+            pod("front-7d-b", "default", by("ReplicaSet", "front-7d"), "7d"),
+            pod("db-0", "default", by("StatefulSet", "db"), ""),
+            pod("report-29410560-x", "report", by("Job", "report-29410560"), ""),
+            pod("report-29410561-y", "report", by("Job", "report-29410561"), ""),
+            pod("own-5c-z", "own", by("ReplicaSet", "own-5c"), "5c"),
+            pod("shell", "own", serde_json::json!([]), ""),
+        ];
+        let end = "policies cannot tell them apart, and what one may, all may; give each its own \
+                   (spec.serviceAccountName)";
+        assert_eq!(
+            shared_identities(pods.iter()),
+            [
+                format!(
+                    "service account shop/default is that of Deployment front and StatefulSet db: {end}"
+                ),
+                format!(
+                    "service account shop/own is that of Deployment own and pods by themselves: {end}"
+                ),
+            ]
+        );
+        let many: Vec<_> = (1..=9)
+            .map(|n| pod(&format!("p{n}-0"), "default", by("StatefulSet", &format!("p{n}")), ""))
+            .collect();
+        let told = shared_identities(many.iter()).join("\n");
+        assert!(
+            told.contains(
+                "StatefulSet p1, StatefulSet p2, StatefulSet p3, StatefulSet p4 and 5 more:"
+            ),
+            "{told}"
+        );
+    }
 
     #[test]
     fn of_two_services_with_one_address_the_first_has_it() {

@@ -5,6 +5,7 @@
 mod access;
 mod admission;
 mod attest;
+mod captured;
 mod cluster;
 pub mod crd;
 mod leader;
@@ -21,11 +22,14 @@ mod webhook;
 pub use access::{Access, AccessError};
 pub use admission::{Answer, Review, ReviewError};
 pub use attest::{AttestError, AttestedPod, Attestor};
+pub use captured::{
+    CAPTURED, Captured, Change, NamespaceCapture, NodeCapture, NodeCaptures, change, write_change,
+};
 pub use cluster::{Cluster, Snapshot};
 pub use kube::Client;
 pub use leader::election;
 pub use objects::ManifestObject;
-pub use replicas::{Enforced, Report};
+pub use replicas::{Enforced, Report, Reported};
 pub use retire::{RetireError, retire};
 pub use shared::{Agreement, KeptRoots, PublishedRoots, Shared, SharedError};
 pub use status::{Told, status_of, write_status};

@@ -19,6 +19,8 @@ pub(crate) struct PodFacts {
     pub(crate) name: String,
     pub(crate) uid: String,
     pub(crate) labels: std::collections::BTreeMap<String, String>,
+    /// What it is a pod of, such as `Deployment checkout`.
+    pub(crate) made_by: String,
     /// None for the shadow of a static pod, which a kubelet may make in any namespace.
     pub(crate) service_account: Option<String>,
     pub(crate) node: Option<String>,
@@ -42,6 +44,7 @@ impl PodFacts {
         let addresses = listed.chain(status.pod_ip).filter_map(|text| text.parse().ok()).collect();
         Self {
             namespace,
+            made_by: made_by(&pod.metadata),
             name,
             uid: sandbox_uid(&pod.metadata, spec.node_name.as_deref()),
             labels: pod.metadata.labels.unwrap_or_default(),
@@ -101,6 +104,26 @@ impl PodFacts {
             })
         };
         Some(read())
+    }
+}
+
+/// All pods that nothing made are together one maker: what starts them by itself gives each another name.
+/// Pods of one Deployment have several ReplicaSets after another, those of a CronJob a Job each.
+fn made_by(pod: &ObjectMeta) -> String {
+    let owners = pod.owner_references.iter().flatten();
+    let Some(owner) = owners.into_iter().find(|owner| owner.controller == Some(true)) else {
+        return "pods by themselves".to_owned();
+    };
+    let hashes = ["pod-template-hash", "rollouts-pod-template-hash"];
+    let hash = pod.labels.iter().flatten().find(|(key, _)| hashes.contains(&key.as_str()));
+    let deployment = hash.and_then(|(_, hash)| owner.name.strip_suffix(&format!("-{hash}")));
+    let numbered = owner.name.rsplit_once('-');
+    let cron_job = numbered
+        .filter(|(_, number)| number.len() >= 8 && number.bytes().all(|b| b.is_ascii_digit()));
+    match (owner.kind.as_str(), deployment, cron_job) {
+        ("ReplicaSet", Some(name), _) => format!("Deployment {name}"),
+        ("Job", _, Some((name, _))) => format!("CronJob {name}"),
+        (kind, _, _) => format!("{kind} {}", owner.name),
     }
 }
 

@@ -38,7 +38,9 @@ pub use held::{Hold, Opening};
 pub use host::{HostRules, HostWorkload, ProcessMatch};
 pub use monitor::{Monitor, Reports};
 pub use namespace::NamespaceRules;
-pub use older::{Connection, closed as closed_older, forget as forget_older, older};
+pub use older::{
+    Connection, OpenOlder, closed as closed_older, forget as forget_older, older, open_older,
+};
 pub use ruleset::Ruleset;
 
 use std::{collections::HashSet, net::IpAddr};

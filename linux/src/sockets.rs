@@ -7,6 +7,7 @@
 use std::{
     collections::{HashMap, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
 };
 
 use netlink_bindings::{
@@ -30,6 +31,9 @@ const CLOSE: u8 = 7;
 const CLOSE_WAIT: u8 = 8;
 const LISTEN: u8 = 10;
 const NEW_SYN_RECV: u8 = 12;
+
+/// Bit 0 of the extensions is number 1, `INET_DIAG_MEMINFO`; this is `INET_DIAG_INFO`.
+const EXTENSION_INFO: u8 = 1 << 1;
 
 /// `SOCK_DESTROY` and `NETLINK_SOCK_DIAG` of `linux/sock_diag.h` and `linux/netlink.h`.
 const SOCK_DESTROY: u16 = 21;
@@ -72,6 +76,11 @@ impl TcpSocket {
         self.state == TIME_WAIT
     }
 
+    /// Whether an application has it open, or is about to accept it: the kernel does not merely see it to its end.
+    pub fn is_in_use(&self) -> bool {
+        self.held || [ESTABLISHED, CLOSE_WAIT].contains(&self.state)
+    }
+
     /// Whether it only listens.
     pub fn listens(&self) -> bool {
         self.state == LISTEN
@@ -88,12 +97,22 @@ impl TcpSocket {
 /// # Errors
 /// If the kernel cannot be asked.
 pub fn tcp_sockets() -> Result<Vec<TcpSocket>> {
+    let all = list(0, |_, _| ())?;
+    Ok(all.into_iter().map(|(socket, ())| socket).collect())
+}
+
+/// All TCP sockets with what else is told of each, for which these extensions are asked.
+fn list<T>(
+    extensions: u8,
+    more: impl Fn(&Msg, &IterableReplyAttrs<'_>) -> T,
+) -> Result<Vec<(TcpSocket, T)>> {
     let mut found = Vec::new();
     for family in Family::ALL {
         let operation = || format!("listing the {family:?} TCP sockets");
         let header = ReqV2 {
             family: family.number(),
             protocol: 6,
+            ext: extensions,
             states: !((1 << CLOSE) | (1 << NEW_SYN_RECV)),
             ..Default::default()
         };
@@ -102,7 +121,10 @@ pub fn tcp_sockets() -> Result<Vec<TcpSocket>> {
         let mut reply = socket.request(&request).context(operation())?;
         while let Some(answer) = reply.recv() {
             match answer {
-                Ok((message, attributes)) => found.extend(read(family, &message, &attributes)),
+                Ok((message, attributes)) => found.extend(
+                    read(family, &message, &attributes)
+                        .map(|socket| (socket, more(&message, &attributes))),
+                ),
                 // A kernel without IPv6 has no such sockets.
                 Err(error) if error.as_io_error().raw_os_error() == Some(libc::ENOENT) => break,
                 Err(error) => return Err(error).context(operation()),
@@ -110,6 +132,29 @@ pub fn tcp_sockets() -> Result<Vec<TcpSocket>> {
         }
     }
     Ok(found)
+}
+
+/// How long ago bytes passed on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rest {
+    /// Since the last was sent from this end.
+    pub sent: Duration,
+    /// Since the last came in.
+    pub received: Duration,
+}
+
+/// The same, each with how long it has rested; nothing where the kernel does not tell, or bytes wait in a queue.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn tcp_sockets_with_rest() -> Result<Vec<(TcpSocket, Option<Rest>)>> {
+    list(EXTENSION_INFO, |message, attributes| {
+        let info = attributes.get_tcp_info().ok()?;
+        let waits = message.rqueue > 0 || message.wqueue > 0;
+        let ago = |millis: u32| Duration::from_millis(millis.into());
+        let rest = Rest { sent: ago(info.last_data_sent), received: ago(info.last_data_recv) };
+        (!waits).then_some(rest)
+    })
 }
 
 /// The TCP sockets that listen.
@@ -202,7 +247,7 @@ pub fn direct(sockets: &[TcpSocket]) -> Vec<(&TcpSocket, &TcpSocket)> {
         .collect();
     applications()
         // Nobody has accepted some of them yet.
-        .filter(|socket| socket.held || [ESTABLISHED, CLOSE_WAIT].contains(&socket.state))
+        .filter(|socket| socket.is_in_use())
         .filter_map(|socket| Some((socket, *open.get(&(socket.remote, socket.local))?)))
         .collect()
 }

@@ -9,7 +9,7 @@ use hauberk_core::{clock::ClockSkew, time::Timestamp};
 use hauberk_proto::v1;
 use hauberk_tls::CredentialSlot;
 
-use super::guard::Condition;
+use super::{guard::Condition, older::OlderCount};
 use crate::context::Context;
 
 /// Shared between the task that captures and the one that reports.
@@ -30,6 +30,8 @@ struct Entry {
     condition: Condition,
     /// Why what it serves could not be reached lately.
     unreached: String,
+    /// Nothing before it was found out.
+    older: Option<OlderCount>,
 }
 
 impl StatusBoard {
@@ -45,10 +47,14 @@ impl StatusBoard {
         problem: Option<String>,
         netns: Option<u64>,
         condition: Condition,
+        older: Option<OlderCount>,
     ) -> bool {
         let unreached = String::new();
-        let entry = Entry { slot, problem: problem.clone(), netns, condition, unreached };
-        let before = self.lock().insert(key.to_owned(), entry);
+        let mut entries = self.lock();
+        // What is not known now stays as it was.
+        let older = older.or_else(|| entries.get(key).and_then(|entry| entry.older));
+        let entry = Entry { slot, problem: problem.clone(), netns, condition, unreached, older };
+        let before = entries.insert(key.to_owned(), entry);
         before.is_none_or(|entry| entry.problem != problem)
     }
 
@@ -57,6 +63,11 @@ impl StatusBoard {
         if let Some(entry) = self.lock().get_mut(key) {
             entry.unreached = unreached;
         }
+    }
+
+    /// How many connections of a workload are older than its capture.
+    pub(super) fn older(&self, key: &str) -> OlderCount {
+        self.lock().get(key).and_then(|entry| entry.older).unwrap_or_default()
     }
 
     /// Whether a workload is captured in this very network namespace.
@@ -104,7 +115,8 @@ impl StatusBoard {
                 let facts = credential.as_ref().map(|credential| credential.facts());
                 v1::WorkloadStatus {
                     workload: key.clone(),
-                    captured: entry.problem.is_none(),
+                    // Who does not know of any is not to be taken for one who has none.
+                    captured: entry.problem.is_none() && entry.older.is_some(),
                     problem: entry.problem.clone().unwrap_or_default(),
                     not_after_unix_ms: facts.map_or(0, |f| f.not_after().unix_millis()),
                     serial: facts.map(|f| f.serial().to_string()).unwrap_or_default(),
@@ -116,6 +128,11 @@ impl StatusBoard {
                     restored_what: entry.condition.restored_what.clone(),
                     unreported: entry.condition.unreported.clone().unwrap_or_default(),
                     unreached: entry.unreached.clone(),
+                    older: entry.older.map_or(0, |older| older.open),
+                    older_closed_unix_ms: entry
+                        .older
+                        .and_then(|older| older.closed_from)
+                        .map_or(0, |at| Timestamp::from(at).unix_millis()),
                 }
             })
             .collect();

@@ -3,7 +3,7 @@
 //! recorded.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     os::fd::BorrowedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime},
@@ -11,12 +11,19 @@ use std::{
 
 use hauberk_linux::{
     NetnsWorker,
-    capture::{Before, Connection, Drift, Installed, Monitor, Reports, Ruleset, older},
+    capture::{
+        Before, Connection, Drift, Installed, Monitor, Reports, Ruleset, closed_older,
+        forget_older, older,
+    },
 };
 use tokio::{io::Interest, net::UnixDatagram};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Locals, uncaptured};
+use super::{
+    Locals,
+    older::{Older, OlderCount},
+    uncaptured,
+};
 use crate::{context::Context, handover::Replaced};
 
 /// Between two looks that news has caused: other programs may change their own rules many times a second.
@@ -134,6 +141,35 @@ impl Guard {
     /// If the kernel refuses them: what was in force stays so.
     pub(super) fn enforce(&self, wanted: &Ruleset) -> anyhow::Result<()> {
         self.watch.enforce(Some(wanted)).map(|_| ())
+    }
+
+    /// Looks after the connections that are older than the rules ([`Older::look`]). The kernel is asked only if there were
+    /// any.
+    ///
+    /// # Errors
+    /// If it cannot be asked.
+    pub(super) fn look_at_older(
+        &self,
+        older: &mut Older,
+    ) -> anyhow::Result<BTreeMap<String, OlderCount>> {
+        let known = self.watch.lock().older.clone();
+        if known.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        let watch = &self.watch;
+        let counts = older.look(&watch.context, &watch.site, &watch.locals)?;
+        let over = older.over(&known);
+        if !over.is_empty() {
+            // Or a new connection from the same port would be taken for one of them, and its answers would leave in clear.
+            // What the kernel still sees to its end, for an application that has closed it, needs them.
+            let over = watch.site.call(move || {
+                let over: HashSet<_> = closed_older()?.intersection(&over).copied().collect();
+                forget_older(&over)?;
+                Ok(over)
+            })?;
+            watch.lock().older.retain(|one| !over.contains(one));
+        }
+        Ok(counts)
     }
 
     /// Puts nothing back from here on. Waits for what it is doing.

@@ -18,6 +18,7 @@ use super::{
     hold::Outbound,
     listeners::{Accepting, OutboundSockets, Pair, bind, bind_outbound},
     namespace::unroutable,
+    older::{Older, OlderCount},
     serve::{accept_mesh, accept_plaintext, mesh_tls},
 };
 use crate::{
@@ -32,6 +33,7 @@ use crate::{
 pub(super) struct HostCapture {
     locals: Arc<Locals>,
     guard: Guard,
+    older: Older,
     /// What its workloads serve from containers.
     published: Arc<PublishedPorts>,
     /// The ports of outgoing connections, one a workload: the port tells who is connecting.
@@ -69,6 +71,7 @@ impl HostCapture {
         Ok(Self {
             locals,
             guard,
+            older: Older::default(),
             published: Arc::default(),
             outbound: BTreeMap::new(),
             cgroups: Vec::new(),
@@ -254,6 +257,11 @@ impl HostCapture {
 
     pub(super) fn locals(&self) -> &Locals {
         &self.locals
+    }
+
+    /// Looks after connections that are older than the capture.
+    pub(super) fn look_at_older(&mut self) -> anyhow::Result<BTreeMap<String, OlderCount>> {
+        self.guard.look_at_older(&mut self.older)
     }
 
     /// How its capture is doing.

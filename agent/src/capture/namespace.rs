@@ -1,7 +1,7 @@
 //! A network namespace of a workload's own that is captured.
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
@@ -23,6 +23,7 @@ use super::{
     guard::{Condition, Guard, Site},
     hold::Outbound,
     listeners::{Accepting, Pair, bind, bind_outbound},
+    older::{Older, OlderCount},
     serve::{accept_mesh, accept_plaintext, mesh_tls},
 };
 use crate::{
@@ -54,6 +55,7 @@ pub(super) struct NamespaceCapture {
     context: Arc<Context>,
     worker: Arc<NetnsWorker>,
     guard: Guard,
+    older: Older,
     locals: Arc<Locals>,
     /// Where its connections are while there are few.
     home: Lane,
@@ -109,6 +111,7 @@ impl NamespaceCapture {
             context: context.clone(),
             worker,
             guard,
+            older: Older::default(),
             locals,
             home: context.lanes.next_home(),
             ports: Ports::default(),
@@ -288,6 +291,11 @@ impl NamespaceCapture {
     pub(super) fn share(&self) -> impl Iterator<Item = io::Result<(Seat, OwnedFd)>> {
         let outbound = self.outbound.iter().flat_map(Outbound::share);
         outbound.chain(self.listeners.iter().map(Accepting::share))
+    }
+
+    /// Looks after its connections that are older than its capture.
+    pub(super) fn look_at_older(&mut self) -> anyhow::Result<BTreeMap<String, OlderCount>> {
+        self.guard.look_at_older(&mut self.older)
     }
 
     /// How its capture is doing.

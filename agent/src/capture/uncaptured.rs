@@ -3,7 +3,10 @@
 use std::{collections::HashSet, net::SocketAddr, sync::Arc};
 
 use hauberk_core::policy::{Mode, ProcessSelector, Reason};
-use hauberk_linux::sockets::{TcpSocket, destroy, tcp_sockets};
+use hauberk_linux::{
+    capture::OpenOlder,
+    sockets::{TcpSocket, destroy, tcp_sockets},
+};
 use hauberk_telemetry::Side;
 
 use super::{Locals, guard::Site, host::host_process};
@@ -12,6 +15,29 @@ use crate::{
     context::{Context, Local, connection_id},
     report::Report,
 };
+
+/// One that is older than the capture rules was closed.
+pub(super) fn older(context: &Context, local: &Local, one: &OpenOlder) {
+    let (side, from, wanted) = if one.incoming {
+        (Side::Destination, one.socket.remote, one.socket.local)
+    } else {
+        (Side::Source, one.socket.local, one.socket.remote)
+    };
+    let fix = "nothing, if its application connects anew: that goes through the mesh; an agent's \
+               --older-connections says when such connections are closed";
+    let detail = "older than the capture, and closed since its workload is enforced";
+    record(context, side, from, wanted, Some(local), fix, detail);
+}
+
+/// Whose socket this is. What a host accepted on a port that nobody declared is nobody's: it is no business of the mesh.
+pub(super) fn owner(locals: &Locals, socket: &TcpSocket, incoming: bool) -> Option<Arc<Local>> {
+    let serves = |local: &Arc<Local>| local.workload.ports.contains(&socket.local.port());
+    match only(locals) {
+        Some(local) => Some(local),
+        None if incoming => locals.all().into_iter().find(serves),
+        None => of_process(locals, socket),
+    }
+}
 
 /// It was opened while the capture rules were missing, and has been ended, under Audit let through.
 pub(super) fn missed(context: &Context, locals: &Locals, socket: &TcpSocket) {
@@ -102,7 +128,10 @@ fn record(
 /// The workload of a namespace, or the one whose process made this socket.
 fn of_process(locals: &Locals, socket: &TcpSocket) -> Option<Arc<Local>> {
     only(locals).or_else(|| {
-        locals.all().into_iter().find(|local| {
+        let mut all = locals.all();
+        // Of several it is the same one each time.
+        all.sort_by_key(|local| local.workload.key());
+        all.into_iter().find(|local| {
             // One that cannot be looked up is nobody's.
             host_process(&local.workload.process)
                 .is_ok_and(|process| process.made(socket).unwrap_or(false))

@@ -31,7 +31,8 @@ impl Installation {
     pub(crate) fn ensure(&self) -> anyhow::Result<bool> {
         let copied = self.copy_plugin()?;
         let path = first_configuration(&self.configurations)?;
-        let mut network = read(&path)?;
+        let text = text(&path)?;
+        let mut network = parse(&path, &text)?;
         let entry = json!({
             "type": PLUGIN_TYPE,
             "agentSocket": self.socket,
@@ -43,7 +44,13 @@ impl Installation {
         }
         plugins.retain(|plugin| !is_ours(plugin));
         plugins.push(entry);
-        write(&path, &network)?;
+        let new = prepare(&path, &network)?;
+        // Another program may be at work just now: what it has written since would be lost.
+        if fs::read(&path).ok().as_ref() != Some(&text) {
+            drop(fs::remove_file(&new));
+            bail!("{} is being changed by another program", path.display());
+        }
+        replace(&path, &new)?;
         Ok(true)
     }
 
@@ -124,9 +131,16 @@ fn list(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     })
 }
 
+fn text(path: &Path) -> anyhow::Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("read {}", path.display()))
+}
+
+fn parse(path: &Path, text: &[u8]) -> anyhow::Result<Value> {
+    serde_json::from_slice(text).with_context(|| format!("{} is not JSON", path.display()))
+}
+
 fn read(path: &Path) -> anyhow::Result<Value> {
-    let text = fs::read(path).with_context(|| format!("read {}", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))
+    parse(path, &text(path)?)
 }
 
 fn plugins<'a>(network: &'a mut Value, path: &Path) -> anyhow::Result<&'a mut Vec<Value>> {
@@ -137,24 +151,33 @@ fn plugins<'a>(network: &'a mut Value, path: &Path) -> anyhow::Result<&'a mut Ve
 }
 
 fn write(path: &Path, network: &Value) -> anyhow::Result<()> {
+    replace(path, &prepare(path, network)?)
+}
+
+/// Writes it beside the one that is there, under a name that no runtime reads.
+fn prepare(path: &Path, network: &Value) -> anyhow::Result<PathBuf> {
     let mut text = serde_json::to_vec_pretty(network)?;
     text.push(b'\n');
-    // A name that no runtime reads, in the same folder: renaming is one step.
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let new = path.with_file_name(format!(".{name}.hauberk"));
     let mode = fs::metadata(path).map_or(0o644, |metadata| metadata.permissions().mode());
     fs::write(&new, text)
         .and_then(|()| fs::set_permissions(&new, fs::Permissions::from_mode(mode)))
-        .and_then(|()| fs::rename(&new, path))
-        .with_context(|| format!("write {}", path.display()))
+        .with_context(|| format!("write {}", new.display()))?;
+    Ok(new)
+}
+
+/// In one step: the runtime may read it at any moment.
+fn replace(path: &Path, new: &Path) -> anyhow::Result<()> {
+    fs::rename(new, path).with_context(|| format!("write {}", path.display()))
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn installation(folder: &Path) -> Installation {
+    pub(in crate::cni) fn installation(folder: &Path) -> Installation {
         let path = |name: &str| folder.join(name);
         fs::create_dir(path("bin")).unwrap();
         fs::create_dir(path("net.d")).unwrap();
@@ -168,7 +191,7 @@ mod tests {
         }
     }
 
-    const NETWORK: &str =
+    pub(in crate::cni) const NETWORK: &str =
         r#"{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "ptp", "mtu": 1400}]}"#;
 
     #[test]

@@ -197,11 +197,16 @@ impl Snapshot {
 
     /// Whether an address is that of a pod of the mesh.
     pub(crate) fn has_pod_at(&self, address: IpAddr) -> bool {
-        let Some(Address::Whole(place)) = self.by_address.get(&address.to_canonical()) else {
-            return false;
-        };
-        let workload = self.workloads.get(*place);
+        let workload = self.alone_at(address);
         workload.is_some_and(|one| matches!(one.process, ProcessSelector::Pod { .. }))
+    }
+
+    /// The workload that has an address for itself: a pod, or another network namespace.
+    pub(crate) fn alone_at(&self, address: IpAddr) -> Option<&Arc<MeshWorkload>> {
+        let Some(Address::Whole(place)) = self.by_address.get(&address.to_canonical()) else {
+            return None;
+        };
+        self.workloads.get(*place)
     }
 
     /// The backends of the service whose address and port this is.

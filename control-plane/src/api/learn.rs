@@ -40,6 +40,7 @@ pub(super) fn learn(shared: &Shared) -> v1::LearnResponse {
         gaps: shared.fleet.seen().gaps(),
         destinations,
         policies: published.policy_names.iter().cloned().collect(),
+        shared_identities: published.shared_identities.clone(),
         forgotten_nodes: shared.fleet.seen().forgotten_nodes(),
     }
 }

@@ -180,6 +180,8 @@ fn status(shared: &Shared) -> Result<v1::GetStatusResponse, Status> {
                 restored_what: report.restored_what,
                 unreached: report.unreached,
                 unreported: report.unreported,
+                older: report.older,
+                older_closed_unix_ms: report.older_closed_unix_ms,
             }
         })
         .collect();
@@ -197,6 +199,7 @@ fn status(shared: &Shared) -> Result<v1::GetStatusResponse, Status> {
         policies: u64::try_from(published.policies).unwrap_or(u64::MAX),
         guardrails: u64::try_from(published.guardrails).unwrap_or(u64::MAX),
         ca_notes: shared.authority.notes().to_vec(),
+        kubernetes: shared.kubernetes.is_some(),
     })
 }
 

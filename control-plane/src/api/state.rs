@@ -85,7 +85,11 @@ struct Connected<'a> {
 
 impl<'a> Connected<'a> {
     fn new(shared: &'a Shared, node: &'a str) -> Self {
-        shared.fleet.update(node, hauberk_tls::now(), |agent| agent.streams += 1);
+        let now = hauberk_tls::now();
+        shared.fleet.update(node, now, |agent| {
+            agent.streams += 1;
+            agent.connected = Some(now);
+        });
         shared.metrics.set_agents_connected(connected(shared));
         tracing::info!(node, "an agent connected");
         Self { shared, node }

@@ -67,6 +67,7 @@ pub(super) fn judge(snapshot: &Snapshot, trust_domain: &TrustDomain) -> (Option<
         }
     }
     declared.workloads.extend(snapshot.workloads.iter().cloned());
+    declared.service_accounts.clone_from(&snapshot.service_accounts);
     loop {
         match resolve(&declared, trust_domain) {
             Ok(mut resolved) => {

@@ -84,9 +84,20 @@ impl Follower {
         };
         let unresolved = resolved.unresolved.clone();
         let matched = matches(&resolved);
-        let Snapshot { objects, services, namespaces, nodes, zones, notes, seen, .. } = snapshot;
+        let Snapshot {
+            objects,
+            services,
+            namespaces,
+            nodes,
+            zones,
+            notes,
+            seen,
+            shared_identities,
+            ..
+        } = snapshot;
         let mut state = State::new(resolved, services, namespaces, zones, nodes, counts);
-        state.warnings.extend(notes.into_iter().chain(taken));
+        state.warnings.extend(notes.into_iter().chain(taken).chain(shared_identities.clone()));
+        state.shared_identities = shared_identities;
         match self.shared.agree(&hex::encode(state.hash), &seen).await {
             Ok(Agreement::Revision(revision)) => {
                 self.behind = None;

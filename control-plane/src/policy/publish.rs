@@ -52,6 +52,8 @@ pub(crate) struct Published {
     /// In order.
     pub(crate) machines: Vec<String>,
     pub(crate) warnings: Vec<String>,
+    /// Those of them that are about identities of several workloads.
+    pub(crate) shared_identities: Vec<String>,
     /// Each as `namespace/name`, those that bind to nothing included.
     pub(crate) policy_names: BTreeSet<String>,
     pub(crate) policies: usize,
@@ -94,6 +96,8 @@ pub(crate) struct State {
     counts: Counts,
     resources: BTreeMap<String, v1::Resource>,
     pub(crate) warnings: Vec<String>,
+    /// Those of them that are about identities of several workloads.
+    pub(crate) shared_identities: Vec<String>,
     pub(crate) hash: [u8; 32],
 }
 
@@ -113,7 +117,15 @@ impl State {
             .iter()
             .map(|unresolved| format!("AccessPolicy {}: {}", unresolved.policy, unresolved.problem))
             .collect();
-        Self { hash: state_hash(&resources), resolved, machines, counts, resources, warnings }
+        Self {
+            hash: state_hash(&resources),
+            resolved,
+            machines,
+            counts,
+            resources,
+            warnings,
+            shared_identities: Vec::new(),
+        }
     }
 }
 
@@ -154,6 +166,7 @@ impl Publisher {
             workloads: Vec::new(),
             machines: Vec::new(),
             warnings: Vec::new(),
+            shared_identities: Vec::new(),
             policy_names: BTreeSet::new(),
             policies: 0,
             guardrails: 0,
@@ -384,7 +397,8 @@ impl Publisher {
         {
             return;
         }
-        let State { resolved, machines, counts, resources, warnings, hash } = state;
+        let State { resolved, machines, counts, resources, warnings, shared_identities, hash } =
+            state;
         if before.revision != revision {
             tracing::info!(
                 revision,
@@ -406,6 +420,7 @@ impl Publisher {
             workloads: resolved.workloads,
             machines,
             warnings,
+            shared_identities,
             policies: counts.policies,
             guardrails: counts.guardrails,
         }));

@@ -6,13 +6,18 @@ use std::{
     time::Duration,
 };
 
-use hauberk_core::policy::{PolicyKind, PolicyRef, resolve::Resolved};
+use hauberk_core::{
+    policy::{PolicyKind, PolicyRef, resolve::Resolved},
+    time::Timestamp,
+};
 use hauberk_kubernetes::{
-    Client, Cluster, Enforced, ManifestObject, Report, Told, crd::Agents, status_of, write_status,
+    Client, Cluster, Enforced, ManifestObject, NamespaceCapture, NodeCapture, NodeCaptures, Report,
+    Reported, Told, crd::Agents, status_of, write_status,
 };
 use tokio::sync::watch;
 
-use crate::fleet::Fleet;
+use super::{Publisher, namespaces::Namespaces};
+use crate::fleet::{Agent, Fleet};
 
 /// At most so often: a status is for people and for tools that wait, not for enforcing.
 const PACE: Duration = Duration::from_secs(1);
@@ -33,11 +38,12 @@ pub(crate) struct ObjectState {
     pub(crate) matched: Option<(usize, BTreeSet<String>)>,
 }
 
-/// Writes what each object's status should be.
+/// Writes what each object's status should be, and the condition of each namespace of the mesh.
 pub(crate) struct StatusWriter {
     pub(crate) client: Client,
     pub(crate) cluster: Arc<Cluster>,
     pub(crate) fleet: Arc<Fleet>,
+    pub(crate) publisher: Arc<Publisher>,
     pub(crate) report: Report,
     pub(crate) leads: watch::Receiver<bool>,
     pub(crate) objects: watch::Receiver<Arc<Vec<ObjectState>>>,
@@ -46,10 +52,11 @@ pub(crate) struct StatusWriter {
 impl StatusWriter {
     /// Runs until the program ends.
     pub(crate) async fn run(self) {
-        let mut reported: Option<Enforced> = None;
+        let mut reported: Option<Reported> = None;
+        let mut namespaces = Namespaces::default();
         loop {
             tokio::time::sleep(PACE).await;
-            let own = self.own_agents();
+            let own = report_of(self.fleet.agents());
             if reported.as_ref() != Some(&own) {
                 match self.report.write(&own).await {
                     Ok(()) => reported = Some(own.clone()),
@@ -58,19 +65,27 @@ impl StatusWriter {
                 }
             }
             if *self.leads.borrow() {
-                let mut agents = self.cluster.agents_of_replicas();
-                agents.extend(own);
+                let reports = self.cluster.reports();
+                // What has come back of its own is older than what it knows.
+                let own_key = self.report.key();
+                let others = reports.into_iter().filter(|(key, _)| *key != own_key);
+                let (mut agents, mut captures) = (Enforced::new(), NodeCaptures::new());
+                for one in others.map(|(_, report)| report).chain([own]) {
+                    agents.extend(one.enforced);
+                    for (node, capture) in one.captures {
+                        let known = captures.get(&node);
+                        // What a replica says that is gone, or that its agent has left, is there for a while.
+                        if known.is_none_or(|known| known.since_unix_ms < capture.since_unix_ms) {
+                            captures.insert(node, capture);
+                        }
+                    }
+                }
                 self.write(&agents).await;
+                namespaces.write(&self, &agents, &captures).await;
+            } else {
+                namespaces = Namespaces::default();
             }
         }
-    }
-
-    fn own_agents(&self) -> Enforced {
-        let agents = self.fleet.agents().into_iter();
-        agents
-            .filter(|(_, agent)| agent.streams > 0)
-            .map(|(node, agent)| (node, agent.enforced_revision))
-            .collect()
     }
 
     async fn write(&self, agents: &Enforced) {
@@ -89,6 +104,29 @@ impl StatusWriter {
             }
         }
     }
+}
+
+/// What this replica has of its agents.
+fn report_of(agents: BTreeMap<String, Agent>) -> Reported {
+    let mut reported = Reported::default();
+    for (node, agent) in agents.into_iter().filter(|(_, agent)| agent.streams > 0) {
+        let mut capture = NodeCapture {
+            since_unix_ms: agent.connected.map_or(0, Timestamp::unix_millis),
+            ..NodeCapture::default()
+        };
+        for workload in agent.status.workloads {
+            let Some((namespace, _)) = workload.workload.split_once('/') else { continue };
+            capture.namespaces.entry(namespace.to_owned()).or_default().add(&NamespaceCapture {
+                captured: workload.captured.into(),
+                older: workload.older,
+                with_older: (workload.older > 0).into(),
+                closed_unix_ms: workload.older_closed_unix_ms,
+            });
+        }
+        reported.enforced.insert(node.clone(), agent.enforced_revision);
+        reported.captures.insert(node, capture);
+    }
+    reported
 }
 
 /// The conditions of an object, how many workloads it is about, and how many agents enforce it.

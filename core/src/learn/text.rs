@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::LearnedPolicy;
+use super::{LearnedPolicy, LearnedRule};
 use crate::policy::{Mode, Owner, PeerSelector, Target};
 
 const API_VERSION: &str = "hauberk.dev/v1alpha1";
@@ -34,14 +34,23 @@ pub fn yaml(policy: &LearnedPolicy) -> String {
     for rule in &policy.rules {
         let ports: Vec<String> = rule.ports.iter().map(ToString::to_string).collect();
         text.push_str(&format!(
-            "  # {}\n  - name: {}\n    ports: [{}]\n    from: [{}]\n",
+            "  # {}{}\n  - name: {}\n    ports: [{}]\n    from: [{}]\n",
             rule.seen,
+            older(rule),
             scalar(rule.name.as_str()),
             ports.join(", "),
             peer_yaml(&rule.from),
         ));
     }
     text
+}
+
+/// What is to be known of connections whose callers proved nothing.
+fn older(rule: &LearnedRule) -> String {
+    match rule.older {
+        0 => String::new(),
+        older => format!("; {older} of them older than the capture, from who has the address"),
+    }
 }
 
 /// The same as one JSON value, without the remarks.

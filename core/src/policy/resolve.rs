@@ -214,6 +214,21 @@ pub struct Declared {
     pub policies: Vec<AccessPolicy>,
     /// The guardrails.
     pub guardrails: Vec<Guardrail>,
+    /// Service accounts that are known to exist, each with its namespace, whether a workload has them now or not: that of a
+    /// job between two runs, for one. Those of the workloads need not be among them.
+    pub service_accounts: BTreeSet<(ResourceName, ResourceName)>,
+}
+
+impl Declared {
+    fn has_namespace(&self, namespace: &ResourceName) -> bool {
+        self.service_accounts.iter().any(|(of, _)| of == namespace)
+    }
+
+    fn has_account(&self, namespace: &str, name: &str) -> bool {
+        self.service_accounts
+            .iter()
+            .any(|(of, known)| of.as_str() == namespace && known.as_str() == name)
+    }
 }
 
 /// Why nothing is resolved.
@@ -265,7 +280,7 @@ pub fn resolve(declared: &Declared, trust_domain: &TrustDomain) -> Result<Resolv
         if let Some(test) = failed_tests(policy, trust_domain)?.into_iter().next() {
             return Err(ResolveError::Test { policy: policy.name.clone(), test });
         }
-        bind_policy(policy, &labels, trust_domain, &mut resolved)?;
+        bind_policy(policy, declared, &labels, trust_domain, &mut resolved)?;
     }
     for guardrail in &declared.guardrails {
         let bound = bind_guardrail(guardrail, trust_domain)?;
@@ -379,6 +394,7 @@ fn machine_id(trust_domain: &TrustDomain, name: &ResourceName) -> Result<SpiffeI
 
 fn bind_policy(
     policy: &AccessPolicy,
+    declared: &Declared,
     labels: &[&BTreeMap<String, String>],
     trust_domain: &TrustDomain,
     resolved: &mut Resolved,
@@ -390,7 +406,15 @@ fn bind_policy(
         .filter(|(workload, labels)| targets(policy, workload, labels))
         .map(|(workload, _)| workload.identity.clone())
         .collect();
-    if destinations.is_empty() {
+    let is_between_runs = match &policy.target {
+        Target::ServiceAccount(name) => policy
+            .name
+            .namespace
+            .as_ref()
+            .is_some_and(|namespace| declared.has_account(namespace.as_str(), name.as_str())),
+        Target::Machine(_) | Target::Selector(_) => false,
+    };
+    if destinations.is_empty() && !is_between_runs {
         resolved.unresolved.push(Unresolved {
             policy: policy.name.clone(),
             problem: "spec.target matches no workload, so the policy allows nothing".to_owned(),
@@ -400,7 +424,7 @@ fn bind_policy(
     let mut rules = Vec::new();
     for rule in &policy.rules {
         let rule = bind_rule(rule, trust_domain)?;
-        note_unknown_peers(policy, &rule, trust_domain, resolved);
+        note_unknown_peers(policy, &rule, declared, trust_domain, resolved);
         rules.push(rule);
     }
     resolved.policies.extend(destinations.into_iter().map(|destination| ResolvedPolicy {
@@ -454,15 +478,25 @@ pub(super) fn bind_rule(
 fn note_unknown_peers(
     policy: &AccessPolicy,
     rule: &ResolvedRule,
+    declared: &Declared,
     trust_domain: &TrustDomain,
     resolved: &mut Resolved,
 ) {
+    let exists = |id: &SpiffeId| match id.kind() {
+        IdentityKind::Workload { namespace, service_account } => {
+            declared.has_account(namespace, service_account)
+        }
+        IdentityKind::Machine { .. }
+        | IdentityKind::Node { .. }
+        | IdentityKind::ControlPlane
+        | IdentityKind::Other => false,
+    };
     for peer in &rule.peers {
-        let local = match peer {
-            PeerMatch::Exact(id) => id.trust_domain() == trust_domain,
-            PeerMatch::AnyIn { .. } => true,
+        let unknown = match peer {
+            PeerMatch::Exact(id) => id.trust_domain() == trust_domain && !exists(id),
+            PeerMatch::AnyIn { namespace, .. } => !declared.has_namespace(namespace),
         };
-        if local && !resolved.workloads.iter().any(|workload| peer.matches(&workload.identity)) {
+        if unknown && !resolved.workloads.iter().any(|workload| peer.matches(&workload.identity)) {
             resolved.unresolved.push(Unresolved {
                 policy: policy.name.clone(),
                 problem: format!(

@@ -213,8 +213,8 @@ impl Destination {
             owner: policy.map(|policy| policy.owner.clone()),
             nearest_miss: None,
             mend: format!(
-                "no registered workload is {}; register the caller with a Workload or Machine \
-                 manifest",
+                "no registered workload is {}; put the caller into the mesh: a pod by its namespace's label \
+                 hauberk.dev/mode, anything else by a Workload or Machine manifest",
                 request.source
             ),
         }

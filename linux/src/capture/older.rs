@@ -7,13 +7,16 @@
 use std::{
     collections::{BTreeSet, HashSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
 };
 
 use super::{OLDER_V4, OLDER_V6, ProcessMatch, Unroutable, drift, transaction};
 use crate::{
     error::Result,
     links::{Family, addresses},
-    sockets::{TcpSocket, direct, tcp_sockets, uncaptured},
+    sockets::{
+        Rest, TcpSocket, direct, other_ends, tcp_sockets, tcp_sockets_with_rest, uncaptured,
+    },
 };
 
 /// The processes of a workload.
@@ -154,7 +157,8 @@ pub struct Connection {
 }
 
 impl Connection {
-    fn of(socket: &TcpSocket) -> Self {
+    /// That of this socket.
+    pub fn of(socket: &TcpSocket) -> Self {
         Self { local: socket.local, remote: socket.remote }
     }
 
@@ -210,6 +214,66 @@ pub fn closed() -> Result<HashSet<Connection>> {
     let open = sockets.iter().filter(|socket| !socket.is_over());
     let open: HashSet<_> = open.map(Connection::of).collect();
     Ok(noted.into_iter().filter(|one| !open.contains(one)).collect())
+}
+
+/// One of them that is open.
+#[derive(Clone, Debug)]
+pub struct OpenOlder {
+    /// The workload's end.
+    pub socket: TcpSocket,
+    /// Whether a program listens on its port: it was accepted, and not opened from here.
+    pub incoming: bool,
+    /// How long nothing has passed; none if bytes wait, or it is not known.
+    pub rest: Option<Rest>,
+}
+
+impl OpenOlder {
+    /// For how long nobody has waited for an answer on it: the last bytes were the server's. Nothing if somebody does.
+    pub fn idle(&self) -> Option<Duration> {
+        let Rest { sent, received } = self.rest?;
+        let (answered, asked) = if self.incoming { (sent, received) } else { (received, sent) };
+        // The kernel's clock for them is coarse: where both are alike, somebody may be waiting.
+        (answered < asked).then_some(answered)
+    }
+}
+
+/// Those of them that are open, and have an application; nothing if the rules are not in place, which alone know of them.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn open_older() -> Result<Option<Vec<OpenOlder>>> {
+    let mut noted = HashSet::new();
+    for set in [OLDER_V4, OLDER_V6] {
+        let Some(keys) = drift::elements(set)? else { return Ok(None) };
+        noted.extend(keys.iter().filter_map(|key| Connection::from_key(key)));
+    }
+    if noted.is_empty() {
+        return Ok(Some(Vec::new()));
+    }
+    let own: HashSet<IpAddr> = addresses()?.into_iter().map(|address| address.ip).collect();
+    let with_rest = tcp_sockets_with_rest()?;
+    let sockets: Vec<_> = with_rest.iter().map(|(socket, _)| socket.clone()).collect();
+    // A new connection through the agent may have the ends of one that is over.
+    let carried = other_ends(&sockets, &own);
+    let served: HashSet<u16> = sockets
+        .iter()
+        .filter(|socket| socket.listens())
+        .map(|socket| socket.local.port())
+        .collect();
+    let open = with_rest
+        .into_iter()
+        .filter(|(socket, _)| {
+            socket.is_in_use()
+                && !socket.listens()
+                && !socket.is_agents()
+                && !carried.contains(&(socket.local, socket.remote))
+                && noted.contains(&Connection::of(socket))
+        })
+        .map(|(socket, rest)| {
+            let incoming = served.contains(&socket.local.port());
+            OpenOlder { socket, incoming, rest }
+        });
+    Ok(Some(open.collect()))
 }
 
 /// Has the rules forget them.

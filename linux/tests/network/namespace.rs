@@ -1,7 +1,9 @@
 use std::{
-    net::{SocketAddr, UdpSocket},
+    io::{Read, Write},
+    net::{IpAddr, SocketAddr, UdpSocket},
     sync::atomic::{AtomicBool, Ordering},
     thread,
+    time::Duration,
 };
 
 use hauberk_linux::{
@@ -283,6 +285,95 @@ fn a_namespace_without_loopback_is_closed_until_it_has_one() {
         let agent = listen_captured(&network.workload, family, OUTBOUND);
         let mut client = connect(&network.workload, family.remote, 80).unwrap();
         assert_joined(&mut client, &mut accept(&agent).0);
+    }
+}
+
+/// For an agent that counts them, and closes those on which nobody waits for an answer.
+#[test]
+fn open_connections_that_are_older_are_told_with_their_direction_and_rest() {
+    let network = Network::new();
+    let (mut outgoing, mut incoming) = (Vec::new(), Vec::new());
+    for family in families() {
+        let server = listen(&network.remote, family.any, 80);
+        let client = connect(&network.workload, family.remote, 80).unwrap();
+        outgoing.push((client, accept(&server).0));
+        if let IpAddr::V4(remote) = family.remote {
+            // An IPv6 socket's connection of IPv4.
+            let client = connect(&network.workload, remote.to_ipv6_mapped().into(), 80).unwrap();
+            outgoing.push((client, accept(&server).0));
+        }
+        let application = listen(&network.workload, family.any, 8080);
+        let client = connect(&network.remote, family.workload, 8080).unwrap();
+        incoming.push((client, accept(&application).0, application));
+    }
+    let told = || network.in_workload(|| capture::open_older().unwrap());
+    assert!(told().is_none(), "without rules nothing is older than them");
+    let rules = RULES.ruleset().unwrap();
+    network.in_workload(|| install(&rules));
+    let incoming_ends = incoming.iter_mut().map(|(client, server, _)| (client, server));
+    let outgoing_ends = outgoing.iter_mut().map(|(client, server)| (client, server));
+    for (client, server) in outgoing_ends.chain(incoming_ends) {
+        client.write_all(b"ask").unwrap();
+        server.read_exact(&mut [0; 3]).unwrap();
+        // For longer than a tick of the kernel's clock.
+        thread::sleep(Duration::from_millis(15));
+        server.write_all(b"say").unwrap();
+        client.read_exact(&mut [0; 3]).unwrap();
+    }
+    let all = told().unwrap();
+    let directions: Vec<_> = all.iter().map(|one| one.incoming).collect();
+    assert_eq!(directions.iter().filter(|incoming| **incoming).count(), incoming.len());
+    assert_eq!(all.len(), outgoing.len() + incoming.len());
+    thread::sleep(Duration::from_millis(50));
+    let is_idle =
+        |one: &capture::OpenOlder| one.idle().is_some_and(|idle| idle >= Duration::from_millis(40));
+    assert!(told().unwrap().iter().all(is_idle), "all have been answered");
+    outgoing[0].0.write_all(b"asked").unwrap();
+    incoming[0].0.write_all(b"asked").unwrap();
+    thread::sleep(Duration::from_millis(50));
+    let waiting: Vec<_> = told().unwrap().into_iter().filter(|one| !is_idle(one)).collect();
+    let waiting: Vec<_> = waiting.iter().map(|one| (one.incoming, one.socket.local)).collect();
+    let of = |incoming| waiting.iter().filter(|one| one.0 == incoming).count();
+    assert_eq!((of(false), of(true)), (1, 1), "two wait for an answer: {waiting:?}");
+    // One that an application has closed is on its way out, and nobody's any more; the rules leave it alone until its end.
+    drop((outgoing, incoming));
+    assert_eq!(told().unwrap().len(), 0);
+    network.in_workload(|| command("nft delete table inet hauberk"));
+    assert!(told().is_none(), "nobody knows of any");
+}
+
+/// The kernel still has the rest of an answer to send: the rules have to leave that alone, and it is nobody's to close.
+#[test]
+fn an_older_connection_that_drains_is_neither_open_nor_over() {
+    let network = Network::new();
+    let family = families()[0];
+    let application = listen(&network.workload, family.any, 8080);
+    let mut client = connect(&network.remote, family.workload, 8080).unwrap();
+    let (mut served, _) = accept(&application);
+    network.in_workload(|| install(&RULES.ruleset().unwrap()));
+    served.set_nonblocking(true).unwrap();
+    let mut written = 0;
+    while let Ok(length) = served.write(&[1; 65_536]) {
+        written += length;
+    }
+    assert!(written > 100_000, "only {written} bytes wait");
+    drop(served);
+    let state = || {
+        network.in_workload(|| {
+            let open = capture::open_older().unwrap().unwrap().len();
+            (open, capture::closed_older().unwrap().len())
+        })
+    };
+    assert_eq!(state(), (0, 0));
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut answer = Vec::new();
+    client.read_to_end(&mut answer).unwrap();
+    assert_eq!(answer.len(), written);
+    drop(client);
+    let began = std::time::Instant::now();
+    while state() != (0, 1) {
+        assert!(began.elapsed() < PATIENCE, "{:?}", state());
+        thread::sleep(Duration::from_millis(5));
     }
 }
 

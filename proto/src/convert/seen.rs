@@ -22,6 +22,7 @@ pub fn seen_message(edge: &Edge, seen: &Seen) -> v1::SeenEdge {
         outcome: match edge.outcome {
             Outcome::WouldDeny => v1::Outcome::WouldDeny,
             Outcome::Denied => v1::Outcome::Denied,
+            Outcome::Older => v1::Outcome::Older,
         }
         .into(),
         count: seen.count,
@@ -42,6 +43,7 @@ pub fn seen(message: v1::SeenEdge) -> Result<(Edge, Seen), ConvertError> {
         outcome: match v1::Outcome::try_from(message.outcome) {
             Ok(v1::Outcome::WouldDeny) => Outcome::WouldDeny,
             Ok(v1::Outcome::Denied) => Outcome::Denied,
+            Ok(v1::Outcome::Older) => Outcome::Older,
             Ok(v1::Outcome::Unspecified) | Err(_) => {
                 return Err(ConvertError::missing("seen.outcome"));
             }

@@ -1197,6 +1197,12 @@ pub struct WorkloadStatus {
     /// Why the agent is not told of its connections that cannot be captured, so that they are not recorded; empty if it is.
     #[prost(string, tag = "10")]
     pub unreported: ::prost::alloc::string::String,
+    /// How many of its open connections are older than its capture, and go on in clear.
+    #[prost(uint64, tag = "11")]
+    pub older: u64,
+    /// From when on these are closed, in milliseconds since the Unix epoch; 0 if they are not.
+    #[prost(int64, tag = "12")]
+    pub older_closed_unix_ms: i64,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -1235,6 +1241,8 @@ pub enum Outcome {
     WouldDeny = 1,
     /// They were refused for want of a rule.
     Denied = 2,
+    /// They are older than the capture and pass in clear. Their callers are known by their addresses alone.
+    Older = 3,
 }
 impl Outcome {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -1246,6 +1254,7 @@ impl Outcome {
             Self::Unspecified => "OUTCOME_UNSPECIFIED",
             Self::WouldDeny => "OUTCOME_WOULD_DENY",
             Self::Denied => "OUTCOME_DENIED",
+            Self::Older => "OUTCOME_OLDER",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -1254,6 +1263,7 @@ impl Outcome {
             "OUTCOME_UNSPECIFIED" => Some(Self::Unspecified),
             "OUTCOME_WOULD_DENY" => Some(Self::WouldDeny),
             "OUTCOME_DENIED" => Some(Self::Denied),
+            "OUTCOME_OLDER" => Some(Self::Older),
             _ => None,
         }
     }
@@ -1669,6 +1679,9 @@ pub struct GetStatusResponse {
     /// waits for. Certificates are issued as before, if nothing else is said.
     #[prost(string, repeated, tag = "12")]
     pub ca_notes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Whether its nodes and pods are those of a Kubernetes cluster.
+    #[prost(bool, tag = "13")]
+    pub kubernetes: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct NodeInfo {
@@ -1736,6 +1749,10 @@ pub struct WorkloadInfo {
     pub unreached: ::prost::alloc::string::String,
     #[prost(string, tag = "15")]
     pub unreported: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "16")]
+    pub older: u64,
+    #[prost(int64, tag = "17")]
+    pub older_closed_unix_ms: i64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WhyRequest {
@@ -1812,6 +1829,9 @@ pub struct LearnResponse {
     /// How many nodes have left the mesh whose edges this replica has dropped, to make room for those of others.
     #[prost(uint64, tag = "6")]
     pub forgotten_nodes: u64,
+    /// Identities that several workloads have, a sentence each: what is learned for one of them is for all.
+    #[prost(string, repeated, tag = "7")]
+    pub shared_identities: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LearnedEdge {

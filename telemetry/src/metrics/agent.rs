@@ -42,6 +42,10 @@ pub struct AgentMetrics {
     moved: IntCounter,
     capture_restored: IntCounter,
     capture_unreported: IntGauge,
+    plugin_restored: IntCounter,
+    plugin_in_place: IntGauge,
+    older_enforced: IntGauge,
+    older_audited: IntGauge,
     handshakes: Handshakes,
     handshake_wait: Histogram,
     idle_sessions: PerDirection<IntGauge>,
@@ -199,6 +203,12 @@ impl AgentMetrics {
              of their connections.",
             &["direction"],
         )?;
+        let older = make.gauges(
+            "hauberk_older_connections",
+            "Open connections of captured workloads that are older than their capture, and go on \
+             in clear, by the mode of their workloads.",
+            &["mode"],
+        )?;
         let stream = |kind: SessionKind| streams.with_label_values(&[kind.as_str()]);
         let metrics = Self {
             edges,
@@ -213,6 +223,16 @@ impl AgentMetrics {
                 "hauberk_capture_restored_total",
                 "Times that capture rules were found altered by somebody else, and were restored.",
             )?,
+            plugin_restored: make.counter(
+                "hauberk_cni_plugin_restored_total",
+                "Times that another program took the CNI plugin out of the node's network, and it was put back.",
+            )?,
+            plugin_in_place: make.gauge(
+                "hauberk_cni_plugin_in_place",
+                "Whether the CNI plugin is in the node's network: 1 if it is. 0 on a machine that has no pods.",
+            )?,
+            older_enforced: older.with_label_values(&["enforce"]),
+            older_audited: older.with_label_values(&["audit"]),
             capture_unreported: make.gauge(
                 "hauberk_capture_unreported_workloads",
                 "Workloads whose connections that cannot be captured are not recorded.",
@@ -442,6 +462,22 @@ impl AgentMetrics {
     /// Sets of how many workloads the agent is not told which connections cannot be captured.
     pub fn set_capture_unreported(&self, workloads: u64) {
         self.capture_unreported.set(saturating(workloads));
+    }
+
+    /// Notes that another program took the CNI plugin away, and that it is back.
+    pub fn plugin_restored(&self) {
+        self.plugin_restored.inc();
+    }
+
+    /// Sets whether the CNI plugin is in place.
+    pub fn set_plugin_in_place(&self, is: bool) {
+        self.plugin_in_place.set(is.into());
+    }
+
+    /// Sets how many open connections are older than the capture, of enforced and of audited workloads.
+    pub fn set_older_connections(&self, enforced: u64, audited: u64) {
+        self.older_enforced.set(saturating(enforced));
+        self.older_audited.set(saturating(audited));
     }
 
     /// Sets how many workloads of this node are in the mesh, and how many are not.

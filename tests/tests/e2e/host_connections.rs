@@ -6,7 +6,7 @@ use std::{
     net::{SocketAddr, TcpStream},
     os::{fd::OwnedFd, unix::net::UnixStream},
     process::{Child, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail, ensure};
@@ -32,6 +32,7 @@ crate::trials!(
     what_is_opened_over_loopback_while_rules_are_missing_is_cut_and_recorded,
     what_is_opened_under_audit_while_rules_are_missing_goes_on_and_is_recorded,
     sockets_bound_to_an_interface_are_recorded_with_their_workload,
+    what_is_older_than_a_host_s_workloads_is_closed_but_for_undeclared_ports,
 );
 
 const MACHINE_B: u8 = 3;
@@ -123,6 +124,40 @@ impl By {
     }
 }
 
+/// Both workloads, and the policy that allows the caller.
+fn manifest(mode: &str, caller: &Process, store: &Process) -> String {
+    let workload = |name: &str, machine: &str, process: &Process, ports: &str| {
+        format!(
+            "---
+apiVersion: hauberk.dev/v1alpha1
+kind: Workload
+metadata: {{name: {name}, namespace: jobs, labels: {{app: {name}}}}}
+spec:
+  machine: {machine}
+  serviceAccount: {name}
+  process: {}
+  mode: {mode}
+  ports: [{ports}]
+",
+            process.selector()
+        )
+    };
+    workload("caller", "machine-a", caller, "")
+        + &workload("store", "machine-b", store, "7070")
+        + "---
+apiVersion: hauberk.dev/v1alpha1
+kind: AccessPolicy
+metadata: {name: store, namespace: jobs}
+spec:
+  owner: {team: jobs, contact: '#jobs'}
+  target: {selector: {matchLabels: {app: store}}}
+  rules:
+  - name: caller
+    ports: [7070]
+    from: [{serviceAccount: {namespace: jobs, name: caller}}]
+"
+}
+
 /// A caller on machine-a, and a store on machine-b that it may reach.
 struct Pair {
     // The programs end first, or their cgroups would stay.
@@ -143,36 +178,7 @@ impl Pair {
         let before = mesh.wait_revision(0)?;
         let caller_process = by.process("caller", 4444)?;
         let store_process = by.process("store", 4343)?;
-        let workload = |name: &str, machine: &str, process: &Process, ports: &str| {
-            format!(
-                "---
-apiVersion: hauberk.dev/v1alpha1
-kind: Workload
-metadata: {{name: {name}, namespace: jobs, labels: {{app: {name}}}}}
-spec:
-  machine: {machine}
-  serviceAccount: {name}
-  process: {}
-  mode: {mode}
-  ports: [{ports}]
-",
-                process.selector()
-            )
-        };
-        let manifest = workload("caller", "machine-a", &caller_process, "")
-            + &workload("store", "machine-b", &store_process, "7070")
-            + "---
-apiVersion: hauberk.dev/v1alpha1
-kind: AccessPolicy
-metadata: {name: store, namespace: jobs}
-spec:
-  owner: {team: jobs, contact: '#jobs'}
-  target: {selector: {matchLabels: {app: store}}}
-  rules:
-  - name: caller
-    ports: [7070]
-    from: [{serviceAccount: {namespace: jobs, name: caller}}]
-";
+        let manifest = manifest(mode, &caller_process, &store_process);
         mesh.write_manifest("jobs.yaml", &manifest)?;
         mesh.wait_revision(before)?;
         mesh.wait_ready()?;
@@ -352,4 +358,56 @@ fn sockets_bound_to_an_interface_are_recorded_with_their_workload() -> anyhow::R
         ensure!(record["src"]["workload"] == "caller", "{record}");
     }
     Ok(())
+}
+
+/// What users opened before anybody declared them is closed when they are enforced. What comes in on a port that nobody
+/// declared is no business of the mesh, whoever listens.
+fn what_is_older_than_a_host_s_workloads_is_closed_but_for_undeclared_ports() -> anyhow::Result<()>
+{
+    let mesh = Mesh::start_with_agents(&[], &["--older-connections=0s"])?;
+    let before = mesh.wait_revision(0)?;
+    let [caller_process, store_process] = [Process::User(4444), Process::User(4343)];
+    let mut caller = Program::start(&mesh, "machine-a", &caller_process)?;
+    let mut store = Program::start(&mesh, "machine-b", &store_process)?;
+    let mut exporter = Program::start(&mesh, "machine-b", &store_process)?;
+    let undeclared = SocketAddr::new(ipv4(MACHINE_B), 9187);
+    store.make("listen", Pair::target())?;
+    exporter.make("listen", undeclared)?;
+    let mut older = (caller.connect(Pair::target())?, store.accept(Pair::target())?);
+    let mut scraped = (mesh.connect("outside", undeclared)?, exporter.accept(undeclared)?);
+    let talk = |(one, other): &mut (TcpStream, TcpStream)| {
+        one.write_all(b"asked")?;
+        expect(other, b"asked")?;
+        other.write_all(b"answered")?;
+        expect(one, b"answered")
+    };
+    talk(&mut older)?;
+    talk(&mut scraped)?;
+    mesh.write_manifest("jobs.yaml", &manifest("Enforce", &caller_process, &store_process))?;
+    mesh.wait_revision(before)?;
+    mesh.wait_ready()?;
+    match older.0.read(&mut [0]) {
+        Err(error)
+            if [ErrorKind::ConnectionReset, ErrorKind::ConnectionAborted]
+                .contains(&error.kind()) => {}
+        other => bail!("it goes on: {other:?}"),
+    }
+    // By whichever agent looked first: the reset is the end of it for the other one.
+    let recorded = |machine: &str| -> anyhow::Result<bool> {
+        let text = std::fs::read_to_string(mesh.records(machine)).unwrap_or_default();
+        Ok(text.lines().any(|line| line.contains("\"uncaptured\"")))
+    };
+    mesh.wait("the record", PATIENCE, |_| {
+        ensure!(recorded("machine-a")? || recorded("machine-b")?, "nobody has recorded it");
+        Ok(())
+    })?;
+    // For longer than it takes to look at everything again.
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(5) {
+        talk(&mut scraped).context("on a port that nobody declared")?;
+        std::thread::sleep(Duration::from_millis(1_200));
+    }
+    // What is opened anew goes through the mesh.
+    let mut pair = Pair { caller, store, caller_process, _store_process: store_process, mesh };
+    pair.joined().map(drop)
 }

@@ -52,6 +52,7 @@ pub(crate) fn start_with(values: &[&str]) -> anyhow::Result<Cluster> {
         &chart,
         namespace,
         "--set=trustDomain=test.example",
+        "--set=agent.olderConnections=10s",
         "--set",
         &image,
         "--set",

@@ -13,8 +13,10 @@ mod control_plane;
 mod install;
 mod learn;
 mod network_policies;
+mod older;
 mod outage;
 mod owners;
+mod plugin;
 mod pods;
 mod policy;
 mod replicas;
@@ -69,10 +71,12 @@ fn main() -> ExitCode {
         learn::TESTS,
         replicas::TESTS,
         pods::TESTS,
+        plugin::TESTS,
         upgrade::TESTS,
         network_policies::TESTS,
         stolen::TESTS,
         transitions::TESTS,
+        older::TESTS,
         trouble::TESTS,
         outage::TESTS,
         uninstall::TESTS,

@@ -5,7 +5,7 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io::{Read, Write},
-    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
     os::fd::AsRawFd,
     path::Path,
     thread,
@@ -16,6 +16,7 @@ use anyhow::{Context, bail, ensure};
 use hauberk_kubernetes_tests::{Cluster, NODE_A, ipv4};
 use hauberk_linux::Netns;
 use serde_json::Value;
+use socket2::{Domain, Socket, Type};
 
 use crate::{
     Test, agents,
@@ -439,6 +440,30 @@ impl Live {
         stream.set_read_timeout(Some(ANSWER))?;
         stream.set_write_timeout(Some(ANSWER))?;
         Ok(Self { stream, said: 0 })
+    }
+
+    /// The same from this port of the network.
+    pub(crate) fn open_from(
+        network: &Netns,
+        port: u16,
+        server: SocketAddr,
+    ) -> anyhow::Result<Self> {
+        let connect = || -> std::io::Result<TcpStream> {
+            let socket = Socket::new(Domain::for_address(server), Type::STREAM, None)?;
+            socket.set_reuse_address(true)?;
+            socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)).into())?;
+            socket.connect_timeout(&server.into(), ANSWER)?;
+            Ok(socket.into())
+        };
+        let stream = network.run(connect)??;
+        stream.set_read_timeout(Some(ANSWER))?;
+        stream.set_write_timeout(Some(ANSWER))?;
+        Ok(Self { stream, said: 0 })
+    }
+
+    /// Its own port.
+    pub(crate) fn port(&self) -> anyhow::Result<u16> {
+        Ok(self.stream.local_addr()?.port())
     }
 
     pub(crate) fn echo(&mut self) -> anyhow::Result<()> {

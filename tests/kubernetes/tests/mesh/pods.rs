@@ -215,7 +215,36 @@ spec:
         let refused = cluster.exec("loose", "server", &["sh", "-c", &wget(port)]);
         ensure!(refused.is_err(), "port {port} answers a pod without the mesh");
     }
+    probes_are_counted_and_not_each_recorded(cluster)?;
     cluster.kubectl(&["delete", "pod", "--namespace=strict", "probed"])?;
+    Ok(())
+}
+
+/// Two a second come to this pod.
+fn probes_are_counted_and_not_each_recorded(cluster: &Cluster) -> anyhow::Result<()> {
+    let counted = || -> anyhow::Result<f64> {
+        let page = agents::page(cluster, "node-a", "http://127.0.0.1:9465/metrics")?;
+        let of_pod = page.lines().filter(|line| {
+            line.starts_with("hauberk_connections_total{")
+                && line.contains("dst_workload=\"probed\"")
+                && line.contains("dst_port=\"8080\"")
+                && line.contains("decision=\"allow\"")
+        });
+        let values = of_pod.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+        Ok(values.sum())
+    };
+    cluster.wait_until("probes to be counted", PATIENCE, |_| {
+        let count = counted()?;
+        ensure!(count > 12.0, "{count}");
+        Ok(())
+    })?;
+    let lines = agents::lines(cluster, "node-a")?;
+    let recorded = lines
+        .iter()
+        .filter(|line| line.contains("a probe from the node") && line.contains("\"probed\""));
+    let recorded: Vec<_> = recorded.collect();
+    // The first of each kind of end, such as those while it started.
+    ensure!((1..=6).contains(&recorded.len()), "{} were recorded: {recorded:#?}", recorded.len());
     Ok(())
 }
 

@@ -382,6 +382,7 @@ fn the_programs_may_no_more_than_is_written(cluster: &Cluster) -> anyhow::Result
         "machines.hauberk.dev [] [] [get list watch]",
         "machines.hauberk.dev/status [] [] [patch]",
         "namespaces [] [] [get list watch]",
+        "namespaces/status [] [] [patch]",
         "nodes [] [] [get list watch]",
         "pods [] [] [get list watch]",
         "serviceaccounts [] [] [get list watch]",

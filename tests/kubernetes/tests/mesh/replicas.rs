@@ -63,7 +63,10 @@ fn what_is_denied_is_followed(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 /// The `hauberk` command, as somebody with a kubeconfig runs it.
-fn hauberk(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<std::process::Output> {
+pub(crate) fn hauberk(
+    cluster: &Cluster,
+    arguments: &[&str],
+) -> anyhow::Result<std::process::Output> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg(crate::AS_HAUBERK).args(arguments).env("KUBECONFIG", cluster.kubeconfig());
     command.env_remove("HAUBERK_SOCKET");
@@ -133,8 +136,8 @@ fn a_check_finds_what_is_wrong(cluster: &Cluster) -> anyhow::Result<()> {
         .replace("name: checkout}", "name: chekcout}");
     let wanted = "✗ AccessPolicy payments/misspelt: rule checkout allows \
                   spiffe://test.example/ns/shop/sa/chekcout, which no registered workload has\n    \
-                  hint: a name may be misspelt, a Workload manifest missing, or a pod not fit for \
-                  the mesh\n";
+                  hint: it says what to mend; where a name is not known, it may be misspelt, or its \
+                  namespace not labelled\n";
     cluster.apply(&misspelt)?;
     cluster.wait_until("the finding", PATIENCE, |cluster| {
         let (code, text) = checked(cluster)?;

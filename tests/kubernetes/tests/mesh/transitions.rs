@@ -132,7 +132,7 @@ impl<'a> Load<'a> {
     }
 }
 
-fn label(cluster: &Cluster, label: &str) -> anyhow::Result<()> {
+pub(crate) fn label(cluster: &Cluster, label: &str) -> anyhow::Result<()> {
     let change = ["label", "--overwrite", "namespace", "shop", "payments", label];
     cluster.kubectl(&change).map(drop)
 }
@@ -237,7 +237,7 @@ fn walk(
 }
 
 /// Whether a pod of `node-a` has nothing of the mesh.
-fn free(cluster: &Cluster, pod: IpAddr) -> anyhow::Result<()> {
+pub(crate) fn free(cluster: &Cluster, pod: IpAddr) -> anyhow::Result<()> {
     let tables = in_pod(cluster, "node-a", &pod.to_string(), "nft list tables")?;
     ensure!(!tables.contains("hauberk"), "{tables}");
     Ok(())

@@ -114,6 +114,8 @@ fn uninstalling_leaves_nothing_and_pods_talk(cluster: &Cluster) -> anyhow::Resul
         "--output=name",
     ])?;
     ensure!(left.trim().is_empty(), "{left}");
+    let namespaces = cluster.kubectl(&["get", "namespaces", "--output=json"])?;
+    ensure!(!namespaces.contains("hauberk.dev/Captured"), "a condition is left: {namespaces}");
     let webhooks = cluster.kubectl(&["get", "validatingwebhookconfigurations", "--output=name"])?;
     ensure!(!webhooks.contains("hauberk"), "{webhooks}");
     // What owners declared stays, and can be deleted without anybody's help.
