@@ -29,11 +29,11 @@ use crate::{
     duties::{Means, OnDuty},
     handover::{Before, End, Incumbent, Replaced, Successors, is_taken, tell_when_ready},
     identity::{
-        Attestation, Identities, NODE_CHECK, Node, PodToken, join_for_another, regain_beside,
-        tend_or_follow,
+        Attestation, Identities, NODE_CHECK, Node, PodToken, forget_another, forget_workloads,
+        join_for_another, regain_beside, tend_or_follow,
     },
     pages::Pages,
-    policy::{Enforcer, Owner, POLICY_CHECK, Subscription, kept_owner},
+    policy::{Enforcer, Owner, POLICY_CHECK, Subscription, forget_kept, kept_owner},
 };
 
 /// Threads for everything that is not a connection: certificates, policies, captures, pages.
@@ -150,6 +150,10 @@ pub async fn run(
     node.reload();
     let successors = Successors::listen(&args.data)?;
     let replaced = Replaced::default();
+    forget_another(&args.data, || {
+        forget_kept(&args.data)?;
+        forget_workloads(&args.data)
+    })?;
     let enforcer = Arc::new(Enforcer::open(
         Owner { node: node.name.clone(), trust_domain: node.slot.id().trust_domain().clone() },
         &args.data,
@@ -183,6 +187,7 @@ pub async fn run(
                 bin: args.cni_bin_dir.clone(),
                 configurations: args.cni_conf_dir.clone(),
                 socket: args.cni_socket.clone(),
+                namespaces: cni::namespaces_file(&args.data),
                 exempt: args.cni_exempt_namespaces.clone(),
             };
             (Some((server, args.cni_socket.clone())), Some(installation))

@@ -1,9 +1,11 @@
 //! The agent's end of the CNI plugin: no pod of the mesh starts before it is captured.
 //!
 //! `install.rs` puts the plugin and its entry in the node's network configuration in place, `keep.rs` keeps both there.
+//! `namespaces.rs` leaves word for the plugin, for when no agent answers it.
 
 mod install;
 mod keep;
+mod namespaces;
 
 use std::{
     collections::HashMap,
@@ -25,6 +27,7 @@ use tokio::{
 
 pub(crate) use install::{Installation, uninstall};
 pub(crate) use keep::Keeper;
+pub(crate) use namespaces::{leave_word, path as namespaces_file};
 
 use crate::{capture::StatusBoard, handover::Replaced, policy::Snapshot};
 

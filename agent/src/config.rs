@@ -48,7 +48,8 @@ pub struct Args {
     pub cri_socket: PathBuf,
 
     /// On a Kubernetes node: the CNI plugin that comes with this agent, to be chained to the node's network,
-    /// so that no pod starts before it is captured.
+    /// so that no pod starts before it is captured. While no agent answers, the plugin goes by a file of the data folder,
+    /// which has to be at the same path here and on the host.
     #[arg(long, env = "HAUBERK_CNI_PLUGIN", value_name = "FILE")]
     pub cni_plugin: Option<PathBuf>,
 

@@ -16,7 +16,7 @@ type Name = (String, String);
 /// Who is there, and who has left.
 #[derive(Default)]
 pub(crate) struct Departed {
-    revision: u64,
+    version: (u64, u64),
     present: HashSet<Name>,
     gone: HashMap<Name, Instant>,
 }
@@ -24,8 +24,8 @@ pub(crate) struct Departed {
 impl Departed {
     /// The workloads whose time is over, each once.
     pub(crate) fn look(&mut self, snapshot: &Snapshot, now: Instant) -> Vec<Name> {
-        if self.revision != snapshot.revision {
-            self.revision = snapshot.revision;
+        let version = (snapshot.epoch, snapshot.revision);
+        if std::mem::replace(&mut self.version, version) != version {
             self.take(snapshot.names().collect(), now);
         }
         self.over(now)

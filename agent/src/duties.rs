@@ -42,6 +42,7 @@ pub(crate) struct OnDuty {
     capturing: JoinHandle<(Captures, Captured)>,
     answering: Option<AbortOnDropHandle<()>>,
     keeper: Option<Keeper>,
+    _word: Option<AbortOnDropHandle<()>>,
     subscribed: AbortOnDropHandle<()>,
 }
 
@@ -73,6 +74,11 @@ impl OnDuty {
         // A pod that starts before there is any state waits.
         let metrics = &means.context.metrics;
         let keeper = means.installation.clone().map(|one| Keeper::start(one, metrics.clone()));
+        let word = means.installation.as_ref().zip(means.plugin.as_ref());
+        let word = word.map(|(one, (server, _))| {
+            let leaving = cni::leave_word(one.namespaces.clone(), server.snapshots.clone());
+            AbortOnDropHandle::new(tokio::spawn(leaving))
+        });
         let subscribed = tokio::spawn(means.subscription.clone().run());
         Ok(Self {
             // On a thread of its own: it asks the kernel about every workload, and what is ready on a thread that carries
@@ -82,6 +88,7 @@ impl OnDuty {
             }),
             answering,
             keeper,
+            _word: word,
             subscribed: AbortOnDropHandle::new(subscribed),
             means,
         })

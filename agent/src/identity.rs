@@ -13,6 +13,6 @@ mod trouble;
 pub(crate) use control_plane::{ControlPlane, explain};
 pub(crate) use enroll::{PodToken, roots};
 pub(crate) use kept::Kept;
-pub(crate) use node::{Attestation, Node, join_for_another};
-pub(crate) use rotate::{Identities, LocalIdentity};
+pub(crate) use node::{Attestation, Node, forget_another, join_for_another};
+pub(crate) use rotate::{Identities, LocalIdentity, forget as forget_workloads};
 pub(crate) use tend::{NODE_CHECK, regain_beside, tend_or_follow};

@@ -5,7 +5,7 @@ use std::{collections::HashMap, io::Read, io::Write, path::PathBuf, time::Durati
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::{Answer, Question, Verb};
+use crate::{Answer, Namespaces, Question, Standing, Verb};
 
 /// The plugin's type, which is the name of its file.
 pub const PLUGIN_TYPE: &str = "hauberk-cni";
@@ -28,6 +28,9 @@ pub struct Configuration {
     /// Namespaces whose pods start without asking: those that the mesh itself needs.
     #[serde(default)]
     pub exempt_namespaces: Vec<String>,
+    /// What the agent knew last of the namespaces. Without it no pod starts while no agent answers.
+    #[serde(default)]
+    pub namespaces_file: Option<PathBuf>,
     /// What the plugins before this one made.
     #[serde(default)]
     pub prev_result: Option<Value>,
@@ -148,15 +151,41 @@ fn ask(
             "the pod must not start unprotected",
             format!("Hauberk's agent on this node: {reason}"),
         )),
-        Err(error) => Err(Failure::new(
-            11,
-            "the pod must not start unprotected",
-            format!(
-                "Hauberk's agent on this node does not answer at {}: {error}; see to the pods of the DaemonSet \
-                 hauberk-agent",
-                configuration.agent_socket.display()
-            ),
+        Err(error) => {
+            let why = match without_an_agent(configuration, &question.namespace) {
+                Ok(()) => return Ok(()),
+                Err(why) => why,
+            };
+            Err(Failure::new(
+                11,
+                "the pod must not start unprotected",
+                format!(
+                    "Hauberk's agent on this node does not answer at {}: {error}; see to the pods of the DaemonSet \
+                     hauberk-agent; {why}",
+                    configuration.agent_socket.display()
+                ),
+            ))
+        }
+    }
+}
+
+/// Whether a pod of this namespace starts while no agent answers; if not, why.
+fn without_an_agent(configuration: &Configuration, namespace: &str) -> Result<(), String> {
+    let Some(path) = &configuration.namespaces_file else {
+        return Err("nothing says which namespaces are not in the mesh".to_owned());
+    };
+    let standing = Namespaces::read(path).and_then(|known| known.standing(namespace));
+    match standing {
+        Ok(Standing::Outside | Standing::NeverKnown) => Ok(()),
+        Ok(Standing::Mesh) => Err(format!(
+            "namespace {namespace} is in the mesh; if Hauberk was removed without `helm uninstall`, install it again"
         )),
+        Ok(Standing::Unknown(left)) => Err(format!(
+            "namespace {namespace} is newer than what the agent knew, and may be in the mesh: its pods start in {} s if no \
+             agent is back by then",
+            left.as_secs()
+        )),
+        Err(error) => Err(format!("{}: {error}", path.display())),
     }
 }
 
@@ -237,6 +266,29 @@ mod tests {
         assert!(result["details"].as_str().unwrap().contains("hauberk-agent"), "{result}");
         assert!(call("ADD", "kube-system", &text).0);
         assert!(call("DEL", "shop", &text).0, "what is there can always be taken down");
+    }
+
+    #[test]
+    fn without_an_agent_pods_start_whose_namespace_it_knew_to_be_outside() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("namespaces.json");
+        let mut text: Value =
+            serde_json::from_str(&configuration(&folder.path().join("none.sock"))).unwrap();
+        text["namespacesFile"] = json!(path);
+        let text = text.to_string();
+        let told = |namespace| {
+            let (worked, result) = call("ADD", namespace, &text);
+            (worked, result["details"].as_str().unwrap_or_default().to_owned())
+        };
+        let (worked, why) = told("other");
+        assert!(!worked && why.contains("namespaces.json: No such file"), "{why}");
+        let names = |name: &str| [name.to_owned()].into();
+        Namespaces::new(names("shop"), names("other")).unwrap().write(&path).unwrap();
+        assert_eq!(told("other"), (true, String::new()));
+        let (worked, why) = told("shop");
+        assert!(!worked && why.contains("namespace shop is in the mesh"), "{why}");
+        let (worked, why) = told("new");
+        assert!(!worked && why.contains("newer than what the agent knew"), "{why}");
     }
 
     #[test]

@@ -38,7 +38,7 @@ use crate::{
     custody::{self, Custody, Look, Pace},
     issuance::IssuanceRate,
     kubernetes,
-    policy::{Emptied, HEALTH_CHECK, Publisher},
+    policy::{self, Emptied, HEALTH_CHECK, Publisher},
     serve,
     store::Store,
 };
@@ -124,6 +124,10 @@ pub async fn run(
         authority = custody.begin(&health) => authority.context("open the certificate authority")?,
         () = &mut stop => return Ok(()),
     };
+    if args.new_epoch {
+        let epoch = store.begin_epoch(policy::seconds(hauberk_tls::now()))?;
+        tracing::warn!(target: "hauberk.audit", epoch, "the numbering of the revisions begins anew (--new-epoch)");
+    }
     let publisher = Publisher::start(
         cluster.is_none().then(|| args.manifests.clone()),
         if args.allow_empty { Emptied::Confirmed } else { Emptied::Refused },
@@ -174,8 +178,13 @@ pub async fn run(
         None => drop(tokio::spawn(publisher.watch())),
         Some(cluster) => {
             let (webhook, fleet) = (cluster.webhook(), shared.fleet.clone());
-            let (follower, writer) =
-                cluster.follower(publisher, &args.trust_domain, health.clone(), fleet);
+            let (follower, writer) = cluster.follower(
+                publisher,
+                &args.trust_domain,
+                health.clone(),
+                fleet,
+                args.taint_nodes,
+            );
             if let Some(listener) = webhook_listener {
                 webhook.start(listener, writer.leads.clone(), shared.clone())?;
             }

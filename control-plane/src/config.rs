@@ -51,6 +51,19 @@ pub struct Args {
     #[arg(long, conflicts_with = "kubernetes")]
     pub allow_empty: bool,
 
+    /// Begin the numbering of the revisions anew at this start: agents take what this control plane says for newer than
+    /// all before.
+    ///
+    /// After a backup was restored, agents refuse what is older than what they enforce. It is for one start: leave it
+    /// out of the command of a service. In a cluster, delete the ConfigMap hauberk-state instead.
+    #[arg(long, conflicts_with = "kubernetes")]
+    pub new_epoch: bool,
+
+    /// In a cluster: give nodes whose agent is not ready the taint hauberk.dev/agent-not-ready, so that no further pods are
+    /// sent there.
+    #[arg(long, env = "HAUBERK_TAINT_NODES", requires = "kubernetes")]
+    pub taint_nodes: bool,
+
     /// Take policies, pods and services from the Kubernetes API, and keep the CA and the revision there,
     /// instead of a manifest folder and files: for control planes that run in a cluster.
     #[arg(long, env = "HAUBERK_KUBERNETES", conflicts_with = "manifests")]
@@ -166,6 +179,8 @@ impl Args {
             data: "/var/lib/hauberk/control-plane".into(),
             manifests: "/etc/hauberk/manifests".into(),
             allow_empty: false,
+            new_epoch: false,
+            taint_nodes: false,
             kubernetes: false,
             ca: None,
             ca_secret: None,

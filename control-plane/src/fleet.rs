@@ -10,7 +10,7 @@ use hauberk_core::time::Timestamp;
 use hauberk_proto::v1;
 use tokio::sync::broadcast;
 
-use crate::seen::Memory;
+use crate::{policy::Version, seen::Memory};
 
 /// How many denied connections are kept for people who ask.
 const KEPT_DENIALS: usize = 10_000;
@@ -26,10 +26,18 @@ pub(crate) struct Agent {
     /// When the newest of them was opened.
     pub(crate) connected: Option<Timestamp>,
     pub(crate) version: String,
-    pub(crate) enforced_revision: u64,
+    /// What it enforces.
+    pub(crate) enforced: Version,
     pub(crate) refused: Option<String>,
     pub(crate) last_seen: Option<Timestamp>,
     pub(crate) status: v1::AgentStatus,
+}
+
+impl Agent {
+    /// What it enforces, as a revision of this epoch; zero if it is of another one.
+    pub(crate) fn enforced_in(&self, epoch: u64) -> u64 {
+        if self.enforced.epoch == epoch { self.enforced.revision } else { 0 }
+    }
 }
 
 #[derive(Debug)]

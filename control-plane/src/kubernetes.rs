@@ -125,6 +125,7 @@ impl Connection {
         trust_domain: &TrustDomain,
         health: Health,
         fleet: Arc<Fleet>,
+        taints_nodes: bool,
     ) -> (Follower, StatusWriter) {
         let (states, objects) = watch::channel(Arc::default());
         let follower = Follower {
@@ -143,6 +144,7 @@ impl Connection {
             report: Report::new(client.clone(), namespace, self.replica),
             client,
             cluster: self.cluster,
+            taints_nodes,
             fleet,
             publisher,
             objects,

@@ -79,6 +79,9 @@ pub(crate) struct Node {
 /// The last published state.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Revision {
+    /// When the numbering began, in seconds since the Unix epoch; zero before the first revision.
+    #[serde(default)]
+    pub(crate) epoch: u64,
     pub(crate) number: u64,
     pub(crate) state_hash: String,
 }
@@ -340,6 +343,13 @@ impl Store {
             meta.get("revision")?
                 .map_or(Ok(Revision::default()), |bytes| decode("revision", bytes.value()))
         })
+    }
+
+    /// Begins the numbering anew, as of this time in seconds: what comes is newer than all that was published.
+    pub(crate) fn begin_epoch(&self, now: u64) -> Result<u64, StoreError> {
+        let epoch = now.max(self.revision()?.epoch.saturating_add(1));
+        self.save_revision(&Revision { epoch, ..Revision::default() })?;
+        Ok(epoch)
     }
 
     pub(crate) fn save_revision(&self, revision: &Revision) -> Result<(), StoreError> {

@@ -79,6 +79,7 @@ impl Agent {
             agent_version: "test".to_owned(),
             revision: known.revision,
             state_hash: known.state_hash.clone(),
+            epoch: known.epoch,
         };
         reports.send(v1::AgentReport { kind: Some(Kind::Hello(hello)) }).await.unwrap();
         let outgoing = ReceiverStream::new(outgoing);

@@ -17,6 +17,6 @@ pub use model::*;
 pub use namespace::MeshNamespace;
 pub use node::MeshNode;
 pub use reason::Reason;
-pub use service::{Backends, Hints, MeshService, Reach};
+pub use service::{Backends, Hints, MeshService, NodePort, Reach};
 pub use table::{DecisionTable, Request};
 pub use verdict::{Allowed, Denial, NearestMiss, Verdict};

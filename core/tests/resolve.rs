@@ -587,6 +587,7 @@ fn a_rule_about_the_port_of_a_service_is_told_of_that_of_its_pods() {
             backends.iter().map(|text| (text.parse().unwrap(), Hints::default())).collect(),
         )]
         .into(),
+        node_ports: [].into(),
         reach: Reach::Cluster,
         affinity: None,
     };

@@ -78,10 +78,25 @@ pub struct Change {
     pub is_wording: bool,
 }
 
-/// The condition that a namespace has, if it has one.
-pub(crate) fn condition(namespace: &Namespace) -> Option<NamespaceCondition> {
-    let conditions = namespace.status.as_ref()?.conditions.as_ref()?;
-    conditions.iter().find(|condition| condition.type_ == CAPTURED).cloned()
+/// What a namespace says of itself.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct NamespaceFacts {
+    /// The condition, if it has it.
+    pub(crate) condition: Option<NamespaceCondition>,
+    /// Somebody has deleted it.
+    pub(crate) is_ending: bool,
+}
+
+impl NamespaceFacts {
+    pub(crate) fn new(namespace: &Namespace) -> Self {
+        let status = namespace.status.as_ref();
+        let conditions = status.and_then(|status| status.conditions.as_ref()).into_iter().flatten();
+        let mut ours = conditions.filter(|condition| condition.type_ == CAPTURED);
+        Self {
+            condition: ours.next().cloned(),
+            is_ending: namespace.metadata.deletion_timestamp.is_some(),
+        }
+    }
 }
 
 /// What to write so that a namespace has this condition, or none; nothing if it is so already.

@@ -20,12 +20,15 @@ use kube::{
 use tokio::sync::watch;
 
 use crate::{
-    MODE_LABEL, captured, crd,
+    MODE_LABEL,
+    captured::NamespaceFacts,
+    crd,
     objects::ManifestObject,
     pods::PodFacts,
     replicas::{self, Reported},
     retire::{AGENTS, RETIRING},
     services::{ServiceFacts, SliceFacts},
+    taints::{self, AGENT_PODS, AgentPod, NodeAgents, NodeTaints, by_node},
     watched::Watched,
 };
 
@@ -40,16 +43,18 @@ pub struct Cluster {
     service_accounts: Arc<Watched<bool>>,
     /// Each with its label.
     namespaces: Arc<Watched<Option<String>>>,
-    /// Each with its zone.
-    nodes: Arc<Watched<Option<String>>>,
+    nodes: Arc<Watched<NodeFacts>>,
     services: Arc<Watched<ServiceFacts>>,
     slices: Arc<Watched<SliceFacts>>,
     /// What the replicas of the control plane say of their agents.
     replicas: Arc<Watched<Reported>>,
-    /// Whether each says that its pods are captured.
-    captured: Arc<Watched<Option<NamespaceCondition>>>,
+    /// What each says of itself.
+    captured: Arc<Watched<NamespaceFacts>>,
     /// Where the mesh itself runs.
     own_namespace: String,
+    /// For what keeps pods away from nodes without agents.
+    taints: Arc<Watched<NodeTaints>>,
+    agents: Arc<Watched<AgentPod>>,
     changed: watch::Receiver<u64>,
 }
 
@@ -68,8 +73,8 @@ pub struct Snapshot {
     pub namespaces: Vec<MeshNamespace>,
     /// The names of all nodes.
     pub nodes: Vec<String>,
-    /// The nodes that are in a zone, if a service asks for zones.
-    pub zones: Vec<MeshNode>,
+    /// What services ask of nodes: zones, or addresses.
+    pub places: Vec<MeshNode>,
     /// Service accounts that several workloads have, a sentence each: to policies they are one.
     pub shared_identities: Vec<String>,
     /// What people should know: pods that cannot be in the mesh, for one.
@@ -117,7 +122,7 @@ impl Cluster {
                 "Node",
                 Api::<Node>::all(client.clone()),
                 sender.clone(),
-                |node| node.labels().get(ZONE).filter(|zone| !zone.is_empty()).cloned(),
+                NodeFacts::new,
             ),
             services: Watched::follow(
                 "Service",
@@ -142,8 +147,21 @@ impl Cluster {
             captured: Watched::follow(
                 "Namespace",
                 Api::<Namespace>::all(client.clone()),
+                quiet.clone(),
+                |namespace| NamespaceFacts::new(&namespace),
+            ),
+            taints: Watched::follow(
+                "Node",
+                Api::<Node>::all(client.clone()),
+                quiet.clone(),
+                NodeTaints::new,
+            ),
+            agents: Watched::follow_some(
+                "Pod",
+                Api::<Pod>::namespaced(client.clone(), own_namespace),
+                watcher::Config::default().labels(AGENT_PODS),
                 quiet,
-                |namespace| captured::condition(&namespace),
+                AgentPod::new,
             ),
             own_namespace: own_namespace.to_owned(),
             changed,
@@ -186,10 +204,53 @@ impl Cluster {
     /// The conditions of all namespaces that say whether their pods are captured; nothing before they are listed.
     #[must_use]
     pub fn captured(&self) -> Option<BTreeMap<String, Option<NamespaceCondition>>> {
-        self.captured.is_listed().then(|| self.captured.read(|all, _| all.clone()))
+        let conditions = |all: &BTreeMap<String, NamespaceFacts>| {
+            all.iter().map(|(name, facts)| (name.clone(), facts.condition.clone())).collect()
+        };
+        self.captured.is_listed().then(|| self.captured.read(|all, _| conditions(all)))
     }
 
-    fn is_retiring(&self) -> bool {
+    /// Whether the namespace of the mesh itself is being deleted.
+    #[must_use]
+    pub fn is_ending(&self) -> bool {
+        self.captured.read(|all, _| all.get(&self.own_namespace).is_some_and(|own| own.is_ending))
+    }
+
+    /// All nodes, and whether pods may be sent there; nothing before they and the agents' pods are listed.
+    #[must_use]
+    pub fn node_agents(&self) -> Option<BTreeMap<String, NodeAgents>> {
+        let is_known = self.taints.is_listed()
+            && self.agents.is_listed()
+            // Which say whether the mesh goes on.
+            && self.service_accounts.is_listed()
+            && self.captured.is_listed();
+        is_known.then(|| {
+            self.taints
+                .read(|nodes, _| self.agents.read(|agents, _| by_node(nodes, agents.values())))
+        })
+    }
+
+    /// Gives a node the taint [`AGENT_NOT_READY`](crate::AGENT_NOT_READY), or takes it away. Returns whether it did: if the
+    /// node has changed since it was looked at, nothing happens.
+    ///
+    /// # Errors
+    /// If the API server refuses. A node that is gone is none.
+    pub async fn taint(
+        &self,
+        client: &Client,
+        node: &str,
+        tainted: bool,
+    ) -> Result<bool, kube::Error> {
+        let known = self.taints.read(|nodes, _| nodes.get(node).cloned());
+        match known {
+            None => Ok(false),
+            Some(known) => taints::write(client, node, &known, tainted).await,
+        }
+    }
+
+    /// Whether the mesh is about to be uninstalled, and every pod is let go.
+    #[must_use]
+    pub fn is_retiring(&self) -> bool {
         let agents = format!("{}/{AGENTS}", self.own_namespace);
         self.service_accounts.read(|all, _| all.get(&agents) == Some(&true))
     }
@@ -287,11 +348,17 @@ impl Cluster {
         let machines = snapshot.objects.iter().filter(|object| object.kind == "Machine");
         let of_machines: Vec<IpAddr> =
             machines.flat_map(|object| addresses(&object.text)).collect();
-        let mut of_pods = Vec::new();
+        let (mut of_pods, mut of_captured) = (Vec::new(), HashSet::new());
         self.pods.read(|pods, version| {
             snapshot.seen.insert("Pod".to_owned(), version);
             let there = pods.values().filter(|pod| !pod.over);
-            of_pods.extend(there.flat_map(|pod| pod.addresses.iter().copied()));
+            for pod in there {
+                of_pods.extend(pod.addresses.iter().copied());
+                // The others have their node's.
+                if !pod.host_network {
+                    of_captured.extend(pod.addresses.iter().copied());
+                }
+            }
             self.service_accounts.read(|accounts, version| {
                 // Whether they say that the mesh is retiring was read before.
                 snapshot.seen.entry("ServiceAccount".to_owned()).or_insert(version);
@@ -335,16 +402,45 @@ impl Cluster {
                 services.values().filter_map(resolve).collect()
             })
         });
-        let asks = snapshot.services.iter().any(MeshService::asks_for_zones);
+        let zones = snapshot.services.iter().any(MeshService::asks_for_zones);
+        let ports = snapshot.services.iter().any(|service| !service.node_ports.is_empty());
+        // A node that says so does not become a pod, nor a service.
+        let of_services = snapshot.services.iter().flat_map(|service| service.addresses.iter());
+        of_captured.extend(of_services.copied());
         self.nodes.read(|nodes, version| {
             snapshot.nodes = nodes.keys().cloned().collect();
             // Always: who had seen them would be taken for one that is behind when no service asks any more.
             snapshot.seen.insert(self.nodes.what().to_owned(), version);
-            if asks {
-                snapshot.zones = zones(nodes);
-            }
+            let place = |(name, facts): (&String, &NodeFacts)| {
+                let addresses = facts.addresses.iter().filter(|_| ports).copied();
+                let addresses = addresses.filter(|one| !of_captured.contains(one)).collect();
+                let zone = facts.zone.clone().filter(|_| zones);
+                Some(MeshNode { name: name.parse().ok()?, zone, addresses })
+            };
+            let places = nodes.iter().filter_map(place);
+            snapshot.places = places
+                .filter(|place| place.zone.is_some() || !place.addresses.is_empty())
+                .collect();
         });
         snapshot
+    }
+}
+
+/// What is needed of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct NodeFacts {
+    zone: Option<String>,
+    addresses: BTreeSet<IpAddr>,
+}
+
+impl NodeFacts {
+    fn new(node: Node) -> Self {
+        let zone = node.labels().get(ZONE).filter(|zone| !zone.is_empty()).cloned();
+        let listed = node.status.and_then(|status| status.addresses).unwrap_or_default();
+        let of_use = listed
+            .into_iter()
+            .filter(|one| matches!(one.type_.as_str(), "InternalIP" | "ExternalIP"));
+        Self { zone, addresses: of_use.filter_map(|one| one.address.parse().ok()).collect() }
     }
 }
 
@@ -370,13 +466,6 @@ fn addresses(manifest: &str) -> Vec<IpAddr> {
     let listed = manifest.pointer("/spec/addresses").and_then(serde_json::Value::as_array);
     let texts = listed.into_iter().flatten().filter_map(serde_json::Value::as_str);
     texts.filter_map(|text| text.parse().ok()).collect()
-}
-
-fn zones(nodes: &BTreeMap<String, Option<String>>) -> Vec<MeshNode> {
-    let zoned = nodes.iter().filter_map(|(name, zone)| {
-        Some(MeshNode { name: name.parse().ok()?, zone: zone.clone()? })
-    });
-    zoned.collect()
 }
 
 /// The namespaces that are in the mesh. The one of the mesh itself never is: agents could not reach the control plane, and

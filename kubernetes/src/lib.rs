@@ -16,6 +16,7 @@ mod retire;
 mod services;
 mod shared;
 mod status;
+mod taints;
 mod watched;
 mod webhook;
 
@@ -33,6 +34,7 @@ pub use replicas::{Enforced, Report, Reported};
 pub use retire::{RetireError, retire};
 pub use shared::{Agreement, KeptRoots, PublishedRoots, Shared, SharedError};
 pub use status::{Told, status_of, write_status};
+pub use taints::{AGENT_NOT_READY, NodeAgents};
 pub use webhook::{Registration, register, registration};
 
 /// The label of a namespace that puts its pods into the mesh, and says how: `enforce`, `audit` or `off`.

@@ -34,6 +34,8 @@ pub(crate) struct ServiceFacts {
     created: String,
     /// TCP ports by their names.
     ports: Vec<(String, u16)>,
+    /// The ports of nodes, each with the one of these that it leads to.
+    node_ports: BTreeMap<u16, u16>,
     reach: Reach,
     affinity: Option<Duration>,
 }
@@ -69,8 +71,14 @@ impl ServiceFacts {
         let balancers = balancers.into_iter().filter(is_address).filter_map(|one| one.ip);
         let given = spec.external_ips.unwrap_or_default().into_iter().chain(balancers);
         let listed = spec.cluster_ips.unwrap_or_default().into_iter().chain(spec.cluster_ip);
-        let ports = spec.ports.unwrap_or_default().into_iter();
+        let ports = spec.ports.unwrap_or_default();
+        let number = |port: i32| u16::try_from(port).ok().filter(|number| *number > 0);
+        let tcp = ports.iter().filter(|port| is_tcp(port.protocol.as_deref()));
+        let on_nodes = tcp.filter_map(|port| Some((number(port.node_port?)?, number(port.port)?)));
+        let node_ports = on_nodes.collect();
+        let ports = ports.into_iter();
         Self {
+            node_ports,
             namespace,
             name,
             // A headless one has "None".
@@ -79,12 +87,7 @@ impl ServiceFacts {
             created: created.unwrap_or_default(),
             ports: ports
                 .filter(|port| is_tcp(port.protocol.as_deref()))
-                .filter_map(|port| {
-                    Some((
-                        port.name.unwrap_or_default(),
-                        u16::try_from(port.port).ok().filter(|number| *number > 0)?,
-                    ))
-                })
+                .filter_map(|port| Some((port.name.unwrap_or_default(), number(port.port)?)))
                 .collect(),
             reach: match spec.internal_traffic_policy.as_deref() {
                 Some("Local") => Reach::Node,
@@ -159,6 +162,7 @@ impl ServiceFacts {
             name: self.name.parse().ok()?,
             addresses,
             ports,
+            node_ports: self.node_ports.clone(),
             reach: self.reach,
             affinity: self.affinity,
         })

@@ -2,7 +2,11 @@
 //! agents trust and for how long, and which revision the state has. The CA that somebody brings is read here,
 //! too, and never written.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use hauberk_core::time::Timestamp;
 use k8s_openapi::{
@@ -49,6 +53,30 @@ const ATTEMPTS: usize = 8;
 pub struct Shared {
     client: Client,
     namespace: String,
+    /// The newest of what the replicas agreed on, as far as this one knows.
+    known: Arc<Mutex<Known>>,
+}
+
+/// What outlives the ConfigMap that the replicas agree in.
+#[derive(Debug, Default)]
+struct Known {
+    epoch: u64,
+    seen: BTreeMap<String, u64>,
+}
+
+impl Known {
+    fn learn(&mut self, epoch: u64, kept: &Kept) {
+        self.epoch = self.epoch.max(epoch);
+        for (kind, version) in &kept.seen {
+            let known = self.seen.entry(kind.clone()).or_default();
+            *known = (*known).max(*version);
+        }
+    }
+
+    /// What stands in for one that was deleted: a replica that is behind does not begin anew.
+    fn beginning(&self) -> Kept {
+        Kept { epoch: self.epoch.saturating_add(1), seen: self.seen.clone(), ..Kept::default() }
+    }
 }
 
 /// What is known of the roots, as it is kept.
@@ -110,7 +138,12 @@ pub enum SharedError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Agreement {
     /// This one.
-    Revision(u64),
+    Revision {
+        /// When the numbering began, in seconds since the Unix epoch.
+        epoch: u64,
+        /// From 1.
+        revision: u64,
+    },
     /// Another replica has seen more of these kinds already: this state is old, and must not be given out.
     Behind(Vec<String>),
 }
@@ -118,6 +151,10 @@ pub enum Agreement {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Kept {
+    /// At least this, if the object itself is not younger: clocks may have been set back since.
+    /// The version before knows none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    epoch: u64,
     number: u64,
     state_hash: String,
     /// What whoever wrote this had seen of each kind.
@@ -136,7 +173,7 @@ impl Shared {
     /// In the namespace of this control plane.
     #[must_use]
     pub fn new(client: Client, namespace: String) -> Self {
-        Self { client, namespace }
+        Self { client, namespace, known: Arc::default() }
     }
 
     /// What time it is at the API server, in whole seconds; nothing if it does not tell.
@@ -312,17 +349,26 @@ impl Shared {
             let found =
                 maps.get_opt(STATE).await.map_err(self.failed("read ConfigMap hauberk-state"))?;
             let kept = match &found {
-                None => Kept::default(),
-                Some(map) => self.read_state(map)?,
+                None => self.known().beginning(),
+                Some(map) => {
+                    let (epoch, kept) = self.read_state(map)?;
+                    let known = self.known().epoch;
+                    if epoch < known {
+                        // As after a backup was restored, or a clock was set back: agents would refuse it.
+                        Kept { epoch: known.saturating_add(1), number: 0, ..kept }
+                    } else if kept.state_hash == state_hash {
+                        return Ok(Agreement::Revision { epoch, revision: kept.number });
+                    } else {
+                        kept
+                    }
+                }
             };
-            if found.is_some() && kept.state_hash == state_hash {
-                return Ok(Agreement::Revision(kept.number));
-            }
             let missing = kept.missing_in(seen);
             if !missing.is_empty() {
                 return Ok(Agreement::Behind(missing));
             }
             let next = Kept {
+                epoch: kept.epoch,
                 number: kept.number.saturating_add(1),
                 state_hash: state_hash.to_owned(),
                 seen: seen.clone(),
@@ -340,7 +386,10 @@ impl Shared {
                 maps.create(&PostParams::default(), &map).await
             };
             match written {
-                Ok(_) => return Ok(Agreement::Revision(next.number)),
+                Ok(map) => {
+                    let (epoch, _) = self.read_state(&map)?;
+                    return Ok(Agreement::Revision { epoch, revision: next.number });
+                }
                 // Another replica was faster: look what it says.
                 Err(error) if is_conflict(&error) => {}
                 Err(error) => return Err(self.failed("write ConfigMap hauberk-state")(error)),
@@ -350,7 +399,25 @@ impl Shared {
         Ok(Agreement::Behind(Vec::new()))
     }
 
-    fn read_state(&self, map: &ConfigMap) -> Result<Kept, SharedError> {
+    /// When the numbering of the replicas' revisions began, in seconds since the Unix epoch; nothing if it has not.
+    ///
+    /// # Errors
+    /// If the ConfigMap cannot be read.
+    pub async fn epoch(&self) -> Result<Option<u64>, SharedError> {
+        let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
+        let found =
+            maps.get_opt(STATE).await.map_err(self.failed("read ConfigMap hauberk-state"))?;
+        found.map(|map| self.read_state(&map).map(|(epoch, _)| epoch)).transpose()
+    }
+
+    /// Plain data: a panic elsewhere leaves nothing half-changed in it.
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// With its epoch: one that is made anew, in a new installation or after it was lost, is younger than all that was
+    /// there before.
+    fn read_state(&self, map: &ConfigMap) -> Result<(u64, Kept), SharedError> {
         let text = map.data.as_ref().and_then(|data| data.get(REVISION));
         let damaged = |why: String| SharedError::Damaged {
             object: "ConfigMap hauberk-state",
@@ -358,7 +425,14 @@ impl Shared {
             why,
         };
         let text = text.ok_or_else(|| damaged(format!("it has no {REVISION}")))?;
-        serde_json::from_str(text).map_err(|error| damaged(error.to_string()))
+        let kept: Kept = serde_json::from_str(text).map_err(|error| damaged(error.to_string()))?;
+        let created = map.metadata.creation_timestamp.as_ref();
+        let created = created.and_then(|time| u64::try_from(time.0.as_second()).ok());
+        let created =
+            created.ok_or_else(|| damaged("it has no time of its creation".to_owned()))?;
+        let epoch = created.max(kept.epoch);
+        self.known().learn(epoch, &kept);
+        Ok((epoch, kept))
     }
 
     fn named(&self, name: &str) -> ObjectMeta {
@@ -386,6 +460,10 @@ impl Shared {
     }
 }
 
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
 /// The date of an answer: RFC 9110, section 5.6.7.
 fn read_date(text: &[u8]) -> Option<Timestamp> {
     let date = DateTimeParser::new().parse_timestamp(text).ok()?;
@@ -410,8 +488,7 @@ mod tests {
         let eyes = |list: &[(&str, u64)]| -> BTreeMap<String, u64> {
             list.iter().map(|(kind, version)| ((*kind).to_owned(), *version)).collect()
         };
-        let kept =
-            Kept { number: 3, state_hash: String::new(), seen: eyes(&[("Pod", 9), ("Node", 4)]) };
+        let kept = Kept { number: 3, seen: eyes(&[("Pod", 9), ("Node", 4)]), ..Kept::default() };
         for (seen, missing) in [
             (eyes(&[("Pod", 9), ("Node", 4)]), vec![]),
             (eyes(&[("Pod", 10), ("Node", 4), ("Service", 1)]), vec![]),
@@ -422,6 +499,15 @@ mod tests {
             assert_eq!(kept.missing_in(&seen), missing, "{seen:?}");
         }
         assert!(Kept::default().missing_in(&eyes(&[])).is_empty());
+
+        // Also if somebody deletes what they agreed in.
+        let mut known = Known::default();
+        assert!(known.beginning().missing_in(&eyes(&[])).is_empty(), "a new installation");
+        known.learn(1_000, &kept);
+        known.learn(900, &Kept { seen: eyes(&[("Pod", 7), ("Service", 2)]), ..Kept::default() });
+        let beginning = known.beginning();
+        assert_eq!((beginning.epoch, beginning.number), (1_001, 0));
+        assert_eq!(beginning.seen, eyes(&[("Pod", 9), ("Node", 4), ("Service", 2)]));
     }
 
     #[test]

@@ -39,7 +39,8 @@ pub use host::{HostRules, HostWorkload, ProcessMatch};
 pub use monitor::{Monitor, Reports};
 pub use namespace::NamespaceRules;
 pub use older::{
-    Connection, OpenOlder, closed as closed_older, forget as forget_older, older, open_older,
+    Connection, OpenOlder, closed as closed_older, forget as forget_older,
+    in_force as older_in_force, older, open_older,
 };
 pub use ruleset::Ruleset;
 
@@ -99,6 +100,13 @@ const OLDER_V6: &str = "older_v6";
 /// The set of the ports that a host's workloads serve.
 const SERVED: &str = "served";
 
+/// How many connections that are just being opened are left alone when rules are put in place: they have to be in the one
+/// message with the rules, whose length the kernel limits. With more, a workload could keep itself from being captured.
+const MAX_OPENING: usize = 1_000;
+
+/// The chain for what the agent opens to applications.
+const DIALLED: &str = "dialled";
+
 /// The chain that has rules only while it is being found out which connections are older.
 const UNDECIDED: &str = "undecided";
 
@@ -150,7 +158,14 @@ impl Ruleset {
         let (mut older, fresh) = self.older_than(before)?;
         // The table first: the routing leads to loopback what only the table lets go on.
         let usual = Surroundings::default();
-        transaction::replace(self, &usual)?;
+        // What waits for an answer has left as it is: it has to be known when the answer comes. If it is sent again, that is
+        // captured, and takes it out. Nobody may put it back in then, so it is there from the first moment or not at all.
+        let opening = match &fresh {
+            Some(scope) => older::opening(&older::open_uncaptured(scope)?),
+            None => Vec::new(),
+        };
+        let opening = opening.get(..MAX_OPENING).unwrap_or(&opening);
+        transaction::replace(self, &usual, &older::by_set(opening))?;
         older::spare(&older)?;
         // What is missing of it is told in the end: nothing is left half done for it.
         let routed = self.routing.install(&self.owner);
@@ -158,7 +173,9 @@ impl Ruleset {
         let mut open = older::open_uncaptured(&self.scope)?;
         let known: HashSet<Connection> = older.iter().copied().collect();
         let new = match &fresh {
-            Some(scope) => older::connections(&older::open_uncaptured(scope)?),
+            Some(scope) => {
+                older::agreed(&older::open_uncaptured(scope)?, &older::open_uncaptured(scope)?)
+            }
             None => Vec::new(),
         };
         let new: Vec<_> = new.into_iter().filter(|one| !known.contains(one)).collect();
@@ -182,7 +199,7 @@ impl Ruleset {
             let side = if self.scope.lets_pass(&socket)? { &mut passed } else { &mut cut };
             side.push(socket);
         }
-        let passing = older::connections(&passed);
+        let passing: Vec<_> = passed.iter().map(Connection::of).collect();
         older::spare(&passing)?;
         older.extend(passing);
         let ended = end_all(&cut);
@@ -193,21 +210,23 @@ impl Ruleset {
 
     /// The connections that are known to be older than the rules and live, and whose else are to be looked for.
     fn older_than(&self, before: &Before<'_>) -> Result<(Vec<Connection>, Option<Scope>)> {
-        let in_kernel = older::older()?;
+        let in_kernel = older::in_force()?;
         let (noted, fresh) = match before {
+            // What is not in it any more was opened anew.
             Before::Known(rules, noted) => {
-                let mut all = noted.to_vec();
-                all.extend(in_kernel.iter().filter(|one| !noted.contains(one)));
-                (all, Some(self.scope.beyond(&rules.scope)))
+                let noted = in_kernel.unwrap_or_else(|| noted.to_vec());
+                (noted, Some(self.scope.beyond(&rules.scope)))
             }
-            Before::Unknown if installed()? || second_line::present()? => (in_kernel, None),
+            Before::Unknown if installed()? || second_line::present()? => {
+                (in_kernel.unwrap_or_default(), None)
+            }
             Before::Unknown => (Vec::new(), Some(self.scope.clone())),
         };
         if noted.is_empty() {
             return Ok((noted, fresh));
         }
-        let live: HashSet<Connection> =
-            older::connections(&older::open_uncaptured(&self.scope)?).into_iter().collect();
+        let listings = (older::open_uncaptured(&self.scope)?, older::open_uncaptured(&self.scope)?);
+        let live: HashSet<_> = older::agreed(&listings.0, &listings.1).into_iter().collect();
         Ok((noted.into_iter().filter(|one| live.contains(one)).collect(), fresh))
     }
 

@@ -113,6 +113,7 @@ fn list<T>(
             family: family.number(),
             protocol: 6,
             ext: extensions,
+            // Those that are half open are listed as SYN_RECV, whatever the other state is called.
             states: !((1 << CLOSE) | (1 << NEW_SYN_RECV)),
             ..Default::default()
         };
@@ -299,4 +300,24 @@ impl NetlinkRequest for Destroy {
     }
 
     fn decode_reply(_: &[u8]) -> Self::ReplyType<'_> {}
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// One in this state, `SYN_SENT` if it is opening.
+    pub(crate) fn socket(local: SocketAddr, remote: SocketAddr, is_opening: bool) -> TcpSocket {
+        TcpSocket {
+            local,
+            remote,
+            user: 0,
+            cgroup: None,
+            mark: 0,
+            held: true,
+            state: if is_opening { SYN_SENT } else { ESTABLISHED },
+            header: Sockid::default(),
+            family: Family::of(local.ip()),
+        }
+    }
 }

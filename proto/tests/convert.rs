@@ -119,6 +119,7 @@ fn service() -> MeshService {
         name: name("web"),
         addresses: BTreeSet::from(["10.96.0.1".parse().unwrap()]),
         ports: [(80, [("10.0.0.2:8080".parse().unwrap(), hints)].into())].into(),
+        node_ports: [(30_080, 80)].into(),
         reach: Reach::Node,
         affinity: Some(Duration::from_secs(10_800)),
     }
@@ -126,7 +127,11 @@ fn service() -> MeshService {
 
 /// What the good message of a node means.
 fn node() -> MeshNode {
-    MeshNode { name: name("db-01"), zone: "zone-A".to_owned() }
+    MeshNode {
+        name: name("db-01"),
+        zone: Some("zone-A".to_owned()),
+        addresses: BTreeSet::from(["192.0.2.1".parse().unwrap(), "fd00::1".parse().unwrap()]),
+    }
 }
 
 /// A machine that speaks for itself, has no address and serves nothing: all that may be empty.
@@ -211,15 +216,25 @@ fn pairs() -> Vec<(&'static str, v1::Resource, Resource)> {
                 message.own_node_only = false;
                 message.affinity_seconds = 0;
                 message.ports[0].backends.clear();
+                message.ports[0].node_port = 0;
             }),
             Resource::Service(MeshService {
                 ports: BTreeMap::from([(80, BTreeMap::new())]),
+                node_ports: BTreeMap::new(),
                 reach: Reach::Cluster,
                 affinity: None,
                 ..service()
             }),
         ),
         ("node", node_with(|_| {}), Resource::Node(node())),
+        (
+            "node without anything",
+            node_with(|message| {
+                message.zone.clear();
+                message.addresses.clear();
+            }),
+            Resource::Node(MeshNode { zone: None, addresses: BTreeSet::new(), ..node() }),
+        ),
     ]
 }
 
@@ -503,9 +518,19 @@ fn broken_services() -> Vec<Case> {
         ),
         (
             "port that stands twice",
-            service_with(|message| message.ports.push(message.ports[0].clone())),
+            service_with(|message| {
+                message.ports.push(v1::ServicePort { node_port: 0, ..message.ports[0].clone() });
+            }),
             "service.ports.port",
             "the port 80 stands twice",
+        ),
+        (
+            "port of nodes that stands twice",
+            service_with(|message| {
+                message.ports.push(v1::ServicePort { port: 81, ..message.ports[0].clone() });
+            }),
+            "service.ports.node_port",
+            "the port 30080 stands twice",
         ),
         (
             "backend that stands twice",
@@ -541,7 +566,6 @@ fn broken_services() -> Vec<Case> {
             MISSING,
         ),
         ("node without name", node_with(|message| message.name.clear()), "node.name", NO_NAME),
-        ("node without zone", node_with(|message| message.zone.clear()), "node.zone", MISSING),
     ];
     for (port, problem) in NO_PORTS {
         let message = backend_with(|message| message.port = port);

@@ -200,6 +200,9 @@ fn changed_services() -> Vec<(&'static str, v1::Resource)> {
         ("node", node_with(|_| {})),
         ("node name", node_with(|message| message.name = other())),
         ("zone", node_with(|message| message.zone = other())),
+        ("no port of nodes", service_with(|message| message.ports[0].node_port = 0)),
+        ("another address", node_with(|message| message.addresses[0] = other())),
+        ("fewer addresses", node_with(|message| message.addresses.truncate(1))),
     ]
 }
 
@@ -210,6 +213,7 @@ fn a_service_that_asks_for_nothing_is_as_it_was() {
     let plain = service_with(|service| {
         service.own_node_only = false;
         service.affinity_seconds = 0;
+        service.ports[0].node_port = 0;
         let backend = &mut service.ports[0].backends[0];
         backend.for_nodes.clear();
         backend.for_zones.clear();

@@ -13,7 +13,7 @@ use hauberk_linux::{
     NetnsWorker,
     capture::{
         Before, Connection, Drift, Installed, Monitor, Reports, Ruleset, closed_older,
-        forget_older, older,
+        forget_older, older, older_in_force,
     },
 };
 use tokio::{io::Interest, net::UnixDatagram};
@@ -169,6 +169,13 @@ impl Guard {
             })?;
             watch.lock().older.retain(|one| !over.contains(one));
         }
+        // One that was opened anew is out of the rules already, and must not come back with the next ones.
+        let mut state = watch.lock();
+        if let Some(in_force) = watch.site.call(older_in_force)? {
+            let in_force: HashSet<_> = in_force.into_iter().collect();
+            state.older.retain(|one| in_force.contains(one));
+        }
+        drop(state);
         Ok(counts)
     }
 

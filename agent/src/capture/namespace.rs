@@ -34,6 +34,10 @@ use crate::{
     outbound,
 };
 
+/// How many closed connections the rules may remember of a workload that is let go: a quarter of those for which there
+/// is room.
+const CROWDED: usize = 16_384;
+
 /// What becomes of a place whose workload is gone from the registry.
 #[derive(Clone, Copy)]
 pub(super) enum Departure {
@@ -275,8 +279,11 @@ impl NamespaceCapture {
         let before = std::mem::take(&mut self.closed);
         let (closed, carries) = self.worker.call(move || {
             let closed = capture::closed_older()?;
-            // At the second look: at the first it may be about to be opened.
-            capture::forget_older(&closed.intersection(&before).copied().collect())?;
+            // Only when there are many: one of them may just be opened anew, between the same ends, and nothing tells.
+            if closed.len() > CROWDED {
+                // At the second look: at the first it may be about to be opened.
+                capture::forget_older(&closed.intersection(&before).copied().collect())?;
+            }
             Ok::<_, hauberk_linux::Error>((closed, capture::captured_are_open()?))
         })??;
         self.closed = closed;

@@ -22,6 +22,8 @@ pub(crate) struct Installation {
     pub(crate) configurations: PathBuf,
     /// Where the plugin finds this agent, as the host sees it.
     pub(crate) socket: PathBuf,
+    /// Where the plugin finds what the agent knew last of the namespaces, as the host and this process see it.
+    pub(crate) namespaces: PathBuf,
     /// Namespaces whose pods do not wait for an agent.
     pub(crate) exempt: Vec<String>,
 }
@@ -36,6 +38,7 @@ impl Installation {
         let entry = json!({
             "type": PLUGIN_TYPE,
             "agentSocket": self.socket,
+            "namespacesFile": self.namespaces,
             "exemptNamespaces": self.exempt,
         });
         let plugins = plugins(&mut network, &path)?;
@@ -187,6 +190,7 @@ pub(super) mod tests {
             bin: path("bin"),
             configurations: path("net.d"),
             socket: "/run/hauberk/cni.sock".into(),
+            namespaces: "/var/lib/hauberk/agent/namespaces.json".into(),
             exempt: vec!["kube-system".to_owned()],
         }
     }

@@ -9,6 +9,7 @@ use hauberk_core::{
     time::Timestamp,
 };
 use hauberk_tls::{Credential, CredentialError, TrustBundle};
+use rustls_pki_types::CertificateDer;
 
 use super::Kept;
 
@@ -20,6 +21,8 @@ pub(super) struct Identity {
     pub(super) control_plane: String,
     /// [Nobody](TrustBundle::nobody) if no root is valid by the clock of this machine.
     pub(super) trust: TrustBundle,
+    /// All roots that came with it, whatever the clock says.
+    pub(super) roots: Vec<CertificateDer<'static>>,
     pub(super) credential: Dated,
 }
 
@@ -51,7 +54,8 @@ impl Identity {
             .trust_domain
             .parse()
             .with_context(|| format!("{}: trust domain {:?}", path.display(), kept.trust_domain))?;
-        let trust = TrustBundle::of_now(trust_domain.clone(), kept.bundle(path)?, now)
+        let roots = kept.bundle(path)?;
+        let trust = TrustBundle::of_now(trust_domain.clone(), roots.clone(), now)
             .with_context(|| format!("the roots in {}", path.display()))?;
         let id = SpiffeId::node(&trust_domain, &kept.node)
             .with_context(|| format!("{}: node {:?}", path.display(), kept.node))?;
@@ -81,6 +85,7 @@ impl Identity {
             id,
             control_plane: kept.control_plane.clone(),
             trust,
+            roots,
             credential,
         })
     }

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use hauberk_core::{identity::SpiffeId, rotation::Validity, time::Timestamp};
 use hauberk_proto::token::JoinToken;
 use hauberk_tls::{Credential, CredentialSlot, TrustBundle, TrustSlot};
@@ -26,6 +26,9 @@ use crate::policy::Owner;
 
 /// The identity's name in the data folder.
 const FILE: &str = "node.json";
+
+/// There while the data folder has something of another installation.
+const ADOPTING: &str = "adopting";
 
 /// How long a pod of whose node nothing at all is known tries to be attested before its agent gives up.
 const ATTEST_PATIENCE: Duration = Duration::from_secs(60);
@@ -88,6 +91,16 @@ impl Node {
         let path = data.join(FILE);
         let opening = Opening { attestation, address: address.map(str::to_owned), path };
         match (Identity::read(&opening.path), owner) {
+            (Ok(Some(identity)), _) if opening.is_of_another(&identity) => {
+                tracing::warn!(
+                    node = identity.name,
+                    "the node's identity is of another installation, none of whose roots is one of this one's; the node is \
+                     attested anew, and what the other one said is forgotten"
+                );
+                // What is to be forgotten stays until this agent alone has the folder, which may take more than one start.
+                hauberk_tls::files::write_private(&data.join(ADOPTING), b"")?;
+                opening.first(None).await
+            }
             (Ok(Some(identity)), _) => opening.known(identity),
             (Ok(None), Some(owner)) => opening.nameless(owner, Unusable::Missing),
             (Err(error), Some(owner)) => {
@@ -281,6 +294,17 @@ struct Opening {
 }
 
 impl Opening {
+    /// Whether an identity is of another installation than the one that this pod is part of: where one root follows another,
+    /// both are known for a while. One that slept through all of that has nothing that could be used, and is attested anew,
+    /// too.
+    fn is_of_another(&self, identity: &Identity) -> bool {
+        let Attestation::Pod(pod) = &self.attestation else { return false };
+        // Who is to be attested says what is wrong with them.
+        let roots = enroll::roots(&pod.roots).unwrap_or_default();
+        let known = &identity.roots;
+        !known.is_empty() && !roots.is_empty() && !known.iter().any(|root| roots.contains(root))
+    }
+
     fn known(self, identity: Identity) -> anyhow::Result<Node> {
         let trust = TrustBundle::nobody(identity.id.trust_domain().clone());
         let id = identity.id.clone();
@@ -352,6 +376,22 @@ impl Opening {
             renewed,
         })
     }
+}
+
+/// Lets `forget` take away what the data folder has of another installation, if it has; for whoever has the folder alone.
+///
+/// # Errors
+/// If it fails, or what says so cannot be removed. Then it is tried again at the next start.
+pub(crate) fn forget_another(
+    data: &Path,
+    forget: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let path = data.join(ADOPTING);
+    if !path.exists() {
+        return Ok(());
+    }
+    forget()?;
+    std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
 }
 
 /// Attests a node of which nothing is known. Tries for a while.

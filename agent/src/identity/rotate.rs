@@ -8,6 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use hauberk_core::{
     policy::resolve::MeshWorkload,
@@ -19,6 +20,7 @@ use hauberk_proto::v1::{self, workload_identity_client::WorkloadIdentityClient};
 use hauberk_telemetry::metrics::{AgentMetrics, Outcome, RenewalStep, WorkloadLabels};
 use hauberk_tls::{
     Credential, CredentialSlot, TrustBundle, TrustSlot, mesh_client_config, signing_request,
+    verify_chain,
 };
 use rustls::ClientConfig;
 use tokio::{sync::watch, task::JoinHandle};
@@ -77,6 +79,24 @@ impl Drop for LocalIdentity {
     }
 }
 
+fn folder(data: &Path) -> PathBuf {
+    data.join("workloads")
+}
+
+/// Forgets the keys of all workloads, which another CA has certified.
+///
+/// # Errors
+/// If they cannot be removed.
+pub(crate) fn forget(data: &Path) -> anyhow::Result<()> {
+    let folder = folder(data);
+    match std::fs::remove_dir_all(&folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", folder.display()))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 /// Gives local workloads their identities.
 pub(crate) struct Identities {
     folder: PathBuf,
@@ -95,7 +115,7 @@ impl Identities {
         metrics: AgentMetrics,
         replaced: Replaced,
     ) -> anyhow::Result<Self> {
-        let folder = data.join("workloads");
+        let folder = folder(data);
         hauberk_tls::files::private_folder(&folder)?;
         Ok(Self { folder, control_plane, trust, metrics, replaced, current: HashMap::new() })
     }
@@ -194,11 +214,17 @@ impl Rotation {
         loop {
             let now = hauberk_tls::now();
             let step = match self.validity(obtained_at) {
-                Some(validity) => rotation::next(validity, now, jitter, failure),
-                None => rotation::acquire(now, jitter, failure),
+                Some(validity) if validity.not_after <= now || self.is_trusted(now) => {
+                    rotation::next(validity, now, jitter, failure)
+                }
+                Some(_) | None => rotation::acquire(now, jitter, failure),
             };
             match step {
-                Step::Wait(until) => tokio::time::sleep(pause(until, now)).await,
+                Step::Wait(until) => tokio::select! {
+                    () = tokio::time::sleep(pause(until, now)) => {}
+                    // It may have come from another CA.
+                    () = self.control_plane.renewed(&mut renewals) => {}
+                },
                 Step::RetryAt(until) => tokio::select! {
                     () = tokio::time::sleep(pause(until, now)) => {}
                     // What has failed may have failed for want of that.
@@ -228,6 +254,20 @@ impl Rotation {
                     Err(error) => failure = Some(self.failed(failure, &error)),
                 },
             }
+        }
+    }
+
+    /// Whether those who trust the roots of now take the certificate: not if the control plane has another CA since,
+    /// which did not pass from one root to the next.
+    fn is_trusted(&self, now: Timestamp) -> bool {
+        let trust = self.trust.load();
+        let Some(credential) = self.slot.load() else { return false };
+        match credential.chain().split_first() {
+            Some((leaf, intermediates)) if !trust.roots().is_empty() => {
+                verify_chain(leaf, intermediates, &trust, true, now).is_ok()
+            }
+            // Nobody knows any roots: that is the node's trouble, and no certificate mends it.
+            Some(_) | None => true,
         }
     }
 
@@ -314,6 +354,10 @@ impl Rotation {
         let credential = Credential::new(certificates(&answer.certificate_chain), key, now)?;
         if bundle.roots().is_empty() {
             anyhow::bail!("no root of the answer is valid by the clock of this machine");
+        }
+        if let Some((leaf, intermediates)) = credential.chain().split_first() {
+            verify_chain(leaf, intermediates, &bundle, true, now)
+                .context("the certificate is not of the roots that came with it")?;
         }
         self.trust.store(bundle);
         self.install(credential)?;

@@ -64,7 +64,7 @@ pub(super) fn load(path: &Path, node: Option<&str>) -> anyhow::Result<Option<(Ow
     let node = node.unwrap_or(&owner.node);
     let snapshot = Snapshot::build(node, update.revision, resources, &update.state_hash)
         .with_context(damaged)?;
-    Ok(Some((owner, snapshot)))
+    Ok(Some((owner, snapshot.of_epoch(update.epoch))))
 }
 
 /// Whose state the data folder has, if it is good.
@@ -83,6 +83,20 @@ pub(crate) fn state(data: &Path) -> anyhow::Result<Option<(Owner, Snapshot)>> {
     load(&path(data), None)
 }
 
+/// Forgets it: it is of another installation.
+///
+/// # Errors
+/// If the file cannot be removed.
+pub(crate) fn forget(data: &Path) -> anyhow::Result<()> {
+    let path = path(data);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", path.display()))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 /// Writes a state for a restart.
 ///
 /// # Errors
@@ -99,6 +113,7 @@ pub(super) fn save(path: &Path, owner: &Owner, snapshot: &Snapshot) -> anyhow::R
             removals: Vec::new(),
             state_hash: snapshot.state_hash.to_vec(),
             made_at_unix_ms: 0,
+            epoch: snapshot.epoch,
         }),
     };
     Ok(write_private(path, &file.encode_to_vec())?)

@@ -1,14 +1,14 @@
 //! One revision of the state, ready to be asked: decisions, and who lives at which address.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
 use hauberk_core::{
     identity::{ResourceName, SpiffeId},
-    policy::{Backends, DecisionTable, ProcessSelector, resolve::MeshWorkload},
+    policy::{Backends, DecisionTable, NodePort, ProcessSelector, resolve::MeshWorkload},
 };
 use hauberk_proto::{
     convert::{ConvertError, Resource},
@@ -19,6 +19,8 @@ use hauberk_proto::{
 /// One revision of the state. Never changed: the next one replaces it.
 #[derive(Debug, Default)]
 pub(crate) struct Snapshot {
+    /// When the numbering of the revisions began, in seconds since the Unix epoch.
+    pub(crate) epoch: u64,
     /// Zero before there is any state: then nothing is allowed and the reason is `not_ready`.
     pub(crate) revision: u64,
     pub(crate) state_hash: [u8; 32],
@@ -31,6 +33,9 @@ pub(crate) struct Snapshot {
     own_ports: HashMap<u16, usize>,
     /// As this node sees them.
     services: HashMap<SocketAddr, Backends>,
+    /// The same for ports of nodes, and the addresses of all nodes.
+    node_ports: HashMap<NodePort, Backends>,
+    node_addresses: HashSet<IpAddr>,
     namespaces: HashMap<String, bool>,
 }
 
@@ -78,6 +83,7 @@ impl Snapshot {
         }
         let (mut workloads, mut policies, mut guardrails) = (Vec::new(), Vec::new(), Vec::new());
         let (mut services, mut namespaces, mut zone) = (Vec::new(), HashMap::new(), None);
+        let mut node_addresses = HashSet::new();
         for (key, message) in &resources {
             let resource = Resource::try_from(message.clone())
                 .map_err(|source| SnapshotError::Convert { key: key.clone(), source })?;
@@ -88,17 +94,24 @@ impl Snapshot {
                 Resource::Namespace(namespace) => {
                     namespaces.insert(namespace.name.to_string(), namespace.enrolled);
                 }
-                Resource::Node(known) if known.name.as_str() == node => zone = Some(known.zone),
-                Resource::Node(_) => {}
+                Resource::Node(known) => {
+                    node_addresses.extend(known.addresses);
+                    if known.name.as_str() == node {
+                        zone = known.zone;
+                    }
+                }
                 Resource::Service(service) => services.push(service),
             }
         }
         let seen = services.iter().flat_map(|service| service.seen_from(node, zone.as_deref()));
-        let services = seen.collect();
+        let on_nodes =
+            services.iter().flat_map(|service| service.node_ports_seen_from(node, zone.as_deref()));
+        let (node_ports, services) = (on_nodes.collect(), seen.collect());
         let entitled = workloads.iter().filter(|workload| workload.is_entitled());
         let postures: Vec<_> =
             entitled.map(|workload| (workload.identity.clone(), workload.mode)).collect();
         let mut snapshot = Self {
+            epoch: 0,
             revision,
             state_hash: hash,
             resources,
@@ -107,6 +120,8 @@ impl Snapshot {
             addresses_of: HashMap::new(),
             own_ports: HashMap::new(),
             services,
+            node_ports,
+            node_addresses,
             namespaces,
             workloads,
         };
@@ -118,6 +133,16 @@ impl Snapshot {
             }
         }
         Ok(snapshot)
+    }
+
+    /// The same, of a numbering that began then.
+    pub(crate) fn of_epoch(self, epoch: u64) -> Self {
+        Self { epoch, ..self }
+    }
+
+    /// Whether it takes this one's place: it is of a later epoch, or of the same one and a later revision.
+    pub(crate) fn is_older_than(&self, epoch: u64, revision: u64) -> bool {
+        (self.epoch, self.revision) < (epoch, revision)
     }
 
     fn index_addresses(&mut self) -> Result<(), SnapshotError> {
@@ -209,14 +234,27 @@ impl Snapshot {
         self.workloads.get(*place)
     }
 
-    /// The backends of the service whose address and port this is.
+    /// The backends of the service whose address and port this is, or whose port of a node.
     pub(crate) fn service(&self, address: SocketAddr) -> Option<&Backends> {
-        self.services.get(&address)
+        let on_node = || {
+            let place = NodePort { port: address.port(), is_ipv4: address.is_ipv4() };
+            self.node_ports.get(&place).filter(|_| self.node_addresses.contains(&address.ip()))
+        };
+        self.services.get(&address).or_else(on_node)
     }
 
     /// Whether the pods of a namespace are in the mesh; nothing if nobody has told of it.
     pub(crate) fn is_enrolled(&self, namespace: &str) -> Option<bool> {
         self.namespaces.get(namespace).copied()
+    }
+
+    /// The namespaces of the mesh, and the others.
+    pub(crate) fn namespaces(&self) -> (BTreeSet<String>, BTreeSet<String>) {
+        let (mesh, outside): (Vec<_>, Vec<_>) =
+            self.namespaces.iter().partition(|(_, enrolled)| **enrolled);
+        let names =
+            |some: Vec<(&String, &bool)>| some.into_iter().map(|(name, _)| name.clone()).collect();
+        (names(mesh), names(outside))
     }
 
     /// The workload that an identity and one of its addresses mean; for names in records.
@@ -282,11 +320,16 @@ mod tests {
             name: "web".parse().unwrap(),
             addresses: ["10.96.0.1".parse().unwrap()].into(),
             ports: [(80, [(near, zone("x")), (far, zone("y"))].into())].into(),
+            node_ports: [(30_080, 80)].into(),
             reach: Reach::Cluster,
             affinity: None,
         });
         let node = |name: &str, zone: &str| {
-            Resource::Node(MeshNode { name: name.parse().unwrap(), zone: zone.to_owned() })
+            Resource::Node(MeshNode {
+                name: name.parse().unwrap(),
+                zone: Some(zone.to_owned()),
+                addresses: [format!("192.0.2.{}", name.len()).parse().unwrap()].into(),
+            })
         };
         let resources: BTreeMap<String, v1::Resource> =
             [service, node("node-a", "x"), node("node-b", "y")]
@@ -296,7 +339,11 @@ mod tests {
         let hash = state_hash(&resources);
         let seen = |node: &str| {
             let snapshot = Snapshot::build(node, 1, resources.clone(), &hash).unwrap();
-            snapshot.service("10.96.0.1:80".parse().unwrap()).unwrap().clone()
+            let led = |text: &str| snapshot.service(text.parse().unwrap());
+            // Nor any address that is not a node's, nor any other port of one.
+            assert_eq!((led("192.0.2.9:30080"), led("192.0.2.6:30081")), (None, None));
+            assert_eq!(led("192.0.2.6:30080"), led("10.96.0.1:80"));
+            led("10.96.0.1:80").unwrap().clone()
         };
         let of = |first: &[SocketAddr], others: &[SocketAddr]| Backends {
             first: first.iter().copied().collect(),

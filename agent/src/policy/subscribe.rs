@@ -101,14 +101,27 @@ impl Enforcer {
     /// Puts an update in force, or says why not.
     fn apply(&self, update: v1::StateUpdate) -> anyhow::Result<Arc<Snapshot>> {
         let current = self.sender.borrow().clone();
-        let other = update.revision == current.revision && update.state_hash != current.state_hash;
-        if update.revision < current.revision || (other && current.revision > 0) {
+        let anew = update.epoch != current.epoch;
+        let same = !anew && update.revision == current.revision;
+        let is_newer = current.is_older_than(update.epoch, update.revision)
+            || (same && (update.state_hash == current.state_hash || current.revision == 0));
+        if !is_newer {
             anyhow::bail!(
-                "revision {} is not newer than {}, which is in force, and is another state; if the \
-                 control plane was restored from a backup, stop this agent, remove {} and start it",
+                "revision {} of epoch {} is not newer than {} of {}, which is in force, and is another state; if the control \
+                 plane was restored from a backup, let its numbering begin anew: start it once with --new-epoch, or in a \
+                 cluster delete ConfigMap hauberk-state",
                 update.revision,
+                update.epoch,
                 current.revision,
-                self.path.display()
+                current.epoch
+            );
+        }
+        anyhow::ensure!(update.full || !anew, "the first update of an epoch is not full");
+        if anew && current.revision > 0 {
+            tracing::warn!(
+                epoch = update.epoch,
+                before = current.epoch,
+                "the control plane is another one, or its numbering begins anew: what it said before is forgotten"
             );
         }
         let mut resources = if update.full { BTreeMap::new() } else { current.resources.clone() };
@@ -121,8 +134,8 @@ impl Enforcer {
         }
         let next =
             Snapshot::build(&self.owner.node, update.revision, resources, &update.state_hash)?;
-        let next = Arc::new(next);
-        if next.revision == current.revision && next.state_hash == current.state_hash {
+        let next = Arc::new(next.of_epoch(update.epoch));
+        if same && next.state_hash == current.state_hash {
             return Ok(current);
         }
         // On disk first: after a crash nothing older comes back.
@@ -148,7 +161,7 @@ impl Enforcer {
     pub(crate) fn take_up(&self) {
         let current = self.sender.borrow().clone();
         match kept::load(&self.path, Some(&self.owner.node)) {
-            Ok(Some((_, kept))) if kept.revision > current.revision => {
+            Ok(Some((_, kept))) if current.is_older_than(kept.epoch, kept.revision) => {
                 tracing::info!(revision = kept.revision, "enforcing what another agent has kept");
                 self.metrics.policy_restored(kept.revision, kept::written(&self.path));
                 self.sender.send_replace(Arc::new(kept));
@@ -156,7 +169,8 @@ impl Enforcer {
                 return;
             }
             Ok(Some((_, kept)))
-                if kept.revision == current.revision && kept.state_hash == current.state_hash =>
+                if !kept.is_older_than(current.epoch, current.revision)
+                    && kept.state_hash == current.state_hash =>
             {
                 return;
             }
@@ -231,6 +245,7 @@ impl Subscription {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             revision: known.revision,
             state_hash: known.state_hash.to_vec(),
+            epoch: known.epoch,
         };
         reports.send(report(Kind::Hello(hello))).await?;
         let channel = self.control_plane.streaming_channel();
@@ -265,6 +280,7 @@ impl Subscription {
                             let enforced = v1::Enforced {
                                 revision: applied.revision,
                                 state_hash: applied.state_hash.to_vec(),
+                                epoch: applied.epoch,
                             };
                             reports.send(report(Kind::Enforced(enforced))).await?;
                         }
@@ -381,6 +397,7 @@ mod tests {
             removals,
             state_hash: state_hash(&after).to_vec(),
             made_at_unix_ms: 0,
+            epoch: 1,
         }
     }
 
@@ -410,7 +427,7 @@ mod tests {
             let other = update.revision == 1;
             let refused = enforcer.apply(update).unwrap_err().to_string();
             let wanted = if other {
-                "revision 1 is not newer than 1"
+                "revision 1 of epoch 1 is not newer than 1 of 1"
             } else {
                 "the state's hash is not the one announced"
             };
@@ -433,8 +450,41 @@ mod tests {
             assert_eq!((snapshot.revision, &snapshot.resources), (2, &state(&["b", "c"])));
         }
         let older = enforcer.apply(update(1, None, &["a", "b"])).unwrap_err().to_string();
-        assert!(older.starts_with("revision 1 is not newer than 2"), "{older}");
+        assert!(older.starts_with("revision 1 of epoch 1 is not newer than 2 of 1"), "{older}");
     }
+
+    #[test]
+    fn a_later_epoch_is_newer_whatever_its_revision_and_an_earlier_one_never() {
+        let folder = tempfile::tempdir().unwrap();
+        let enforcer = open(folder.path());
+        let of = |epoch, update| v1::StateUpdate { epoch, ..update };
+        let refused = |update| enforcer.apply(update).unwrap_err().to_string();
+        enforcer.apply(of(5, update(609, None, &["a"]))).unwrap();
+        let told = refused(of(0, update(610, None, &["b"])));
+        assert!(told.starts_with("revision 610 of epoch 0 is not newer than 609 of 5"), "{told}");
+        let told = refused(of(4, update(610, None, &["b"])));
+        assert!(told.starts_with("revision 610 of epoch 4 is not newer than 609 of 5"), "{told}");
+        assert!(told.contains("--new-epoch") && told.contains("hauberk-state"), "{told}");
+        let told = refused(of(6, update(10, Some(&["a"]), &["b"])));
+        assert_eq!(told, "the first update of an epoch is not full");
+        for one in [&enforcer, &open(folder.path())] {
+            let snapshot = one.sender.borrow().clone();
+            assert_eq!((snapshot.epoch, snapshot.revision), (5, 609));
+        }
+        // Also one with the same number and content.
+        for (epoch, revision) in [(6, 609), (7, 10), (7, 11)] {
+            enforcer.apply(of(epoch, update(revision, None, &["a"]))).unwrap();
+            for one in [&enforcer, &open(folder.path())] {
+                let snapshot = one.sender.borrow().clone();
+                assert_eq!((snapshot.epoch, snapshot.revision), (epoch, revision));
+            }
+        }
+        // What another agent has kept counts alike.
+        enforcer.sender.send_replace(Arc::new(Snapshot::default().of_epoch(6)));
+        enforcer.take_up();
+        assert_eq!(enforcer.sender.borrow().epoch, 7);
+    }
+
     #[test]
     fn an_agent_that_has_its_place_back_keeps_the_newer_of_two_states() {
         let folder = tempfile::tempdir().unwrap();

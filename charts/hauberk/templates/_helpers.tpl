@@ -25,6 +25,12 @@ app.kubernetes.io/component: agent
 {{ toYaml $labels }}
 {{- end }}
 
+{{- /* The tolerations of pods of the mesh: those of the values, and of the taint that nodes without an agent have. */ -}}
+{{- define "hauberk.tolerations" -}}
+{{- $own := dict "key" "hauberk.dev/agent-not-ready" "operator" "Exists" -}}
+{{ toYaml (append . $own) }}
+{{- end }}
+
 {{- define "hauberk.controlPlane.address" -}}
 hauberk-control-plane.{{ .Release.Namespace }}.svc:8443
 {{- end }}

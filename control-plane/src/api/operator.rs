@@ -138,7 +138,7 @@ fn status(shared: &Shared) -> Result<v1::GetStatusResponse, Status> {
             // A node of the cluster needs no joining.
             joined: record.is_some() || agent.streams > 0,
             connected: agent.streams > 0,
-            enforced_revision: agent.enforced_revision,
+            enforced_revision: agent.enforced_in(published.epoch),
             refused: agent.refused.unwrap_or_default(),
             locked: record.as_ref().and_then(|node| node.locked.clone()).unwrap_or_default(),
             renewable_until_unix_ms: record
@@ -314,19 +314,19 @@ fn notes(
             continue;
         };
         let node = workload.node.as_str();
+        let enforced = agents.get(node).map_or(0, |agent| agent.enforced_in(published.epoch));
         match agents.get(node) {
             None => {
                 notes.push(format!("the agent of {node}, where the {role} runs, has not connected"))
             }
             Some(agent) if agent.streams == 0 => {
                 notes.push(format!(
-                    "the agent of {node}, where the {role} runs, is away; it enforces revision {}",
-                    agent.enforced_revision
+                    "the agent of {node}, where the {role} runs, is away; it enforces revision {enforced}"
                 ));
             }
-            Some(agent) if agent.enforced_revision != published.revision => notes.push(format!(
-                "the agent of {node} still enforces revision {}, this answer is about {}",
-                agent.enforced_revision, published.revision
+            Some(_) if enforced != published.revision => notes.push(format!(
+                "the agent of {node} still enforces revision {enforced}, this answer is about {}",
+                published.revision
             )),
             Some(_) => {}
         }

@@ -16,7 +16,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::Shared;
-use crate::{attest, policy::Published};
+use crate::{
+    attest,
+    policy::{Published, Version},
+};
 
 /// Updates in flight to one agent. An agent that does not read gets the newest state when it does.
 const IN_FLIGHT: usize = 1;
@@ -127,10 +130,12 @@ async fn send_updates(
     loop {
         let next = published.borrow_and_update().clone();
         // Without any state yet there is nothing to send: an agent goes on with what it has.
-        let known = sent.as_ref().map(|sent| sent.revision);
-        if next.revision > 0 && known != Some(next.revision) {
-            let full = sent.is_none();
-            let before = sent.as_ref().map_or(&nothing, |sent| &sent.resources);
+        let known = sent.as_ref().map(|sent| sent.version());
+        if next.revision > 0 && known != Some(next.version()) {
+            // Another epoch owes nothing to the one before.
+            let base = sent.as_ref().filter(|sent| sent.epoch == next.epoch);
+            let full = base.is_none();
+            let before = base.map_or(&nothing, |sent| &sent.resources);
             let (upserts, removals) = delta(before, &next.resources);
             let update = v1::StateUpdate {
                 revision: next.revision,
@@ -139,6 +144,7 @@ async fn send_updates(
                 removals,
                 state_hash: next.state_hash.to_vec(),
                 made_at_unix_ms: next.made_at.unix_millis(),
+                epoch: next.epoch,
             };
             if updates.send(Ok(update)).await.is_err() {
                 return Ok(());
@@ -162,12 +168,17 @@ async fn read_reports(
             Some(Kind::Hello(hello)) => {
                 shared.fleet.update(node, now, |agent| {
                     agent.version = hello.agent_version;
-                    agent.enforced_revision = hello.revision;
+                    agent.enforced = Version { epoch: hello.epoch, revision: hello.revision };
                 });
             }
             Some(Kind::Enforced(enforced)) => {
+                // The version before says nothing of it, and takes what comes.
+                let epoch = match enforced.epoch {
+                    0 => shared.publisher.current().epoch,
+                    epoch => epoch,
+                };
                 shared.fleet.update(node, now, |agent| {
-                    agent.enforced_revision = enforced.revision;
+                    agent.enforced = Version { epoch, revision: enforced.revision };
                     agent.refused = None;
                 });
             }

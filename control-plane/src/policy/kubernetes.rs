@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use super::{
     Publisher, chain,
     judge::{Accepted, Errors, Matches, judge, state_of},
-    publish::State,
+    publish::{State, Version},
     status::{ObjectState, matches},
 };
 
@@ -23,6 +23,9 @@ const DEBOUNCE: Duration = Duration::from_millis(50);
 
 /// When agreeing failed, or another replica knows more, it is looked at again after this.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// How often one looks whether the numbering is still the same.
+const EPOCH_LOOK: Duration = Duration::from_secs(10);
 
 /// Longer than any watch lags behind.
 const BEHIND_FOR_LONG: Duration = Duration::from_secs(10);
@@ -67,6 +70,25 @@ impl Follower {
                     tokio::time::sleep(DEBOUNCE).await;
                 }
                 () = tokio::time::sleep(RETRY), if !settled => {}
+                () = self.another_epoch(), if settled => {}
+            }
+        }
+    }
+
+    /// Done when somebody has made the replicas' numbering begin anew, by deleting what they agreed on.
+    async fn another_epoch(&self) {
+        loop {
+            tokio::time::sleep(EPOCH_LOOK).await;
+            let current = self.publisher.current();
+            match self.shared.epoch().await {
+                Ok(epoch) if current.revision > 0 && epoch != Some(current.epoch) => {
+                    tracing::warn!(
+                        "the numbering of the revisions begins anew: hauberk-state was deleted"
+                    );
+                    return;
+                }
+                // Whoever agrees on the next change tells of it.
+                Ok(_) | Err(_) => {}
             }
         }
     }
@@ -89,19 +111,23 @@ impl Follower {
             services,
             namespaces,
             nodes,
-            zones,
+            places,
             notes,
             seen,
             shared_identities,
             ..
         } = snapshot;
-        let mut state = State::new(resolved, services, namespaces, zones, nodes, counts);
+        let mut state = State::new(resolved, services, namespaces, places, nodes, counts);
         state.warnings.extend(notes.into_iter().chain(taken).chain(shared_identities.clone()));
         state.shared_identities = shared_identities;
         match self.shared.agree(&hex::encode(state.hash), &seen).await {
-            Ok(Agreement::Revision(revision)) => {
+            Ok(Agreement::Revision { epoch, revision }) => {
                 self.behind = None;
-                self.publisher.put(revision, state);
+                if self.publisher.current().epoch != epoch {
+                    // Its numbers mean nothing any more.
+                    self.since.clear();
+                }
+                self.publisher.put(Version { epoch, revision }, state);
                 self.publisher.set_errors(lines);
                 self.tell(&objects, &errors, Some((&matched, &unresolved)), revision);
                 self.health.set(HEALTH_CHECK, HealthState::Ready);

@@ -38,6 +38,7 @@ pub(super) struct Namespaces {
     written: BTreeMap<String, Instant>,
     /// A revision that agents should have by now, and the next one that will be.
     settled: u64,
+    epoch: u64,
     settling: Option<(Instant, u64)>,
     refused: BTreeMap<String, Instant>,
 }
@@ -59,6 +60,9 @@ impl Namespaces {
         let published = writer.publisher.current();
         if published.revision == 0 {
             return;
+        }
+        if std::mem::replace(&mut self.epoch, published.epoch) != published.epoch {
+            (self.settled, self.settling) = (0, None);
         }
         let enrolled = enrolled(&published);
         self.incomplete.retain(|namespace, _| enrolled.contains(namespace.as_str()));

@@ -40,9 +40,19 @@ pub(crate) enum Emptied {
     Confirmed,
 }
 
+/// Which state is the newer one: the later epoch, and within one the higher revision.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Version {
+    /// When the numbering of the revisions began, in seconds since the Unix epoch.
+    pub(crate) epoch: u64,
+    /// Zero if there is no state.
+    pub(crate) revision: u64,
+}
+
 /// One revision.
 #[derive(Debug)]
 pub(crate) struct Published {
+    pub(crate) epoch: u64,
     pub(crate) revision: u64,
     pub(crate) made_at: Timestamp,
     pub(crate) resources: BTreeMap<String, v1::Resource>,
@@ -61,6 +71,10 @@ pub(crate) struct Published {
 }
 
 impl Published {
+    pub(crate) fn version(&self) -> Version {
+        Version { epoch: self.epoch, revision: self.revision }
+    }
+
     /// The registered workload of a key such as `payments/ledger` or `machine/db-01`.
     pub(crate) fn workload(&self, key: &str) -> Option<&MeshWorkload> {
         self.workloads.iter().find(|workload| workload.key() == key)
@@ -158,6 +172,7 @@ impl Publisher {
         metrics: Arc<ControlPlaneMetrics>,
     ) -> Result<Arc<Self>, StoreError> {
         let empty = Published {
+            epoch: 0,
             revision: 0,
             made_at: hauberk_tls::now(),
             resources: BTreeMap::new(),
@@ -376,22 +391,24 @@ impl Publisher {
         let state = State::new(resolved, Vec::new(), Vec::new(), Vec::new(), machines, counts);
         let kept = self.store.revision()?;
         let hex = hex::encode(state.hash);
-        let revision = if kept.state_hash == hex {
-            kept.number
-        } else {
-            let next = Revision { number: kept.number.saturating_add(1), state_hash: hex };
-            self.store.save_revision(&next)?;
-            next.number
-        };
-        self.put(revision, state);
+        let version = |kept: &Revision| Version { epoch: kept.epoch, revision: kept.number };
+        if kept.epoch > 0 && kept.state_hash == hex {
+            self.put(version(&kept), state);
+            return Ok(());
+        }
+        let epoch = if kept.epoch > 0 { kept.epoch } else { seconds(hauberk_tls::now()) };
+        let next = Revision { epoch, number: kept.number.saturating_add(1), state_hash: hex };
+        self.store.save_revision(&next)?;
+        self.put(version(&next), state);
         Ok(())
     }
 
     /// Puts a state in force under its number.
-    pub(crate) fn put(&self, revision: u64, state: State) {
+    pub(crate) fn put(&self, version: Version, state: State) {
+        let Version { epoch, revision } = version;
         self.metrics.set_state_revision(revision);
         let before = self.current();
-        if before.revision == revision
+        if before.version() == version
             && before.machines == state.machines
             && before.warnings == state.warnings
         {
@@ -399,8 +416,9 @@ impl Publisher {
         }
         let State { resolved, machines, counts, resources, warnings, shared_identities, hash } =
             state;
-        if before.revision != revision {
+        if before.version() != version {
             tracing::info!(
+                epoch,
                 revision,
                 workloads = resolved.workloads.len(),
                 policies = counts.policies,
@@ -411,6 +429,7 @@ impl Publisher {
         let entitled = resolved.workloads.iter().filter(|workload| workload.is_entitled());
         let postures: Vec<_> = entitled.map(|w| (w.identity.clone(), w.mode)).collect();
         self.sender.send_replace(Arc::new(Published {
+            epoch,
             revision,
             made_at: hauberk_tls::now(),
             policy_names: policy_names(&resolved),
@@ -425,6 +444,11 @@ impl Publisher {
             guardrails: counts.guardrails,
         }));
     }
+}
+
+/// As epochs have it.
+pub(crate) fn seconds(time: Timestamp) -> u64 {
+    u64::try_from(time.unix_millis() / 1000).unwrap_or(0)
 }
 
 /// Why manifests without a workload are not taken.

@@ -16,7 +16,7 @@ use hauberk_kubernetes::{
 };
 use tokio::sync::watch;
 
-use super::{Publisher, namespaces::Namespaces};
+use super::{Publisher, namespaces::Namespaces, taints::Taints};
 use crate::fleet::{Agent, Fleet};
 
 /// At most so often: a status is for people and for tools that wait, not for enforcing.
@@ -38,7 +38,8 @@ pub(crate) struct ObjectState {
     pub(crate) matched: Option<(usize, BTreeSet<String>)>,
 }
 
-/// Writes what each object's status should be, and the condition of each namespace of the mesh.
+/// Writes what each object's status should be, the condition of each namespace of the mesh, and the taint of nodes without
+/// an agent.
 pub(crate) struct StatusWriter {
     pub(crate) client: Client,
     pub(crate) cluster: Arc<Cluster>,
@@ -46,6 +47,8 @@ pub(crate) struct StatusWriter {
     pub(crate) publisher: Arc<Publisher>,
     pub(crate) report: Report,
     pub(crate) leads: watch::Receiver<bool>,
+    /// Whether nodes without a ready agent get a taint; else it is taken away where it is.
+    pub(crate) taints_nodes: bool,
     pub(crate) objects: watch::Receiver<Arc<Vec<ObjectState>>>,
 }
 
@@ -53,10 +56,10 @@ impl StatusWriter {
     /// Runs until the program ends.
     pub(crate) async fn run(self) {
         let mut reported: Option<Reported> = None;
-        let mut namespaces = Namespaces::default();
+        let (mut namespaces, mut taints) = (Namespaces::default(), Taints::default());
         loop {
             tokio::time::sleep(PACE).await;
-            let own = report_of(self.fleet.agents());
+            let own = report_of(self.fleet.agents(), self.publisher.current().epoch);
             if reported.as_ref() != Some(&own) {
                 match self.report.write(&own).await {
                     Ok(()) => reported = Some(own.clone()),
@@ -80,10 +83,12 @@ impl StatusWriter {
                         }
                     }
                 }
+                // First: it is about where everybody's pods go.
+                taints.write(&self).await;
                 self.write(&agents).await;
                 namespaces.write(&self, &agents, &captures).await;
             } else {
-                namespaces = Namespaces::default();
+                (namespaces, taints) = (Namespaces::default(), Taints::default());
             }
         }
     }
@@ -107,13 +112,14 @@ impl StatusWriter {
 }
 
 /// What this replica has of its agents.
-fn report_of(agents: BTreeMap<String, Agent>) -> Reported {
+fn report_of(agents: BTreeMap<String, Agent>, epoch: u64) -> Reported {
     let mut reported = Reported::default();
     for (node, agent) in agents.into_iter().filter(|(_, agent)| agent.streams > 0) {
         let mut capture = NodeCapture {
             since_unix_ms: agent.connected.map_or(0, Timestamp::unix_millis),
             ..NodeCapture::default()
         };
+        reported.enforced.insert(node.clone(), agent.enforced_in(epoch));
         for workload in agent.status.workloads {
             let Some((namespace, _)) = workload.workload.split_once('/') else { continue };
             capture.namespaces.entry(namespace.to_owned()).or_default().add(&NamespaceCapture {
@@ -123,7 +129,6 @@ fn report_of(agents: BTreeMap<String, Agent>) -> Reported {
                 closed_unix_ms: workload.older_closed_unix_ms,
             });
         }
-        reported.enforced.insert(node.clone(), agent.enforced_revision);
         reported.captures.insert(node, capture);
     }
     reported

@@ -20,10 +20,21 @@ pub struct MeshService {
     pub addresses: BTreeSet<IpAddr>,
     /// Its ports, and the backends of each that are ready, with whom they are for; maybe none.
     pub ports: BTreeMap<u16, BTreeMap<SocketAddr, Hints>>,
+    /// The ports that it has on every node, each with the one of its own that it leads to.
+    pub node_ports: BTreeMap<u16, u16>,
     /// How far connections to it go.
     pub reach: Reach,
     /// For how long after its last connection a caller stays with its backend, if it does.
     pub affinity: Option<Duration>,
+}
+
+/// A port that a service has on every node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct NodePort {
+    /// Its number.
+    pub port: u16,
+    /// The address family.
+    pub is_ipv4: bool,
 }
 
 /// How far connections to a service go.
@@ -72,14 +83,40 @@ impl MeshService {
     ) -> impl Iterator<Item = (SocketAddr, Backends)> {
         self.ports.iter().flat_map(move |(port, backends)| {
             self.addresses.iter().map(move |address| {
-                let alike = backends
-                    .iter()
-                    .filter(move |(backend, _)| backend.is_ipv4() == address.is_ipv4());
-                let seen = Backends::seen_from(node, zone, self.reach, alike);
-                let backends = Backends { affinity: self.affinity, ..seen };
+                let backends = self.alike(backends, address.is_ipv4(), node, zone);
                 (SocketAddr::new(*address, *port), backends)
             })
         })
+    }
+
+    /// The same for its ports on nodes, each for the addresses of one family. They lead to all backends, as with
+    /// kube-proxy for callers within the cluster.
+    pub fn node_ports_seen_from(
+        &self,
+        node: &str,
+        zone: Option<&str>,
+    ) -> impl Iterator<Item = (NodePort, Backends)> {
+        let known =
+            self.node_ports.iter().filter_map(|(port, own)| Some((port, self.ports.get(own)?)));
+        known.flat_map(move |(port, backends)| {
+            [true, false].map(move |is_ipv4| {
+                let place = NodePort { port: *port, is_ipv4 };
+                (place, self.alike(backends, is_ipv4, node, zone))
+            })
+        })
+    }
+
+    /// Its backends of one address family.
+    fn alike(
+        &self,
+        backends: &BTreeMap<SocketAddr, Hints>,
+        is_ipv4: bool,
+        node: &str,
+        zone: Option<&str>,
+    ) -> Backends {
+        let alike = backends.iter().filter(move |(backend, _)| backend.is_ipv4() == is_ipv4);
+        let seen = Backends::seen_from(node, zone, self.reach, alike);
+        Backends { affinity: self.affinity, ..seen }
     }
 }
 
@@ -148,6 +185,7 @@ mod tests {
             name: "web".parse().unwrap(),
             addresses: ["10.96.0.1".parse().unwrap()].into(),
             ports: [(80, backends)].into(),
+            node_ports: BTreeMap::new(),
             reach,
             affinity: None,
         }
@@ -251,5 +289,24 @@ mod tests {
         let affinity = Some(Duration::from_secs(60));
         let service = MeshService { affinity, ..service };
         assert!(service.seen_from("a", None).all(|(_, backends)| backends.affinity == affinity));
+    }
+
+    #[test]
+    fn a_port_on_nodes_leads_where_the_services_own_does() {
+        let (four, six): (SocketAddr, SocketAddr) =
+            ("10.0.0.2:8080".parse().unwrap(), "[fd01::2]:8080".parse().unwrap());
+        let backends = [(four, Hints::default()), (six, Hints::default())];
+        let service = MeshService {
+            ports: [(80, backends.into())].into(),
+            // One leads to a port that it has not.
+            node_ports: [(30_080, 80), (30_081, 81)].into(),
+            ..service(Reach::Cluster, &[])
+        };
+        let places: Vec<_> = service.node_ports_seen_from("a", None).collect();
+        let wanted = [(true, four), (false, six)].map(|(is_ipv4, backend)| {
+            let backends = Backends { first: [backend].into(), ..Backends::default() };
+            (NodePort { port: 30_080, is_ipv4 }, backends)
+        });
+        assert_eq!(places, wanted);
     }
 }

@@ -217,6 +217,11 @@ pub(super) fn forget_outgoing(family: Family, set: &str) -> Vec<Expression> {
     change(ends(family, Way::Out), set, DYNSET_DELETE)
 }
 
+/// Takes that out of there to which a packet belongs that comes from the other end.
+pub(super) fn forget_incoming(family: Family, set: &str) -> Vec<Expression> {
+    change(ends(family, Way::In), set, DYNSET_DELETE)
+}
+
 /// Puts it in there. Does not match if the set is full.
 pub(super) fn remember_outgoing(family: Family, set: &str) -> Vec<Expression> {
     change(ends(family, Way::Out), set, DYNSET_ADD)

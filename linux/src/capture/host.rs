@@ -17,8 +17,9 @@ use super::{
     },
     older::{Process, Scope},
     parts::{
-        agents_own_untracked, carried, families_to_listener, given_back, given_back_to_listener,
-        held, leaving, mesh_from_loopback, not_own, older_chain, older_sets, unroutable,
+        agents_own_untracked, carried, dialled_chain, families_to_listener, given_back,
+        given_back_to_listener, held, leaving, mesh_from_loopback, not_own, older_chain,
+        older_sets, unroutable,
     },
     published,
     ruleset::{Chain, Hook, Ruleset, Set, SetContent},
@@ -98,7 +99,7 @@ impl HostRules {
         let served = self.service_ports();
         let mut sets = older_sets();
         sets.push(Set { name: SERVED, content: SetContent::Ports(served.clone()) });
-        let mut chains = vec![Chain::named(UNDECIDED), older_chain(), answers()];
+        let mut chains = vec![Chain::named(UNDECIDED), older_chain(), dialled_chain(), answers()];
         let mut output = Chain::at("output", Hook::ROUTE_OUTPUT)
             .rule([tcp(Is::Not), pass()])
             .rules(agents_own_untracked());

@@ -10,8 +10,8 @@ use super::{
     },
     older::Scope,
     parts::{
-        agents_own, carried, families_to_listener, given_back_to_listener, held, leaving,
-        left_alone, mesh_from_loopback, older_chain, older_sets, unroutable,
+        agents_own, carried, dialled_chain, families_to_listener, given_back_to_listener, held,
+        leaving, left_alone, mesh_from_loopback, older_chain, older_sets, unroutable,
     },
     ruleset::{Chain, Hook, Ruleset},
     second_line::Routing,
@@ -58,6 +58,7 @@ impl NamespaceRules {
             chains: vec![
                 Chain::named(UNDECIDED),
                 older_chain(),
+                dialled_chain(),
                 self.loopback_chain(),
                 self.mesh_chain(),
                 self.prerouting(),

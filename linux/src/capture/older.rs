@@ -195,12 +195,20 @@ impl Connection {
 /// # Errors
 /// If the kernel cannot be asked.
 pub fn older() -> Result<Vec<Connection>> {
+    Ok(in_force()?.unwrap_or_default())
+}
+
+/// The same; nothing if the rules are not in place.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn in_force() -> Result<Option<Vec<Connection>>> {
     let mut found = Vec::new();
     for set in [OLDER_V4, OLDER_V6] {
-        let keys = drift::elements(set)?.unwrap_or_default();
+        let Some(keys) = drift::elements(set)? else { return Ok(None) };
         found.extend(keys.iter().filter_map(|key| Connection::from_key(key)));
     }
-    Ok(found)
+    Ok(Some(found))
 }
 
 /// Those of them that are closed by now, or over but for what may be late.
@@ -242,11 +250,8 @@ impl OpenOlder {
 /// # Errors
 /// If the kernel cannot be asked.
 pub fn open_older() -> Result<Option<Vec<OpenOlder>>> {
-    let mut noted = HashSet::new();
-    for set in [OLDER_V4, OLDER_V6] {
-        let Some(keys) = drift::elements(set)? else { return Ok(None) };
-        noted.extend(keys.iter().filter_map(|key| Connection::from_key(key)));
-    }
+    let Some(noted) = in_force()? else { return Ok(None) };
+    let noted: HashSet<Connection> = noted.into_iter().collect();
     if noted.is_empty() {
         return Ok(Some(Vec::new()));
     }
@@ -281,10 +286,9 @@ pub fn open_older() -> Result<Option<Vec<OpenOlder>>> {
 /// # Errors
 /// If the kernel refuses that.
 pub fn forget(connections: &HashSet<Connection>) -> Result<()> {
-    for (family, set) in [(Family::V4, OLDER_V4), (Family::V6, OLDER_V6)] {
-        let keys = connections.iter().map(Connection::key);
-        let of_family: Vec<_> = keys.filter(|(of, _)| *of == family).map(|(_, key)| key).collect();
-        transaction::remove_connections(set, &of_family)?;
+    let all: Vec<_> = connections.iter().copied().collect();
+    for (set, keys) in by_set(&all) {
+        transaction::remove_connections(set, &keys)?;
     }
     Ok(())
 }
@@ -310,18 +314,54 @@ pub(super) fn open_uncaptured(scope: &Scope) -> Result<Vec<TcpSocket>> {
     Ok(found)
 }
 
-/// Those of them that have been opened, rather than being about to be.
-pub(super) fn connections(sockets: &[TcpSocket]) -> Vec<Connection> {
-    sockets.iter().filter(|socket| !socket.is_opening()).map(Connection::of).collect()
+/// Those that have been opened, rather than being about to be, and are the same in another listing. A listing is not made
+/// in one moment: the agent may have opened both ends of a connection of its own since it was at the first one.
+pub(super) fn agreed(sockets: &[TcpSocket], again: &[TcpSocket]) -> Vec<Connection> {
+    let opened = |socket: &&TcpSocket| !socket.is_opening();
+    let again: HashSet<Connection> = again.iter().filter(opened).map(Connection::of).collect();
+    let both = sockets.iter().filter(opened).map(Connection::of);
+    both.filter(|one| again.contains(one)).collect()
+}
+
+/// Those that wait for the answer to their first packet.
+pub(super) fn opening(sockets: &[TcpSocket]) -> Vec<Connection> {
+    sockets.iter().filter(|socket| socket.is_opening()).map(Connection::of).collect()
+}
+
+/// Their keys, by the sets that they belong into.
+pub(super) fn by_set(connections: &[Connection]) -> [(&'static str, Vec<Vec<u8>>); 2] {
+    [(Family::V4, OLDER_V4), (Family::V6, OLDER_V6)].map(|(family, set)| {
+        let keys = connections.iter().map(Connection::key);
+        (set, keys.filter(|(of, _)| *of == family).map(|(_, key)| key).collect())
+    })
 }
 
 /// Tells the rules of them.
 pub(super) fn spare(connections: &[Connection]) -> Result<()> {
-    for (family, set) in [(Family::V4, OLDER_V4), (Family::V6, OLDER_V6)] {
-        let keys: Vec<_> = connections.iter().map(Connection::key).collect();
-        let of_family: Vec<_> =
-            keys.into_iter().filter(|(of, _)| *of == family).map(|(_, key)| key).collect();
-        transaction::add_connections(set, &of_family)?;
+    for (set, keys) in by_set(connections) {
+        transaction::add_connections(set, &keys)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sockets::tests::socket;
+
+    #[test]
+    fn only_what_two_listings_agree_on_is_older() {
+        let remote = SocketAddr::from(([10, 0, 0, 1], 80));
+        let at = |port: u16, is_opening| {
+            socket(SocketAddr::from(([10, 0, 0, 2], port)), remote, is_opening)
+        };
+        let ports = |found: Vec<Connection>| -> Vec<u16> {
+            found.iter().map(|one| one.local.port()).collect()
+        };
+        // The agent was between both ends of its own at the first listing; the second one knows better.
+        let first = [at(1, false), at(2, false), at(3, true), at(4, false)];
+        let second = [at(1, false), at(3, false), at(4, true), at(5, false)];
+        assert_eq!(ports(agreed(&first, &second)), [1]);
+        assert_eq!(ports(opening(&first)), [3]);
+    }
 }

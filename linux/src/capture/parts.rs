@@ -1,13 +1,13 @@
 //! What the rules of a namespace and those of a host have in common.
 
 use super::{
-    MARK, MARK_PUBLISHED, MARK_TRANSPARENT, MARK_UNCAPTURED, OLDER_V4, OLDER_V6, OWN_MARKS,
-    RELEASED_BITS, REPORT_GROUP, UNDECIDED, Unroutable,
+    DIALLED, MARK, MARK_PUBLISHED, MARK_TRANSPARENT, MARK_UNCAPTURED, OLDER_V4, OLDER_V6,
+    OWN_MARKS, RELEASED_BITS, REPORT_GROUP, UNDECIDED, Unroutable,
     expression::{
-        Expression, Is, destination_port, discard, extended, forget_outgoing, goto, let_through,
-        mark, masked_mark, opening, outgoing_in, pass, report_to, reset, set_mark, tcp,
-        to_listener, to_listener_of_mark, to_loopback, to_this_host, to_transparent_socket,
-        untracked,
+        Expression, Is, destination_port, discard, extended, forget_incoming, forget_outgoing,
+        goto, jump, let_through, mark, masked_mark, opening, outgoing_in, pass, report_to, reset,
+        set_mark, tcp, to_listener, to_listener_of_mark, to_loopback, to_this_host,
+        to_transparent_socket, untracked,
     },
     published, released,
     ruleset::{Chain, Hook, Set, SetContent},
@@ -18,6 +18,7 @@ use crate::links::Family;
 pub(super) fn agents_own() -> Vec<Vec<Vec<Expression>>> {
     vec![
         vec![own(), let_through()],
+        vec![mark(MARK_TRANSPARENT), opening(Is::Equal), jump(DIALLED)],
         vec![mark(MARK_TRANSPARENT), let_through()],
         vec![given_back(), let_through()],
     ]
@@ -30,6 +31,7 @@ pub(super) fn agents_own_untracked() -> Vec<Vec<Vec<Expression>>> {
         vec![mark(MARK_PUBLISHED), let_through()],
         vec![own(), to_loopback(Is::Equal), untracked(), let_through()],
         vec![own(), let_through()],
+        vec![mark(MARK_TRANSPARENT), opening(Is::Equal), jump(DIALLED)],
         vec![mark(MARK_TRANSPARENT), untracked(), let_through()],
         vec![given_back(), untracked(), let_through()],
     ]
@@ -119,6 +121,15 @@ pub(super) fn older_chain() -> Chain {
             set_mark(MARK_UNCAPTURED),
             let_through(),
         ])
+    })
+}
+
+/// What the agent opens to an application has the ends that its caller has, and the application's answers look like
+/// those of an older connection between the same ends: they would leave as they are.
+pub(super) fn dialled_chain() -> Chain {
+    let families = [(Family::V4, OLDER_V4), (Family::V6, OLDER_V6)];
+    families.into_iter().fold(Chain::named(DIALLED), |chain, (family, set)| {
+        chain.rule([forget_incoming(family, set)])
     })
 }
 

@@ -37,9 +37,13 @@ const LIST_ELEMENT: u16 = 1;
 const USERDATA_COMMENT: u8 = 0;
 
 /// Puts the table in place of whatever table of that name there is, in one transaction: a packet
-/// meets either the old rules or the new ones.
-pub(super) fn replace(ruleset: &Ruleset, around: &Surroundings) -> Result<()> {
-    send(replacement(ruleset, around), "installing the capture rules")
+/// meets either the old rules or the new ones. `opening` are in their sets of older connections from the first moment.
+pub(super) fn replace(
+    ruleset: &Ruleset,
+    around: &Surroundings,
+    opening: &[(&str, Vec<Vec<u8>>)],
+) -> Result<()> {
+    send(replacement(ruleset, around, opening), "installing the capture rules")
 }
 
 /// Deletes the table, if there is one.
@@ -111,7 +115,11 @@ pub(super) fn adapt(ruleset: &Ruleset, around: &Surroundings) -> Result<()> {
     send(batch.end(), "fitting the capture rules to other programs' address translation")
 }
 
-fn replacement(ruleset: &Ruleset, around: &Surroundings) -> ChainedFinal<'static> {
+fn replacement(
+    ruleset: &Ruleset,
+    around: &Surroundings,
+    opening: &[(&str, Vec<Vec<u8>>)],
+) -> ChainedFinal<'static> {
     let mut batch = Batch::begin();
     // Deleting what isn't there would fail the transaction, so it is made first.
     batch.create_table(ruleset);
@@ -129,6 +137,9 @@ fn replacement(ruleset: &Ruleset, around: &Surroundings) -> ChainedFinal<'static
             let keys: Vec<_> = ports.iter().map(|port| port.to_be_bytes().to_vec()).collect();
             keys.chunks(ELEMENTS_A_MESSAGE).for_each(|keys| batch.add_elements(set.name, keys));
         }
+    }
+    for (set, keys) in opening {
+        keys.chunks(ELEMENTS_A_MESSAGE).for_each(|keys| batch.add_elements(set, keys));
     }
     for chain in ruleset.chains.iter().chain(&fitted).chain([&parts::undecided()]) {
         for rule in &chain.rules {
@@ -313,7 +324,7 @@ mod tests {
     use netlink_bindings::traits::NetlinkChained;
 
     use super::*;
-    use crate::capture::{NamespaceRules, Unroutable};
+    use crate::capture::{MAX_OPENING, NamespaceRules, OLDER_V6, Unroutable};
 
     /// The message types of a batch, in order.
     fn types(payload: &[u8]) -> Vec<u16> {
@@ -342,7 +353,12 @@ mod tests {
             unroutable: Unroutable::Refuse,
             letting_go: false,
         };
-        let batch = replacement(&rules.ruleset().unwrap(), &Surroundings::default());
+        let batch = replacement(&rules.ruleset().unwrap(), &Surroundings::default(), &[]);
+        // As many as there may be of the longer ones, beside rules of the longest kind: the kernel takes a message of
+        // 212,960 bytes by default.
+        let opening = [(OLDER_V6, vec![vec![0; 40]; MAX_OPENING])];
+        let full = replacement(&rules.ruleset().unwrap(), &Surroundings::default(), &opening);
+        assert!(full.payload().len() < 100_000, "{}", full.payload().len());
         let types = types(batch.payload());
         let count = |wanted| types.iter().filter(|found| **found == wanted).count();
         let opening = [BATCH_BEGIN, NEW_TABLE, DELETE_TABLE, NEW_TABLE];

@@ -1,6 +1,6 @@
 use std::{
     io::{Read, Write},
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
@@ -8,7 +8,7 @@ use std::{
 
 use hauberk_linux::{
     capture::{self, Before, NamespaceRules, Unroutable},
-    socket::{linger_on_close, outbound_socket, reset_on_close},
+    socket::{linger_on_close, outbound_socket, reset_on_close, transparent_socket},
 };
 
 use crate::support::*;
@@ -402,6 +402,91 @@ fn older_connections_are_known_to_the_kernel_and_forgotten_when_they_end() {
         command("nft insert rule inet hauberk output accept");
         assert!(install(&rules).older.is_empty());
     });
+}
+
+/// Both are opened before the rules, and are open only after them: the other end's last word is late.
+#[test]
+fn connections_that_are_half_open_are_left_alone_too() {
+    let network = Network::new();
+    let [family, _] = families();
+    let application = listen(&network.workload, family.any, 8080);
+    let server = listen(&network.remote, family.any, 80);
+    // Known to each other: nobody asks for an address from here on.
+    assert_joined(
+        &mut connect(&network.remote, family.workload, 8080).unwrap(),
+        &mut accept(&application).0,
+    );
+    network.in_remote(|| {
+        command(
+            "nft 'table inet late { chain output { type filter hook output priority 0; \
+             tcp flags & (syn|ack) == ack drop; }; }'",
+        )
+    });
+    let mut incoming = connect(&network.remote, family.workload, 8080).unwrap();
+    assert!(nobody_came(&application));
+    // An answer waits for the address of whom it is for, and no longer.
+    let hardware = || command("ip -o link show eth0 | sed 's/.*ether \\([^ ]*\\).*/\\1/'");
+    let (address, gateway) = (network.in_workload(hardware), network.in_remote(hardware));
+    network.in_workload(|| {
+        command(&format!("ip neigh replace {} lladdr {} dev eth0", family.remote, gateway.trim()));
+        hauberk_linux::links::sysctl("ipv4/conf/eth0/arp_ignore", "8").unwrap();
+    });
+    network.in_remote(|| command("ip neigh flush dev eth0"));
+    let to = SocketAddr::new(family.remote, 80);
+    let opening = network.in_workload(|| {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+        socket.set_nonblocking(true)?;
+        let begun = socket.connect(&to.into()).map_err(|error| error.raw_os_error());
+        assert_eq!(begun, Err(Some(nix::libc::EINPROGRESS)));
+        std::io::Result::Ok(socket)
+    });
+    let opening = opening.unwrap();
+    let began = std::time::Instant::now();
+    let rules = RULES.ruleset().unwrap();
+    network.in_workload(|| install(&rules));
+    network.in_remote(|| {
+        command("nft delete table inet late");
+        command(&format!("ip neigh replace {} lladdr {} dev eth0", family.workload, address.trim()))
+    });
+    let took = began.elapsed();
+    assert!(
+        took < Duration::from_millis(900),
+        "its first packet is sent again after a second: {took:?}"
+    );
+    let (mut served, _) = accept(&server);
+    opening.set_nonblocking(false).unwrap();
+    let mut outgoing = TcpStream::from(opening);
+    outgoing.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_joined(&mut outgoing, &mut served);
+    incoming.write_all(b"ask").unwrap();
+    let (mut accepted, _) = accept(&application);
+    accepted.read_exact(&mut [0; 3]).unwrap();
+    assert_joined(&mut incoming, &mut accepted);
+}
+
+/// Its caller has the port of a connection that was there before the rules, and is over.
+#[test]
+fn what_the_agent_opens_to_an_application_is_no_older_connection() {
+    let network = Network::new();
+    let mut older = Vec::new();
+    for family in families() {
+        let application = listen(&network.workload, family.any, 8080);
+        let client = connect(&network.remote, family.workload, 8080).unwrap();
+        let (served, peer) = accept(&application);
+        older.push((family, application, client, served, peer));
+    }
+    network.in_workload(|| install(&RULES.ruleset().unwrap()));
+    for (family, application, client, served, caller) in older {
+        reset_on_close(&client).unwrap();
+        drop(client);
+        drop(served);
+        let to = SocketAddr::new(family.workload, 8080);
+        let dialled =
+            network.in_workload(|| connect_socket(transparent_socket(caller)?, to)).unwrap();
+        let (mut served, peer) = accept(&application);
+        assert_eq!(peer, caller);
+        assert_joined(&mut { dialled }, &mut served);
+    }
 }
 
 /// What was opened while the rules were missing is ended, and told.

@@ -24,6 +24,7 @@ pub fn service_message(service: &MeshService) -> v1::Service {
             .iter()
             .map(|(port, backends)| v1::ServicePort {
                 port: u32::from(*port),
+                node_port: node_port(service, *port),
                 backends: backends
                     .iter()
                     .map(|(backend, hints)| v1::Backend {
@@ -45,6 +46,11 @@ pub fn service_message(service: &MeshService) -> v1::Service {
     }
 }
 
+fn node_port(service: &MeshService, port: u16) -> u32 {
+    let found = service.node_ports.iter().find(|(_, own)| **own == port);
+    found.map_or(0, |(node_port, _)| u32::from(*node_port))
+}
+
 /// Reads a service.
 ///
 /// # Errors
@@ -58,9 +64,16 @@ pub fn service(message: v1::Service) -> Result<MeshService, ConvertError> {
     if addresses.is_empty() {
         return Err(ConvertError::missing("service.addresses"));
     }
-    let mut ports = BTreeMap::new();
+    let (mut ports, mut node_ports) = (BTreeMap::new(), BTreeMap::new());
     for message in message.ports {
         let number = port("service.ports.port", message.port)?;
+        if message.node_port != 0 {
+            let node_port = port("service.ports.node_port", message.node_port)?;
+            if node_ports.insert(node_port, number).is_some() {
+                let text = format!("the port {node_port} stands twice");
+                return Err(ConvertError::new("service.ports.node_port", text));
+            }
+        }
         let mut backends = BTreeMap::new();
         for message in message.backends {
             let (backend, hints) = backend(message)?;
@@ -79,6 +92,7 @@ pub fn service(message: v1::Service) -> Result<MeshService, ConvertError> {
         name: name("service.name", &message.name)?,
         addresses,
         ports,
+        node_ports,
         reach: if message.own_node_only { Reach::Node } else { Reach::Cluster },
         affinity: match message.affinity_seconds {
             0 => None,
@@ -101,7 +115,11 @@ fn backend(message: v1::Backend) -> Result<(SocketAddr, Hints), ConvertError> {
 /// The message of a node.
 #[must_use]
 pub fn node_message(node: &MeshNode) -> v1::Node {
-    v1::Node { name: node.name.to_string(), zone: node.zone.clone() }
+    v1::Node {
+        name: node.name.to_string(),
+        zone: node.zone.clone().unwrap_or_default(),
+        addresses: node.addresses.iter().map(ToString::to_string).collect(),
+    }
 }
 
 /// Reads a node.
@@ -109,7 +127,12 @@ pub fn node_message(node: &MeshNode) -> v1::Node {
 /// # Errors
 /// If a field is missing or malformed.
 pub fn node(message: v1::Node) -> Result<MeshNode, ConvertError> {
-    Ok(MeshNode { name: name("node.name", &message.name)?, zone: zone("node.zone", message.zone)? })
+    let addresses = message.addresses.iter().map(|text| address("node.addresses", text));
+    Ok(MeshNode {
+        name: name("node.name", &message.name)?,
+        zone: Some(message.zone).filter(|zone| !zone.is_empty()),
+        addresses: addresses.collect::<Result<_, _>>()?,
+    })
 }
 
 /// No zone has an empty name.

@@ -807,6 +807,11 @@ pub struct StateUpdate {
     /// When the control plane made this revision, in milliseconds since the Unix epoch.
     #[prost(int64, tag = "6")]
     pub made_at_unix_ms: i64,
+    /// When the numbering of the revisions began, in seconds since the Unix epoch: a later epoch is newer than an earlier
+    /// one, whatever their revisions. A control plane that is installed anew, or begins anew after a backup was restored,
+    /// has a later one. Its first update is full.
+    #[prost(uint64, tag = "7")]
+    pub epoch: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Resource {
@@ -840,13 +845,17 @@ pub struct Namespace {
     #[prost(bool, tag = "2")]
     pub enrolled: bool,
 }
-/// A node of a Kubernetes cluster that is in a zone. There are none unless a service asks for zones.
+/// A node of a Kubernetes cluster.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Node {
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
+    /// Empty unless it is in one, and a service asks for zones.
     #[prost(string, tag = "2")]
     pub zone: ::prost::alloc::string::String,
+    /// IP addresses, as text; none unless a service has ports on nodes.
+    #[prost(string, repeated, tag = "3")]
+    pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Addresses that stand for others: connections to them go to one of the backends.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -874,6 +883,9 @@ pub struct ServicePort {
     /// Those that are ready; may be empty.
     #[prost(message, repeated, tag = "2")]
     pub backends: ::prost::alloc::vec::Vec<Backend>,
+    /// The port of every node that leads to the same backends; zero if there is none.
+    #[prost(uint32, tag = "3")]
+    pub node_port: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Backend {
@@ -1080,6 +1092,9 @@ pub struct Hello {
     pub revision: u64,
     #[prost(bytes = "vec", tag = "3")]
     pub state_hash: ::prost::alloc::vec::Vec<u8>,
+    /// The epoch of that revision.
+    #[prost(uint64, tag = "4")]
+    pub epoch: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Enforced {
@@ -1087,6 +1102,9 @@ pub struct Enforced {
     pub revision: u64,
     #[prost(bytes = "vec", tag = "2")]
     pub state_hash: ::prost::alloc::vec::Vec<u8>,
+    /// The epoch of that revision.
+    #[prost(uint64, tag = "3")]
+    pub epoch: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Refused {

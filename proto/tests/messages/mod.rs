@@ -83,6 +83,7 @@ pub(crate) fn service_with(change: impl FnOnce(&mut v1::Service)) -> v1::Resourc
         addresses: vec!["10.96.0.1".to_owned()],
         ports: vec![v1::ServicePort {
             port: 80,
+            node_port: 30_080,
             backends: vec![v1::Backend {
                 address: "10.0.0.2".to_owned(),
                 port: 8080,
@@ -104,7 +105,11 @@ pub(crate) fn backend_with(change: impl FnOnce(&mut v1::Backend)) -> v1::Resourc
 
 /// The good node after a change.
 pub(crate) fn node_with(change: impl FnOnce(&mut v1::Node)) -> v1::Resource {
-    let mut message = v1::Node { name: "db-01".to_owned(), zone: "zone-A".to_owned() };
+    let mut message = v1::Node {
+        name: "db-01".to_owned(),
+        zone: "zone-A".to_owned(),
+        addresses: vec!["192.0.2.1".to_owned(), "fd00::1".to_owned()],
+    };
     change(&mut message);
     v1::Resource { kind: Some(Kind::Node(message)) }
 }

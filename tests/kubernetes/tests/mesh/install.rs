@@ -32,6 +32,12 @@ pub(crate) fn start() -> anyhow::Result<Cluster> {
 /// The same with more values for the chart.
 pub(crate) fn start_with(values: &[&str]) -> anyhow::Result<Cluster> {
     let cluster = Cluster::start(Options { images: vec![image()?], ..Options::default() })?;
+    install(&cluster, values)?;
+    Ok(cluster)
+}
+
+/// Installs the mesh, as people do it.
+pub(crate) fn install(cluster: &Cluster, values: &[&str]) -> anyhow::Result<()> {
     let chart = |name: &str| format!("{CHARTS}/{name}");
     let namespace = "--namespace=hauberk-system";
     let began = Instant::now();
@@ -73,10 +79,10 @@ pub(crate) fn start_with(values: &[&str]) -> anyhow::Result<Cluster> {
         ])
     });
     if let Err(error) = complete {
-        bail!("{error:#}\n{}", everything(&cluster));
+        bail!("{error:#}\n{}", everything(cluster));
     }
     eprintln!("installed after {:?}", began.elapsed());
-    Ok(cluster)
+    Ok(())
 }
 
 /// What somebody would look at.

@@ -354,13 +354,13 @@ fn programs(cluster: &Cluster) -> anyhow::Result<Vec<(String, String)>> {
 }
 
 /// What the runtime knows a pod's only container by.
-fn container(pod: &Value) -> anyhow::Result<String> {
+pub(crate) fn container(pod: &Value) -> anyhow::Result<String> {
     let id = pod.pointer("/status/containerStatuses/0/containerID").and_then(Value::as_str);
     let id = id.and_then(|id| id.strip_prefix("containerd://"));
     Ok(id.with_context(|| format!("no container in {:#}", pod["status"]))?.to_owned())
 }
 
-fn ctr(cluster: &Cluster, node: &str, arguments: &[&str]) -> anyhow::Result<String> {
+pub(crate) fn ctr(cluster: &Cluster, node: &str, arguments: &[&str]) -> anyhow::Result<String> {
     cluster.node(node)?.text(&[["ctr", "--namespace=k8s.io"].as_slice(), arguments].concat())
 }
 

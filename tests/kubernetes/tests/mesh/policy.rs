@@ -383,7 +383,7 @@ fn the_programs_may_no_more_than_is_written(cluster: &Cluster) -> anyhow::Result
         "machines.hauberk.dev/status [] [] [patch]",
         "namespaces [] [] [get list watch]",
         "namespaces/status [] [] [patch]",
-        "nodes [] [] [get list watch]",
+        "nodes [] [] [get list watch patch]",
         "pods [] [] [get list watch]",
         "serviceaccounts [] [] [get list watch]",
         "services [] [] [get list watch]",

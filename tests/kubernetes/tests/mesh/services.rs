@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, process::Command, time::Duration};
 
 use anyhow::{Context, ensure};
-use hauberk_kubernetes_tests::{Cluster, ipv4};
+use hauberk_kubernetes_tests::{Cluster, NODE_A, NODE_B, ipv4};
 use serde_json::Value;
 
 use crate::{
@@ -25,6 +25,7 @@ pub(crate) const TESTS: &[(&str, Test)] = &[
         "external_addresses_lead_to_pods_and_callers_stay_with_theirs",
         external_addresses_lead_to_pods_and_callers_stay_with_theirs,
     ),
+    ("ports_of_nodes_lead_to_pods", ports_of_nodes_lead_to_pods),
     ("a_job_with_an_init_container_finishes", a_job_with_an_init_container_finishes),
     ("containers_of_a_pod_talk_to_each_other", containers_of_a_pod_talk_to_each_other),
     ("a_pod_in_its_nodes_network_is_told", a_pod_in_its_nodes_network_is_told),
@@ -336,6 +337,42 @@ fn given(cluster: &Cluster, ledger: &str) -> anyhow::Result<()> {
     }
     let text = get(cluster, "checkout", &format!("http://{ledger}:8080/"))?;
     ensure!(text == "the ledger\n", "a service has taken the pod's place: {text}");
+    Ok(())
+}
+
+/// The port of a node, asked for by pods: without the mesh, kube-proxy leads it there.
+fn ports_of_nodes_lead_to_pods(cluster: &Cluster) -> anyhow::Result<()> {
+    const SERVICE: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: ported, namespace: payments}
+spec: {type: NodePort, selector: {app: ledger}, ports: [{port: 80, targetPort: 8080, nodePort: 30080}]}
+";
+    allowed(cluster)?;
+    cluster.apply(SERVICE)?;
+    let led = led_by_nodes(cluster).with_context(|| everything(cluster));
+    cluster.delete(SERVICE)?;
+    led?;
+    let url = format!("http://{}:30080/", ipv4(NODE_A));
+    cluster.wait_until("the port to go", PATIENCE, |cluster| {
+        ensure!(get(cluster, "checkout", &url).is_err(), "it still leads somewhere");
+        Ok(())
+    })
+}
+
+fn led_by_nodes(cluster: &Cluster) -> anyhow::Result<()> {
+    for node in [NODE_A, NODE_B] {
+        let url = format!("http://{}:30080/", ipv4(node));
+        cluster.wait_until("the service by its port of a node", PATIENCE, |cluster| {
+            let text = get(cluster, "checkout", &url)?;
+            ensure!(text == "the ledger\n", "{text}");
+            Ok(())
+        })?;
+        ensure!(get(cluster, "web", &url).is_err(), "{url}: nobody allowed it");
+        // Only by the ports of services does a node's address stand for others.
+        let other = format!("http://{}:30081/", ipv4(node));
+        ensure!(get(cluster, "checkout", &other).is_err(), "{other}");
+    }
     Ok(())
 }
 

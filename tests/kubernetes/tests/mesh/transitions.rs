@@ -41,6 +41,12 @@ const SETTLING: Duration = Duration::from_secs(5);
 /// Between two requests of a caller.
 const PAUSE: Duration = Duration::from_millis(2);
 
+/// How many rounds, if that is to be more than [`ROUNDS`].
+const MORE_ROUNDS: &str = "HAUBERK_TEST_ROUNDS";
+
+/// From off to enforce and back. The second one finds what the first has left.
+const ROUNDS: usize = 2;
+
 /// How long a request may take.
 const ANSWER: Duration = Duration::from_secs(10);
 
@@ -209,6 +215,17 @@ fn a_pod_that_is_back_is_captured_before_the_runtime_answers(
     })
 }
 
+fn rounds() -> anyhow::Result<usize> {
+    match std::env::var(MORE_ROUNDS) {
+        Ok(text) => {
+            let rounds =
+                text.parse().with_context(|| format!("{MORE_ROUNDS}={text}: no number"))?;
+            Ok(ROUNDS.max(rounds))
+        }
+        Err(_) => Ok(ROUNDS),
+    }
+}
+
 fn walk(
     cluster: &Cluster,
     load: &Load<'_>,
@@ -216,8 +233,8 @@ fn walk(
     echo: SocketAddr,
 ) -> anyhow::Result<()> {
     load.phase("nothing", || Ok(()))?;
-    for round in ["first", "second"] {
-        eprintln!("{round} round");
+    for round in 1..=rounds()? {
+        eprintln!("round {round}");
         load.phase("off to audit", || label(cluster, "hauberk.dev/mode=audit"))?;
         load.phase("audit to enforce", || label(cluster, "hauberk.dev/mode=enforce"))?;
         ensure!(get(cluster, "web", LEDGER).is_err(), "nobody allowed it");

@@ -7,15 +7,21 @@ use hauberk_kubernetes_tests::Cluster;
 
 use crate::{
     Test, admission,
-    install::{CHARTS, PATIENCE, everything},
+    install::{CHARTS, PATIENCE, everything, install},
     outage::network_of,
+    plugin::is_tainted,
     pods::{address, idle},
     policy::{POLICY, get},
+    replicas::{hauberk, told},
     transitions::Load,
 };
 
 pub(crate) const TESTS: &[(&str, Test)] = &[
     ("an_upgrade_and_a_rollback_keep_the_mesh", an_upgrade_and_a_rollback_keep_the_mesh),
+    (
+        "an_installation_whose_namespace_was_deleted_is_replaced",
+        an_installation_whose_namespace_was_deleted_is_replaced,
+    ),
     ("uninstalling_leaves_nothing_and_pods_talk", uninstalling_leaves_nothing_and_pods_talk),
 ];
 
@@ -61,6 +67,80 @@ fn an_upgrade_and_a_rollback_keep_the_mesh(cluster: &Cluster) -> anyhow::Result<
     Ok(())
 }
 
+/// Somebody deletes the mesh's namespace, with its CA. What was enforced stays closed, everything else goes on, and
+/// whoever installs it again has to mend nothing.
+fn an_installation_whose_namespace_was_deleted_is_replaced(
+    cluster: &Cluster,
+) -> anyhow::Result<()> {
+    cluster.apply(POLICY)?;
+    holds(cluster)?;
+    let before = told(cluster, &["status"])?;
+    cluster.kubectl(&["delete", "namespace", "hauberk-system", "--timeout=120s"])?;
+    for caller in ["checkout", "web"] {
+        let reached = get(cluster, caller, "http://ledger.payments/");
+        ensure!(reached.is_err(), "{caller} reaches an enforced pod: {reached:?}");
+    }
+    cluster.kubectl(&["create", "namespace", "newer"])?;
+    for namespace in ["loose", "shop", "newer"] {
+        // A new namespace has its service account a moment later.
+        cluster.wait_until("a pod's object", PATIENCE, |cluster| {
+            cluster.apply(&idle(namespace, "orphan", "default", "{}")).map(drop)
+        })?;
+    }
+    cluster.wait_pod("loose", "orphan", PATIENCE)?;
+    for (namespace, why) in [
+        ("shop", "namespace shop is in the mesh; if Hauberk was removed"),
+        ("newer", "namespace newer is newer than what the agent knew"),
+    ] {
+        cluster.wait_until("the reason why a pod does not start", PATIENCE, |cluster| {
+            let about = format!("--namespace={namespace}");
+            let events = cluster.kubectl(&["get", "events", &about, "--output=json"])?;
+            ensure!(events.contains(why), "no {why:?} in {events}");
+            Ok(())
+        })?;
+    }
+
+    install(cluster, &[])?;
+    holds(cluster)?;
+    for namespace in ["shop", "newer"] {
+        cluster.wait_pod(namespace, "orphan", PATIENCE)?;
+    }
+    let logs = cluster.kubectl(&[
+        "logs",
+        NAMESPACE,
+        "--tail=-1",
+        "--selector=app.kubernetes.io/component=agent",
+    ])?;
+    ensure!(logs.contains("is of another installation"), "{logs}");
+    cluster
+        .wait_until("nothing to be wrong", PATIENCE, |cluster| {
+            let check = hauberk(cluster, &["check"])?;
+            let text = String::from_utf8_lossy(&check.stdout).into_owned();
+            ensure!(check.status.success(), "{text}");
+            Ok(())
+        })
+        .with_context(|| format!("before:\n{before}\n{}", everything(cluster)))?;
+    cluster.kubectl(&["delete", "namespace", "newer", "--timeout=60s"])?;
+    for namespace in ["loose", "shop"] {
+        let about = format!("--namespace={namespace}");
+        cluster.kubectl(&["delete", "pod", &about, "orphan", "--grace-period=1"])?;
+    }
+    the_numbering_begins_anew(cluster)
+}
+
+/// What the replicas agree on is lost, or older than what agents know, as after a restored backup.
+fn the_numbering_begins_anew(cluster: &Cluster) -> anyhow::Result<()> {
+    let policy = POLICY.replace("[8080]", "[8081]");
+    cluster.kubectl(&["delete", "configmap", NAMESPACE, "hauberk-state"])?;
+    cluster.apply(&policy)?;
+    cluster.wait_until("the policy of another epoch", PATIENCE, |cluster| {
+        ensure!(get(cluster, "checkout", "http://ledger.payments/").is_err(), "it is not enforced");
+        Ok(())
+    })?;
+    cluster.apply(POLICY)?;
+    holds(cluster)
+}
+
 fn uninstalling_leaves_nothing_and_pods_talk(cluster: &Cluster) -> anyhow::Result<()> {
     cluster.apply(POLICY)?;
     holds(cluster)?;
@@ -81,6 +161,7 @@ fn uninstalling_leaves_nothing_and_pods_talk(cluster: &Cluster) -> anyhow::Resul
     .with_context(|| everything(cluster))?;
     ensure!(done > 1_000, "only {done} requests were made");
     for name in ["node-a", "node-b"] {
+        ensure!(!is_tainted(cluster, name)?, "{name} is tainted");
         let node = cluster.node(name)?;
         let rules = node.text(&[
             "sh",
