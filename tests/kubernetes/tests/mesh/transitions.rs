@@ -16,7 +16,7 @@ use hauberk_kubernetes_tests::Cluster;
 use hauberk_linux::Netns;
 
 use crate::{
-    Test,
+    Test, agents,
     install::{PATIENCE, everything},
     outage::{Live, network_of},
     pods::{address, server},
@@ -98,9 +98,11 @@ impl<'a> Load<'a> {
         let mut stream =
             self.network.run(|| TcpStream::connect_timeout(&server, ANSWER))?.context("connect")?;
         stream.set_read_timeout(Some(ANSWER))?;
-        stream.write_all(b"GET / HTTP/1.0\r\n\r\n").context("ask")?;
+        // By its port the agents' records tell what became of it.
+        let own = stream.local_addr()?;
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n").with_context(|| format!("ask, from {own}"))?;
         let mut answer = String::new();
-        stream.read_to_string(&mut answer).context("the answer")?;
+        stream.read_to_string(&mut answer).with_context(|| format!("the answer, from {own}"))?;
         ensure!(answer.ends_with("the ledger\n"), "the answer is {answer:?}");
         Ok(())
     }
@@ -159,13 +161,32 @@ fn namespaces_come_and_go_without_a_failed_request(cluster: &Cluster) -> anyhow:
         walk(cluster, load, caller, SocketAddr::new(ledger, 9000))
     });
     let restored = label(cluster, "hauberk.dev/mode=enforce");
-    let done = walked.with_context(|| everything(cluster))?;
+    let done = walked.map_err(|error| {
+        let records = records_of(cluster, &format!("{error:#}"), caller);
+        error.context(records).context(everything(cluster))
+    })?;
     restored?;
     ensure!(done > 10_000, "only {done} requests were made");
     cluster.wait_until("the mesh to refuse", PATIENCE, |cluster| {
         ensure!(get(cluster, "web", LEDGER).is_err(), "nobody allowed it");
         Ok(())
     })
+}
+
+/// What the agents have written of the connections that this text has the ports of.
+fn records_of(cluster: &Cluster, text: &str, caller: IpAddr) -> String {
+    let lead = format!("from {caller}:");
+    let mut found = String::new();
+    for port in text.split(&lead).skip(1).filter_map(|rest| rest.split(':').next()) {
+        let end = format!("{caller}:{port}\"");
+        for node in ["node-a", "node-b"] {
+            let lines = agents::lines(cluster, node).unwrap_or_default();
+            for line in lines.iter().filter(|line| line.contains(&end)) {
+                found.push_str(&format!("{node}: {line}\n"));
+            }
+        }
+    }
+    found
 }
 
 /// It was let go, and something of it is carried still: its rules are there, and leave new connections alone.

@@ -2,6 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -35,6 +36,10 @@ pub(crate) const TESTS: &[(&str, Test)] = &[
     (
         "an_agent_that_starts_finds_its_pods_among_others_with_much_to_say",
         an_agent_that_starts_finds_its_pods_among_others_with_much_to_say,
+    ),
+    (
+        "what_changes_while_the_api_server_refuses_is_enforced_as_soon_as_it_does_not",
+        what_changes_while_the_api_server_refuses_is_enforced_as_soon_as_it_does_not,
     ),
     ("after_a_reboot_no_pod_talks_unprotected", after_a_reboot_no_pod_talks_unprotected),
 ];
@@ -137,6 +142,93 @@ pub(crate) fn allowed(cluster: &Cluster) -> anyhow::Result<()> {
         ensure!(text == "the ledger\n", "{text}");
         Ok(())
     })
+}
+
+/// The API server does one thing at a time for the control plane, and refuses all else with 429, as if it had too much to do. What
+/// it does is to wait for a webhook that says nothing.
+const REFUSED: &str = "
+apiVersion: flowcontrol.apiserver.k8s.io/v1
+kind: PriorityLevelConfiguration
+metadata: {name: closed}
+spec:
+  type: Limited
+  limited: {nominalConcurrencyShares: 0, lendablePercent: 0, borrowingLimitPercent: 0, limitResponse: {type: Reject}}
+---
+apiVersion: flowcontrol.apiserver.k8s.io/v1
+kind: FlowSchema
+metadata: {name: closed}
+spec:
+  priorityLevelConfiguration: {name: closed}
+  matchingPrecedence: 2
+  rules:
+  - subjects: [{kind: ServiceAccount, serviceAccount: {namespace: hauberk-system, name: hauberk-control-plane}}]
+    resourceRules: [{verbs: ['*'], apiGroups: ['*'], resources: ['*'], namespaces: ['*'], clusterScope: true}]
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingWebhookConfiguration
+metadata: {name: silent}
+webhooks:
+- name: silent.hauberk.test
+  admissionReviewVersions: [v1]
+  clientConfig: {url: 'https://127.0.0.1:7777/'}
+  rules: [{apiGroups: [''], apiVersions: [v1], resources: [configmaps], operations: [CREATE]}]
+  matchConditions: [{name: held, expression: object.metadata.name == 'held'}]
+  failurePolicy: Ignore
+  sideEffects: None
+  timeoutSeconds: 30
+";
+
+/// Less than the webhook may be silent, and longer than pauses that are doubled take to be far apart.
+const REFUSING: Duration = Duration::from_secs(22);
+
+/// Between the end of the refusals and what they held up: a client that doubles its pauses takes longer.
+const TAKEN_UP: Duration = Duration::from_secs(5);
+
+fn what_changes_while_the_api_server_refuses_is_enforced_as_soon_as_it_does_not(
+    cluster: &Cluster,
+) -> anyhow::Result<()> {
+    allowed(cluster)?;
+    cluster.apply(REFUSED)?;
+    // Nobody answers there, not even the kernel: a handshake of TLS would be waited for for 10 s only.
+    let silent = "table inet silent { chain input { type filter hook input priority 0; tcp dport 7777 drop; }; }";
+    cluster.in_control(Command::new("nft").arg(silent))?;
+    let held = thread::scope(|scope| {
+        let waits = scope.spawn(|| {
+            // The API server takes a moment to sort requests anew.
+            thread::sleep(Duration::from_secs(2));
+            let own = "--as=system:serviceaccount:hauberk-system:hauberk-control-plane";
+            let created = ["create", "configmap", "--namespace=hauberk-system", "held", own];
+            cluster.kubectl(&created).map(|_| Instant::now())
+        });
+        let held = while_it_refuses(cluster);
+        let ended = waits.join().map_err(|_| anyhow::anyhow!("it panicked"))?;
+        let outcome = held.and(ended);
+        let enforced = cluster.wait_until("the policy of meanwhile", PATIENCE, |cluster| {
+            let text = get(cluster, "web", LEDGER)?;
+            ensure!(text == "the ledger\n", "{text}");
+            Ok(Instant::now())
+        });
+        let took = outcome.and_then(|ended| Ok(enforced?.duration_since(ended)));
+        took.with_context(|| everything(cluster))
+    });
+    cluster.in_control(Command::new("nft").arg("delete table inet silent"))?;
+    cluster.delete(REFUSED)?;
+    cluster.kubectl(&["delete", "configmap", "--namespace=hauberk-system", "held"])?;
+    allowed(cluster)?;
+    let took = held?;
+    eprintln!("enforced {took:?} after the last refusal");
+    ensure!(took < TAKEN_UP, "it took {took:?}");
+    Ok(())
+}
+
+fn while_it_refuses(cluster: &Cluster) -> anyhow::Result<()> {
+    thread::sleep(Duration::from_secs(5));
+    cluster.apply(&POLICY.replace("name: checkout}", "name: web}"))?;
+    thread::sleep(REFUSING);
+    ensure!(get(cluster, "web", LEDGER).is_err(), "it is enforced already: nothing was refused");
+    let text = get(cluster, "checkout", LEDGER)?;
+    ensure!(text == "the ledger\n", "{text}");
+    Ok(())
 }
 
 fn a_pod_without_its_service_account_is_nobody(cluster: &Cluster) -> anyhow::Result<()> {
